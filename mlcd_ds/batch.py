@@ -1,0 +1,53 @@
+"""What travels from the loader to the loss.
+
+Shapes: B images of this rank, L labels an image, H height and width in pixels.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+NO_LABEL = -1
+"""Fills up the label list of an image that has fewer than L positives."""
+
+NO_IMAGE = -2
+"""Fills the whole label row where the batch has no image: a skipped sample keeps its slot, so shapes stay constant."""
+
+
+@dataclass(frozen=True)
+class ImageLabelBatch:
+    """One rank's images of one step.
+
+    images_BCHH: uint8 [B, 3, H, H], RGB. Rows without an image are zero.
+    labels_BL: int64 [B, L], nearest center first, NO_LABEL where an image has fewer, NO_IMAGE in rows without an image.
+    keys: the B sample keys, "" in rows without an image.
+    """
+
+    images_BCHH: torch.Tensor
+    labels_BL: torch.Tensor
+    keys: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.labels_BL)
+
+    @property
+    def num_images(self) -> int:
+        """Images that are really there."""
+        return int((self.labels_BL[:, 0] != NO_IMAGE).sum()) if len(self) else 0
+
+    def split(self, rows: int) -> list["ImageLabelBatch"]:
+        """Consecutive micro-batches of `rows` rows each (the last may be shorter)."""
+        return [
+            ImageLabelBatch(self.images_BCHH[i : i + rows], self.labels_BL[i : i + rows], self.keys[i : i + rows])
+            for i in range(0, len(self), rows)
+        ]
+
+    def to(self, device: torch.device) -> "ImageLabelBatch":
+        """Copies images (still uint8) and labels to `device`, asynchronously from pinned memory."""
+        return ImageLabelBatch(
+            self.images_BCHH.to(device, non_blocking=True), self.labels_BL.to(device, non_blocking=True), self.keys
+        )
+
+    def pin_memory(self) -> "ImageLabelBatch":
+        """Called by torch's DataLoader when it pins memory."""
+        return ImageLabelBatch(self.images_BCHH.pin_memory(), self.labels_BL.pin_memory(), self.keys)

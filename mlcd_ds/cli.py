@@ -1,0 +1,157 @@
+"""From the command line to a `Settings` object, strictly; from a `UserError` to one message and an exit code.
+
+python-fire alone turns `--flag=false` into a true string, cuts values at `#`, and lets unknown flags vanish into
+`**kwargs`. `run` therefore checks every flag against the settings class and quotes every value before fire sees it;
+pydantic then gives it its type.
+"""
+
+import difflib
+import inspect
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from pydantic import ValidationError
+
+from mlcd_ds.config import Settings
+from mlcd_ds.errors import ConfigError, UserError
+
+LAUNCHER_FLAGS = ("local_rank",)
+"""Flags that launchers add in front of ours; accepted and ignored (topology.py reads the environment)."""
+
+DEEPSPEED_OWNS = {
+    "batch_size": "train_batch_size",
+    "train_batch_size": "train_batch_size",
+    "micro_batch_size": "train_micro_batch_size_per_gpu",
+    "accum_freq": "gradient_accumulation_steps",
+    "gradient_accumulation_steps": "gradient_accumulation_steps",
+    "lr": "optimizer.params.lr",
+    "wd": "optimizer.params.weight_decay",
+    "weight_decay": "optimizer.params.weight_decay",
+    "beta1": "optimizer.params.betas",
+    "beta2": "optimizer.params.betas",
+    "eps": "optimizer.params.eps",
+    "precision": "bf16.enabled",
+    "bf16": "bf16.enabled",
+    "fp16": "bf16.enabled",
+    "grad_clip_norm": "gradient_clipping",
+    "grad_checkpointing": "activation_checkpointing",
+    "zero_stage": "zero_optimization.stage",
+    "lr_scheduler": "scheduler",
+}
+"""Names users know from open_clip that belong to the DeepSpeed JSON here."""
+
+_RENAMED = {"train_data": "shards", "logs": "output_dir", "warmup": "warmup_steps", "num_labels": "num_positives"}
+
+
+def parse_flags(argv: Sequence[str], settings: type[Settings]) -> dict[str, str]:
+    """`--name value`, `--name=value`, `--name` (true) and `--noname` (false) to {name: text}.
+
+    Dashes and underscores are the same. Raises ConfigError for a positional argument, an unknown or repeated flag, or a
+    flag without its value.
+    """
+    fields = settings.model_fields
+    flags: dict[str, str] = {}
+    items = list(argv)
+    while items:
+        item = items.pop(0)
+        if not item.startswith("--") or item == "--":
+            raise ConfigError(
+                f"unexpected argument {item!r}: every setting is a flag, like --{next(iter(fields))} VALUE"
+            )
+        name, equals, value = item[2:].partition("=")
+        name = name.replace("-", "_")
+        is_switch = name in fields and fields[name].annotation is bool
+        if not equals:
+            follows = bool(items) and not items[0].startswith("--")
+            if is_switch and not (follows and items[0].lower() in ("true", "false", "1", "0", "yes", "no")):
+                value = "true"
+            elif follows:
+                value = items.pop(0)
+            elif name.startswith("no") and name[2:] in fields and fields[name[2:]].annotation is bool:
+                name, value = name[2:], "false"
+            elif name in fields or name in LAUNCHER_FLAGS:
+                raise ConfigError(f"--{name} needs a value")
+        if name in LAUNCHER_FLAGS:
+            continue
+        if name not in fields:
+            raise ConfigError(_unknown_flag(name, settings, list(fields)))
+        if name in flags:
+            raise ConfigError(f"--{name} is given twice ({flags[name]!r} and {value!r}): give it once")
+        flags[name] = value
+    return flags
+
+
+def _unknown_flag(name: str, settings: type[Settings], known: list[str]) -> str:
+    if name in DEEPSPEED_OWNS and "deepspeed_config" in known:
+        key = DEEPSPEED_OWNS[name]
+        return f"--{name} is not a flag: it belongs to the DeepSpeed JSON. Set {key!r} in the file --deepspeed_config names."
+    near = _RENAMED.get(name) if _RENAMED.get(name) in known else None
+    near = near or next(iter(difflib.get_close_matches(name, known, n=1, cutoff=0.5)), None)
+    hint = f" Did you mean --{near}?" if near else ""
+    return f"unknown flag --{name}.{hint} (--help lists all flags)"
+
+
+def build(settings: type[Settings], flags: dict[str, object]) -> Settings:
+    """Types and validates `flags`; raises ConfigError with value, expectation and flag name."""
+    values = {name: None if value in ("none", "None") else value for name, value in flags.items()}
+    try:
+        return settings.model_validate(values)
+    except ValidationError as error:
+        lines = []
+        for problem in error.errors():
+            name = ".".join(str(part) for part in problem["loc"])
+            if problem["type"] == "missing":
+                field = settings.model_fields[name]
+                lines.append(f"--{name} is required: {field.description or 'see --help'}")
+            elif not name:
+                lines.append(problem["msg"].removeprefix("Value error, "))
+            else:
+                lines.append(f"--{name} {problem['input']!r}: {problem['msg'].removeprefix('Value error, ')}")
+        raise ConfigError("; ".join(dict.fromkeys(lines))) from None
+
+
+def door(function: Callable[[Settings], object], settings: type[Settings]) -> Callable[..., object]:
+    """A callable whose signature and docstring fire can show: one keyword per field of `settings`."""
+
+    def call(**flags):
+        return function(build(settings, flags))
+
+    parameters = []
+    for name, field in settings.model_fields.items():
+        default = inspect.Parameter.empty if field.is_required() else field.default
+        parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default))
+    call.__signature__ = inspect.Signature(parameters)
+    call.__name__ = function.__name__
+    about = inspect.cleandoc(function.__doc__ or settings.__doc__ or "")
+    rows = [
+        f"    {name}: {field.description or name.replace('_', ' ')}" for name, field in settings.model_fields.items()
+    ]
+    call.__doc__ = about + "\n\nArgs:\n" + "\n".join(rows)
+    return call
+
+
+def run(fire: Callable, function: Callable[[Settings], object], settings: type[Settings]) -> None:
+    """What a door does: argv -> `function(settings)`; a UserError ends in one message and its exit code.
+
+    fire: `fire.Fire`, passed in because only doors import it.
+    """
+    argv = sys.argv[1:]
+    component = door(function, settings)
+    try:
+        if any(item in ("--help", "-h", "help") for item in argv):
+            fire(component, command=["--", "--help"], name=sys.argv[0])
+            return
+        flags = parse_flags(argv, settings)
+        build(settings, flags)  # a wrong value is reported before fire could print its own usage page
+        fire(component, command=[f"--{name}={value!r}" for name, value in flags.items()], serialize=lambda _: None)
+    except UserError as error:
+        fail(error)
+
+
+def fail(error: UserError) -> None:
+    """Prints `error` as the last word of this process and ends it, without waiting for other ranks or threads."""
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    # os._exit: a rank that leaves through the interpreter's shutdown may wait for peers inside a process group.
+    os._exit(error.exit_code)

@@ -1,0 +1,172 @@
+"""Every setting of train.py and of the tools, typed and validated; the one place where a default value stands.
+
+Each class is one command's settings; its fields are the command's flags (`--num_positives 8`), read by `cli.py`.
+What belongs to DeepSpeed (batch sizes, precision, ZeRO, clipping, optimizer, schedule) is not here but in the JSON
+that `--deepspeed_config` names; `ds_config.py` reads it.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+
+def _finite(value: float) -> float:
+    if value != value or value in (float("inf"), float("-inf")):
+        raise ValueError("must be a finite number")
+    return value
+
+
+Finite = Annotated[float, AfterValidator(_finite)]
+Objective = Literal["mlcd", "mlc", "cd"]
+MarginType = Literal["arc", "cos", "none"]
+MarginGradient = Literal["straight_through", "exact"]
+
+
+class Settings(BaseModel):
+    """Base of all settings: immutable, unknown fields refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class HeadConfig(Settings):
+    """The class head (DESIGN section 1): objective, margin, sampling, and the optimizer of the centers."""
+
+    objective: Objective = Field("mlcd", description="mlcd (eq. 5), mlc (eq. 4) or cd (eq. 3, nearest center alone)")
+    num_positives: int = Field(8, ge=1, description="l: positives per image, the nearest centers of its label list")
+    sample_rate: float = Field(0.1, gt=0, le=1, description="r: share of the classes that take part in a step")
+    scale: Finite = Field(64.0, gt=0, le=256, description="S: logits are S times a cosine")
+    margin: Finite = Field(0.3, ge=0, lt=3.1, description="m: margin on the positives (radians for arc)")
+    margin_type: MarginType = Field("arc", description="arc: cos(theta+m); cos: cos(theta)-m; none")
+    margin_gradient: MarginGradient = Field("straight_through", description="straight_through or exact")
+    negative_filter: Finite | None = Field(None, gt=-1, le=1, description="ignore negatives with cosine above this")
+    head_lr_scale: Finite = Field(1.0, gt=0, description="learning rate of the centers / that of the encoder")
+    head_weight_decay: Finite | None = Field(None, ge=0, description="weight decay of the centers; none: the JSON's")
+    head_grad_clip: Finite = Field(
+        1.0, ge=0, description="norm, over all shards, to clip the centers' gradient at; 0: off"
+    )
+    workspace_mb: int = Field(256, ge=1, description="bytes (MB) of logits that exist at one time")
+
+
+class RunConfig(HeadConfig):
+    """mlcd_ds/train.py."""
+
+    deepspeed_config: str = Field(
+        description="DeepSpeed JSON (ds_configs/): batch, precision, ZeRO, optimizer, schedule"
+    )
+    shards: str = Field(description="image tars: brace expansion, glob, text file of paths, '::' joins several")
+    labels: str = Field(description="folder of label shards, written by tools/assign_labels.py")
+    output_dir: str = Field(description="the run folder")
+    model: str = Field("vit_b32", description="encoder preset")
+    image_size: int | None = Field(None, ge=8, description="pixels; none: the preset's")
+    centers: str | None = Field(None, description="centers folder or centers.npy to start the head from; none: random")
+    epochs: Finite | None = Field(None, gt=0, description="length of the run in epochs")
+    samples: int | None = Field(None, gt=0, description="length of the run in samples")
+    steps: int | None = Field(None, gt=0, description="length of the run in optimizer steps")
+    default_epochs: Finite = Field(32.0, gt=0, description="length when none of epochs, samples, steps is given")
+    warmup_steps: int = Field(2000, ge=0, description="steps of linear warm-up (at most a tenth of the run)")
+    resume: Literal["auto", "never"] = Field("never", description="auto: go on from the last complete checkpoint")
+    init_from: str | None = Field(None, description="run folder whose encoder weights to start from")
+    seed: int = Field(0, ge=0, lt=2**31)
+    workers: int = Field(4, ge=0, description="loader processes per rank")
+    prefetch: int = Field(4, ge=1, description="batches each worker reads ahead")
+    crop_scale_min: Finite = Field(0.4, gt=0, le=1, description="smallest area share of the random resized crop")
+    flip: bool = Field(True, description="random horizontal flips")
+    shuffle_window: int = Field(16384, ge=1, description="samples within which a lane of the data plan is permuted")
+    max_skipped_fraction: Finite = Field(0.01, ge=0, le=1, description="stop above this share of unusable samples")
+    max_pixels: int = Field(50_000_000, ge=1, description="larger images are skipped, judged by their header")
+    shard_cache: str | None = Field(None, description="folder for remote tars; needed for URLs")
+    save_every_steps: int = Field(1000, ge=1)
+    keep_last: int = Field(3, ge=1, description="checkpoints kept")
+    log_every_steps: int = Field(10, ge=1)
+    histogram_every_steps: int = Field(100, ge=1, description="cosine histograms to TensorBoard (the paper's Fig. 3)")
+    timeout_minutes: Finite = Field(10.0, gt=0, description="longest wait for another rank")
+    world_size: int | None = Field(None, ge=1, description="with --dry_run: the number of ranks to plan for")
+    dry_run: bool = Field(False, description="print the startup card and stop")
+    expect_world_size: int | None = Field(None, ge=1, description="refuse to start with another number of ranks")
+
+    @model_validator(mode="after")
+    def _one_length(self):
+        given = [name for name in ("epochs", "samples", "steps") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"--{' and --'.join(given)} all say how long the run is: give one of them")
+        if self.world_size is not None and not self.dry_run:
+            raise ValueError("--world_size only means something with --dry_run; a run takes it from the launcher")
+        return self
+
+
+class ToyShardsConfig(Settings):
+    """tools/make_toy_shards.py."""
+
+    output_dir: str = Field(description="folder to write; gets train/ and test/")
+    num_train: int = Field(4000, ge=1)
+    num_test: int = Field(1000, ge=1)
+    images_per_shard: int = Field(500, ge=1)
+    image_size: int = Field(32, ge=16, description="pixels")
+    seed: int = Field(0, ge=0)
+
+
+class FeaturesConfig(Settings):
+    """tools/extract_features.py."""
+
+    shards: str = Field(description="image tars: brace expansion, glob, text file of paths, '::' joins several")
+    output_dir: str = Field(description="features folder (clip-retrieval's layout)")
+    model: str = Field(
+        "builtin:patches",
+        description="builtin:patches, hf:PATH_OR_NAME (a transformers CLIP folder), or run:PATH (a run folder of ours)",
+    )
+    embedding: Literal["image", "mean"] = Field("image", description="mean: mean of image and text embedding (hf only)")
+    batch_size: int = Field(256, ge=1, description="images per forward pass")
+    workers: int = Field(0, ge=0, description="decoding threads beside the main one")
+    precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 on GPUs")
+    max_skipped_fraction: Finite = Field(0.01, ge=0, le=1, description="stop above this share of unusable images")
+    max_pixels: int = Field(50_000_000, ge=1)
+    shard_cache: str | None = Field(None, description="folder for remote tars; needed for URLs")
+    patch_size: int = Field(6, ge=2, description="builtin:patches: side of a patch in pixels")
+    dictionary_size: int = Field(256, ge=2, description="builtin:patches: number of dictionary patches")
+    patches_to_fit: int = Field(100_000, ge=100, description="builtin:patches: patches drawn to learn the dictionary")
+    seed: int = Field(0, ge=0)
+    timeout_minutes: Finite = Field(60.0, gt=0)
+
+
+class ClusterConfig(Settings):
+    """tools/cluster.py."""
+
+    features: str = Field(description="features folder")
+    output_dir: str = Field(description="centers folder")
+    k: int = Field(1_000_000, ge=1, description="number of centers")
+    iterations: int = Field(20, ge=1)
+    max_points_per_center: int = Field(
+        256, ge=1, description="use at most k times this many features (a stated sample)"
+    )
+    seed: int = Field(0, ge=0)
+    timeout_minutes: Finite = Field(60.0, gt=0)
+
+
+class AssignConfig(Settings):
+    """tools/assign_labels.py."""
+
+    features: str = Field(description="features folder")
+    centers: str = Field(description="centers folder")
+    output_dir: str = Field(description="labels folder")
+    top: int = Field(8, ge=1, description="l: nearest centers stored per image")
+    threshold: Finite | None = Field(None, ge=-1, le=1, description="keep only centers with at least this cosine")
+    batch_size: int = Field(4096, ge=1, description="images per search")
+    timeout_minutes: Finite = Field(60.0, gt=0)
+
+
+class ProbeConfig(Settings):
+    """tools/linear_probe.py."""
+
+    model: str = Field(
+        description="run:PATH, untrained:RUN_PATH, features:FOLDER+FOLDER (train+test), hf:..., builtin:..."
+    )
+    train_shards: str = Field(description="tars whose KEY.json or KEY.cls names the true classes")
+    test_shards: str = Field(description="tars to report on")
+    output: str | None = Field(None, description="JSON to write")
+    classes_key: str = Field("classes", description="field of KEY.json with the list of true classes")
+    batch_size: int = Field(256, ge=1)
+    workers: int = Field(0, ge=0, description="decoding threads beside the main one")
+    max_iterations: int = Field(1000, ge=1, description="L-BFGS iterations")
+    validation_fraction: Finite = Field(0.2, gt=0, lt=1, description="share of the training images that picks lambda")
+    max_pixels: int = Field(50_000_000, ge=1)
+    seed: int = Field(0, ge=0)

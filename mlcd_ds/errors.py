@@ -1,0 +1,34 @@
+"""Errors that a user can mend. A door (train.py, tools/) prints the message alone and exits with `exit_code`.
+
+A message says what was found, where, what was expected, and what to do.
+"""
+
+
+class UserError(Exception):
+    """Base of every error whose cause lies in the user's input, not in this program."""
+
+    exit_code = 2
+
+
+class ConfigError(UserError):
+    """A flag, a JSON key or a combination of them is wrong."""
+
+    exit_code = 2
+
+
+class DataError(UserError):
+    """A shard, an image, a feature or a label file is missing, damaged or does not fit."""
+
+    exit_code = 3
+
+
+class CheckpointError(UserError):
+    """A run folder or a checkpoint is in use, incomplete, damaged or of another run."""
+
+    exit_code = 4
+
+
+class NonFiniteError(UserError):
+    """The loss or a gradient stopped being a number."""
+
+    exit_code = 5

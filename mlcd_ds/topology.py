@@ -1,0 +1,81 @@
+"""Who am I among the processes. The only file that reads RANK, WORLD_SIZE and their like from the environment."""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from mlcd_ds.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Topology:
+    """One process's place: built once, passed down to whatever communicates.
+
+    `group` is None for torch's default process group, or when world_size is 1 (then no collective is ever called).
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    device: torch.device
+    group: object | None = None
+
+    @staticmethod
+    def single(device: str | torch.device = "cpu") -> "Topology":
+        """One process alone."""
+        return Topology(0, 1, 0, 1, torch.device(device))
+
+    @staticmethod
+    def from_environment() -> "Topology":
+        """Reads what the launcher (deepspeed, torchrun) wrote; one process alone without a launcher.
+
+        Starts nothing: call `start()` before the first collective.
+        """
+
+        def number(name: str, default: int) -> int:
+            text = os.environ.get(name, str(default))
+            if not text.lstrip("-").isdigit():
+                raise ConfigError(f"environment variable {name}={text!r} is not a whole number; is a launcher running?")
+            return int(text)
+
+        rank, world_size = number("RANK", 0), number("WORLD_SIZE", 1)
+        if not 0 <= rank < world_size:
+            raise ConfigError(f"RANK={rank} does not fit WORLD_SIZE={world_size}: start all ranks with one launcher")
+        local_rank = number("LOCAL_RANK", 0)
+        local_world_size = number("LOCAL_SIZE", number("LOCAL_WORLD_SIZE", world_size))
+        use_cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") != "cpu"
+        device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
+        return Topology(rank, world_size, local_rank, local_world_size, device)
+
+    @property
+    def is_main(self) -> bool:
+        """True on the rank that prints, logs and publishes."""
+        return self.rank == 0
+
+    @property
+    def is_distributed(self) -> bool:
+        """True when there is somebody to talk to."""
+        return self.world_size > 1
+
+    def start(self, timeout_minutes: float) -> "Topology":
+        """Joins the process group of all ranks (gloo on CPUs, NCCL on GPUs), whose waits end after `timeout_minutes`.
+
+        A process alone joins a group of one: DeepSpeed's engine wants a group even then.
+        """
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        if not dist.is_initialized():
+            backend = "nccl" if self.device.type == "cuda" else "gloo"
+            store = None if self.is_distributed else dist.HashStore()
+            timeout = timedelta(minutes=timeout_minutes)
+            dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world_size, timeout=timeout)
+        return self
+
+    def stop(self) -> None:
+        """Leaves the process group."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
