@@ -1,0 +1,425 @@
+"""Image tars in img2dataset's and WebDataset's layout: which exist, what is inside, reading and writing.
+
+A sample is all members `KEY.EXT` with one KEY: the basename up to its first dot (WebDataset's rule; the folder part of
+a member's name does not belong to the key). A sample counts as an image when one of its extensions is in
+IMAGE_EXTENSIONS. Tars are indexed by walking their headers, so a cut or damaged tar is an error with path and byte,
+where the usual readers end early without a word.
+"""
+
+import glob
+import hashlib
+import io
+import json
+import mmap
+import os
+import tarfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlcd_ds.errors import DataError
+
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+"""Extensions (any case) that make a sample an image; the first of them that a sample has is its image."""
+
+BLOCK = 512
+_ZERO_BLOCK = bytes(BLOCK)
+_REGULAR = (b"0", b"\0", b"7")
+_LINKS_AND_SPECIAL = (b"1", b"2", b"3", b"4", b"5", b"6")
+_CURE = "Fetch or write it again, or take it out of the shard list."
+
+
+# ---------------------------------------------------------------------------------------------- which shards
+
+
+def expand_shards(spec: str) -> list[str]:
+    """Paths and URLs that `spec` names: braces, globs, text files with one path a line; '::' joins several.
+
+    Order: as written for braces and lists, sorted for globs. In a list file, blank lines and lines that begin with '#'
+    do not count; a path that does not exist as given is looked for beside the list file.
+    Raises DataError when nothing matches, a local file is missing, or a shard (or shard name) comes twice.
+    """
+    shards = [shard for part in spec.split("::") if part.strip() for shard in _expand_part(part.strip(), spec)]
+    if not shards:
+        raise DataError(f"no tars match {spec!r}: the shard list is empty")
+    missing = [shard for shard in shards if not is_url(shard) and not Path(shard).is_file()]
+    if missing:
+        raise DataError(
+            f"{len(missing)} of the {len(shards)} tars in {_short(spec)} do not exist, e.g. {', '.join(missing[:3])}. "
+            "Correct the list, or fetch what is missing."
+        )
+    seen: dict[str, str] = {}
+    for shard in shards:
+        name = shard_name(shard)
+        if name in seen:
+            raise DataError(
+                f"two shards of {_short(spec)} are named {name!r}: {seen[name]} and {shard}. Features and labels are "
+                "found by that name: list every shard once, and rename tars of different folders that share a name."
+            )
+        seen[name] = shard
+    return shards
+
+
+def _expand_part(part: str, spec: str) -> list[str]:
+    import braceexpand
+
+    if part.startswith("pipe:"):
+        raise DataError(f"{part!r}: 'pipe:' would run a shell command and is refused. Give a path or a plain URL.")
+    if part.startswith("file://"):
+        part = part.removeprefix("file://")
+    try:
+        names = list(braceexpand.braceexpand(part))
+    except ValueError as error:
+        raise DataError(f"cannot expand the braces of {part!r}: {error}. Write them like {{00000..00099}}.") from None
+    found = []
+    for name in names:
+        if is_url(name):
+            if "*" in name:
+                raise DataError(f"{name!r}: globs work on local paths only. Use braces, like {{00000..00099}}.tar.")
+            found.append(name)
+        elif name.endswith(".txt"):
+            found += _read_list(Path(name))
+        elif any(mark in name for mark in "*?[") and not Path(name).exists():
+            matches = sorted(glob.glob(name, recursive=True))  # noqa: PTH207 (absolute patterns)
+            if not matches:
+                raise DataError(f"no tars match {name!r} (in {_short(spec)}). Is the path right?")
+            found += matches
+        elif Path(name).is_dir():
+            raise DataError(f"{name!r} is a folder: name the tars in it, e.g. '{name.rstrip('/')}/*.tar'")
+        else:
+            found.append(name)
+    return found
+
+
+def _read_list(path: Path) -> list[str]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read the shard list {path}: {error}") from None
+    found = []
+    for line in (line.strip() for line in lines):
+        if not line or line.startswith("#"):
+            continue
+        if line.endswith(".txt"):
+            raise DataError(f"the shard list {path} names another list, {line!r}: list the tars themselves")
+        beside = path.parent / line
+        is_beside = not is_url(line) and not Path(line).exists() and beside.exists()
+        found += [str(beside)] if is_beside else _expand_part(line, str(path))
+    return found
+
+
+def _short(spec: str) -> str:
+    return repr(spec if len(spec) <= 200 else spec[:200] + "...")
+
+
+def is_url(path: str) -> bool:
+    """True for s3://..., https://... and their like."""
+    return "://" in path
+
+
+def shard_name(path: str | Path) -> str:
+    """'00012' of '.../00012.tar': what features and labels of a shard are named after."""
+    return str(path).split("?")[0].rstrip("/").rsplit("/", 1)[-1].removesuffix(".tar")
+
+
+def local_shard(path: str, cache_dir: str | Path | None) -> Path:
+    """A local path as it is; a URL fetched whole into `cache_dir` (once: later calls find it there).
+
+    Raises DataError when a URL comes without `cache_dir`, or cannot be fetched.
+    """
+    if path.startswith("pipe:"):
+        raise DataError(f"{path!r}: 'pipe:' would run a shell command and is refused. Give a path or a plain URL.")
+    if not is_url(path):
+        return Path(path)
+    if cache_dir is None:
+        raise DataError(f"{path} is remote: name a local folder to fetch tars into, --shard_cache FOLDER")
+    # The URL's hash keeps equally named tars of different places apart; the file name keeps `shard_name` true.
+    folder = Path(cache_dir) / hashlib.sha256(path.encode()).hexdigest()[:12]
+    target = folder / f"{shard_name(path)}.tar"
+    if target.exists():
+        return target
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f"{target.name}.{os.getpid()}.tmp"
+    try:
+        with _open_remote(path) as source, temporary.open("wb") as sink:
+            while chunk := source.read(1 << 22):
+                sink.write(chunk)
+            sink.flush()
+            os.fsync(sink.fileno())
+        temporary.replace(target)
+    except DataError:
+        raise
+    except Exception as error:  # any backend's own exception types
+        raise DataError(f"cannot fetch {path} to {target}: {type(error).__name__}: {error}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+    return target
+
+
+def _open_remote(url: str):
+    """A readable file of `url`: fsspec where it knows the protocol, else WebDataset's openers (curl, gsutil)."""
+    import fsspec
+
+    try:
+        return fsspec.open(url, "rb").open()
+    except (ImportError, ValueError):  # no such protocol, or its package is not installed
+        os.environ.setdefault("WDS_SECURE", "1")  # read when webdataset is imported: no pipes, no unpickling
+        import webdataset
+
+        return webdataset.gopen(url, "rb")
+
+
+# ---------------------------------------------------------------------------------------------- what is inside
+
+
+@dataclass(frozen=True)
+class TarIndex:
+    """Where everything is in a tar.
+
+    keys: image samples in tar order. members: for each of them {extension in lower case: (byte offset, bytes)}.
+    duplicates: members left out because their key and extension came before. ignored: members that are no file of a
+    sample (links, devices, names without key or extension); folders are not counted. without_image: samples without an
+    image, left out of `keys`.
+    """
+
+    path: Path
+    keys: tuple[str, ...]
+    members: dict[str, dict[str, tuple[int, int]]]
+    duplicates: int = 0
+    ignored: int = 0
+    without_image: tuple[str, ...] = ()
+
+    def image(self, key: str) -> tuple[int, int]:
+        """Byte offset and size of the image of `key`."""
+        return self.members[key][image_extension(self.members[key])]
+
+
+def image_extension(extensions: Iterable[str]) -> str | None:
+    """The extension that holds a sample's image, None without one."""
+    return next((ext for ext in IMAGE_EXTENSIONS if ext in extensions), None)
+
+
+def split_name(name: str) -> tuple[str, str] | None:
+    """('000123', 'jpg') of 'any/folder/000123.JPG'; ('a', 'b.jpg') of 'a.b.jpg'; None where one part is missing."""
+    key, dot, extension = name.rsplit("/", 1)[-1].partition(".")
+    return (key, extension.lower()) if key and dot and extension else None
+
+
+def index_tar(path: str | Path) -> TarIndex:
+    """Walks the headers of a local tar (USTAR, GNU, PAX, v7); reads no contents.
+
+    Raises DataError, naming path and byte offset, for a tar that is cut (inside a member, inside a header, or at a
+    member's end, before the end mark), has a damaged header or bytes after its end mark, or is no tar at all.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            if os.fstat(file.fileno()).st_size == 0:
+                raise DataError(f"{path} is empty (0 bytes), not a tar. {_CURE}")
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
+                return _index(path, view)
+    except OSError as error:
+        raise DataError(f"cannot read the tar {path}: {error}") from None
+
+
+def _index(path: Path, view: mmap.mmap) -> TarIndex:
+    samples: dict[str, dict[str, tuple[int, int]]] = {}
+    duplicates = ignored = 0
+    for name, kind, offset, size in _walk(path, view):
+        if kind == b"5":
+            continue
+        parts = split_name(name) if kind in _REGULAR else None
+        if parts is None:
+            ignored += 1
+            continue
+        key, extension = parts
+        members = samples.setdefault(key, {})
+        if extension in members:
+            duplicates += 1
+        else:
+            members[extension] = (offset, size)
+    images = {key: members for key, members in samples.items() if image_extension(members)}
+    without = tuple(key for key in samples if key not in images)
+    return TarIndex(path, tuple(images), images, duplicates, ignored, without)
+
+
+def _walk(path: Path, view: mmap.mmap) -> Iterator[tuple[str, bytes, int, int]]:
+    """(name, type, offset of the contents, size) of each member, long names resolved."""
+    position, end = 0, len(view)
+    long_name: str | None = None
+    long_size: int | None = None
+    last = "the beginning"
+    while True:
+        header = view[position : position + BLOCK]
+        if len(header) < BLOCK:
+            where = "in a header" if header else "at the end of a member, before the end mark of the archive"
+            raise DataError(f"the tar {path} is cut {where}: byte {position} (after {last}). {_CURE}")
+        if header == _ZERO_BLOCK:
+            _check_rest(path, view, position)
+            return
+        if not _checksum_fits(header):
+            raise DataError(_not_a_header(path, position, last, header))
+        size = _number(header[124:136], path, position)
+        kind = header[156:157]
+        name = header[:100].split(b"\0", 1)[0].decode("utf-8", "replace")
+        if kind in _LINKS_AND_SPECIAL:
+            size = 0  # whatever the field says, no contents follow
+        if long_size is not None and kind not in (b"x", b"g", b"L", b"K"):
+            size = long_size
+        start = position + BLOCK
+        if start + size > end:
+            raise DataError(
+                f"the tar {path} is cut inside a member: {long_name or name!r} at byte {start} has {size} bytes, but "
+                f"the file ends at byte {end}. {_CURE}"
+            )
+        position = start + (size + BLOCK - 1) // BLOCK * BLOCK
+        if kind == b"L":
+            long_name = view[start : start + size].split(b"\0", 1)[0].decode("utf-8", "replace")
+        elif kind == b"x":
+            records = _pax_records(view[start : start + size], path, start)
+            long_name = records["path"] if "path" in records else long_name
+            long_size = int(records["size"]) if records.get("size", "").isdigit() else long_size
+        elif kind not in (b"g", b"K"):
+            name = long_name or name
+            yield name, kind, start, size
+            last, long_name, long_size = f"member {name!r}", None, None
+
+
+def _checksum_fits(header: bytes) -> bool:
+    try:
+        stated = int(header[148:156].split(b"\0", 1)[0].strip() or b"0", 8)
+    except ValueError:
+        return False
+    # The checksum field itself counts as eight blanks; a few old writers summed signed bytes.
+    unsigned = sum(header) - sum(header[148:156]) + 8 * 32
+    if stated == unsigned:
+        return True
+    high = sum(byte > 127 for byte in header) - sum(byte > 127 for byte in header[148:156])
+    return stated == unsigned - 256 * high
+
+
+def _number(field: bytes, path: Path, position: int) -> int:
+    if field[0] & 0x80:  # GNU's base 256, for 8 GB and more
+        return int.from_bytes(bytes([field[0] & 0x7F]) + field[1:], "big")
+    try:
+        return int(field.split(b"\0", 1)[0].strip() or b"0", 8)
+    except ValueError:
+        raise DataError(f"the tar {path} has a damaged header at byte {position}: size {field!r}. {_CURE}") from None
+
+
+def _pax_records(data: bytes, path: Path, position: int) -> dict[str, str]:
+    records, rest = {}, data
+    try:
+        while rest and rest[:1] != b"\0":
+            length = int(rest.split(b" ", 1)[0])
+            record = rest[:length]
+            if length < 5 or not record.endswith(b"\n"):
+                raise ValueError
+            name, _, value = record.split(b" ", 1)[1][:-1].partition(b"=")
+            records[name.decode("utf-8", "replace")] = value.decode("utf-8", "replace")
+            rest = rest[length:]
+    except (ValueError, IndexError):
+        raise DataError(f"the tar {path} has a damaged extended header at byte {position}. {_CURE}") from None
+    return records
+
+
+def _check_rest(path: Path, view: mmap.mmap, position: int) -> None:
+    """After the end mark only zeros may follow: else a zeroed region would hide the rest of the samples."""
+    for start in range(position, len(view), 1 << 20):
+        chunk = view[start : start + (1 << 20)]
+        if chunk.count(0) != len(chunk):
+            raise DataError(
+                f"the tar {path} has its end mark at byte {position}, but more data after byte {start}: a damaged "
+                f"region, or tars glued together. {_CURE}"
+            )
+
+
+def _not_a_header(path: Path, position: int, last: str, header: bytes) -> str:
+    if position:
+        return f"the tar {path} has a damaged header at byte {position} (after {last}). {_CURE}"
+    guess = ""
+    if header.startswith(b"\x1f\x8b"):
+        guess = " (it is gzip: unpack it first, tars are read uncompressed)"
+    elif header.lstrip()[:1] == b"<":
+        guess = " (it looks like an HTML page, so the download failed)"
+    return f"{path} is not a tar file{guess}. {_CURE}"
+
+
+# ---------------------------------------------------------------------------------------------- reading, writing
+
+
+def read_member(source, offset: int, size: int) -> bytes:
+    """`size` bytes at `offset` of a tar: its path, or an mmap or buffer of it. Raises DataError where it is shorter."""
+    if isinstance(source, (str, Path)):
+        try:
+            with Path(source).open("rb") as file:
+                data = os.pread(file.fileno(), size, offset)
+        except OSError as error:
+            raise DataError(f"cannot read the tar {source}: {error}") from None
+    else:
+        data = bytes(source[offset : offset + size])
+    if len(data) != size:
+        where = source if isinstance(source, (str, Path)) else "tar"
+        raise DataError(f"{where}: {size} bytes wanted at byte {offset}, got {len(data)}: did the file change?")
+    return data
+
+
+def read_samples(path: str | Path, extensions: Iterable[str] | None = None) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """(key, {extension: contents}) of every image sample of a local tar, in the order of `index_tar(path).keys`.
+
+    extensions: read only these (lower case); None reads all. Raises DataError as `index_tar` does, before the first
+    sample.
+    """
+    index = index_tar(path)
+    wanted = None if extensions is None else {extension.lower() for extension in extensions}
+    with index.path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
+        for key in index.keys:
+            members = index.members[key].items()
+            yield key, {ext: read_member(view, *place) for ext, place in members if wanted is None or ext in wanted}
+
+
+def write_tar(path: str | Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> int:
+    """Writes (key, {extension: contents}) as a plain USTAR tar; returns the number of samples.
+
+    Equal samples give equal bytes (time stamps are 0). The tar appears under its name when it is whole; then
+    `<name>_stats.json` {"count", "successes"} is written beside it, img2dataset's mark of a finished shard.
+    Raises DataError for a key that would not survive reading ('.' or '/' in it), or that comes twice.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("wb") as file:
+            count = _write(path, file, samples)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    stats = path.with_name(path.name.removesuffix(".tar") + "_stats.json")
+    temporary = stats.with_name(stats.name + ".tmp")
+    temporary.write_text(json.dumps({"count": count, "successes": count}) + "\n", encoding="utf-8")
+    temporary.replace(stats)
+    return count
+
+
+def _write(path: Path, file, samples: Iterable[tuple[str, dict[str, bytes]]]) -> int:
+    seen: set[str] = set()
+    with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for key, members in samples:
+            if not key or "." in key or "/" in key or key in seen:
+                why = "comes twice" if key in seen else "is empty or holds '.' or '/'"
+                raise DataError(f"cannot write {path}: the key {key!r} {why}")
+            seen.add(key)
+            for extension, contents in members.items():
+                try:
+                    _add(tar, f"{key}.{extension}", contents)
+                except ValueError as error:  # longer than USTAR's 100 characters
+                    raise DataError(f"cannot write {path}: the key {key!r}: {error}") from None
+    return len(seen)
+
+
+def _add(tar: tarfile.TarFile, name: str, contents: bytes) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = len(contents)
+    tar.addfile(info, io.BytesIO(contents))
