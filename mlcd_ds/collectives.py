@@ -1,0 +1,118 @@
+"""Collectives over a `Topology`, free at world size 1, and the autograd pair that the head is built on.
+
+b rows of this rank, W ranks, G = W*b rows of all ranks in rank order, D columns.
+"""
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from mlcd_ds.errors import UserError
+from mlcd_ds.topology import Topology
+
+T = TypeVar("T")
+
+# torch 2.13 renamed these two and warns about the old names; 2.11 knows only the old ones.
+_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def all_gather(rows_bD: torch.Tensor, topology: Topology) -> torch.Tensor:
+    """Rows of every rank, in rank order: [b, ...] -> [G, ...]. One all-gather; every rank must pass the same shape."""
+    if not topology.is_distributed:
+        return rows_bD
+    gathered = rows_bD.new_empty((topology.world_size * rows_bD.shape[0], *rows_bD.shape[1:]))
+    _all_gather_single(gathered, rows_bD.contiguous(), group=topology.group)
+    return gathered
+
+
+def reduce_scatter(rows_GD: torch.Tensor, topology: Topology) -> torch.Tensor:
+    """Sum over ranks of [G, ...], of which this rank keeps its own [b, ...]. One reduce-scatter."""
+    if not topology.is_distributed:
+        return rows_GD
+    own = rows_GD.new_empty((rows_GD.shape[0] // topology.world_size, *rows_GD.shape[1:]))
+    _reduce_scatter_single(own, rows_GD.contiguous(), op=dist.ReduceOp.SUM, group=topology.group)
+    return own
+
+
+class _Done:
+    """Stands for the handle of a collective that had nothing to do."""
+
+    def wait(self) -> None:
+        pass
+
+
+def start_sum(tensor: torch.Tensor, topology: Topology):
+    """Starts summing `tensor` over the ranks in place; the returned handle's `wait()` ends it. One all-reduce."""
+    if not topology.is_distributed:
+        return _Done()
+    return dist.all_reduce(tensor, op=dist.ReduceOp.SUM, group=topology.group, async_op=True)
+
+
+def sum_(tensor: torch.Tensor, topology: Topology) -> torch.Tensor:
+    """Sums `tensor` over the ranks in place and returns it. One all-reduce."""
+    if topology.is_distributed:
+        dist.all_reduce(tensor, op=dist.ReduceOp.SUM, group=topology.group)
+    return tensor
+
+
+def max_(tensor: torch.Tensor, topology: Topology) -> torch.Tensor:
+    """Largest value over the ranks, in place. One all-reduce."""
+    if topology.is_distributed:
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=topology.group)
+    return tensor
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows_bD, topology):
+        ctx.topology = topology
+        return all_gather(rows_bD, topology) if topology.is_distributed else rows_bD.view_as(rows_bD)
+
+    @staticmethod
+    def backward(ctx, grad_GD):
+        # Why the factor W. Let L be the mean loss over the global batch, which the head returns on every rank. The
+        # encoder's exact gradient is sum_r J_r^T g_r: g_r the gradient of L with respect to rank r's embeddings, J_r the
+        # Jacobian of rank r's encoder pass. The reduce-scatter hands each rank its g_r, summed over the shards. Each
+        # rank's backward then makes J_r^T g_r, and the engine, taking every rank's loss for a local mean, AVERAGES
+        # these over the W ranks: (1/W) sum_r J_r^T g_r. Multiplying g_r by W undoes exactly that division.
+        grad_bD = reduce_scatter(grad_GD, ctx.topology)
+        return (grad_bD * ctx.topology.world_size if ctx.topology.is_distributed else grad_bD), None
+
+
+def gather_rows(rows_bD: torch.Tensor, topology: Topology) -> torch.Tensor:
+    """Differentiable all-gather for a loss that every rank computes as the mean over the GLOBAL batch.
+
+    Forward: one all-gather, [b, D] -> [G, D]. Backward: one reduce-scatter (sum), times W, because the data-parallel
+    engine will average gradients over the ranks (the derivation stands in the code). At world size 1 both are free.
+    """
+    return _GatherRows.apply(rows_bD, topology)
+
+
+def gather_objects(item: T, topology: Topology) -> list[T]:
+    """Every rank's `item`, in rank order, on every rank. For start-up and saving, not for the step."""
+    if not topology.is_distributed:
+        return [item]
+    items: list = [None] * topology.world_size
+    dist.all_gather_object(items, item, group=topology.group)
+    return items
+
+
+def barrier(topology: Topology) -> None:
+    """Waits until every rank is here."""
+    if topology.is_distributed:
+        dist.barrier(group=topology.group)
+
+
+def raise_together(error: UserError | None, topology: Topology) -> None:
+    """Raises the lowest rank's error on EVERY rank, so that no rank goes on to wait for one that has stopped."""
+    raise_first(gather_objects(error, topology))
+
+
+def raise_first(errors: Sequence[UserError | None]) -> None:
+    """Raises the first error of a list gathered from all ranks, if there is one."""
+    for error in errors:
+        if error is not None:
+            raise error

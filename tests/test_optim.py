@@ -1,0 +1,74 @@
+"""RowAdamW against torch.optim.AdamW and against a dense oracle that moves just the sampled rows."""
+
+import pytest
+import torch
+from ranks import run_ranks
+
+from mlcd_ds.optim import RowAdamW, merge_gradients, sharded_norm
+from mlcd_ds.partial_fc import RowGradient
+
+SETTINGS = {"betas": (0.9, 0.98), "eps": 1e-6, "weight_decay": 0.2}
+
+
+def start(rows=12, dim=5, dtype=torch.float64):
+    return torch.randn(rows, dim, generator=torch.Generator().manual_seed(0), dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_all_rows_every_step_is_torch_adamw(dtype):
+    ours, theirs = start(dtype=dtype), torch.nn.Parameter(start(dtype=dtype))
+    row_adamw = RowAdamW(ours, **SETTINGS)
+    adamw = torch.optim.AdamW([theirs], lr=1.0, foreach=False, **SETTINGS)
+    generator = torch.Generator().manual_seed(1)
+    for step in range(30):
+        gradient = torch.randn(12, 5, generator=generator, dtype=dtype)
+        learning_rate = 1e-2 / (step + 1)
+        row_adamw.step(RowGradient(torch.arange(12), gradient), learning_rate)
+        adamw.param_groups[0]["lr"] = learning_rate
+        theirs.grad = gradient
+        adamw.step()
+    tolerance = 1e-12 if dtype == torch.float64 else 2e-6
+    torch.testing.assert_close(ours, theirs.detach(), rtol=tolerance, atol=tolerance)
+
+
+def test_sampled_rows_equal_an_oracle_with_one_adamw_per_row():
+    ours = start()
+    row_adamw = RowAdamW(ours, **SETTINGS)
+    oracle = [torch.nn.Parameter(row.clone()) for row in start()]
+    optimizers = [torch.optim.AdamW([row], lr=1e-2, foreach=False, **SETTINGS) for row in oracle]
+    generator = torch.Generator().manual_seed(2)
+    for _ in range(40):
+        rows = torch.randperm(12, generator=generator)[:4].sort().values
+        values = torch.randn(4, 5, generator=generator, dtype=torch.float64)
+        row_adamw.step(RowGradient(rows, values), 1e-2)
+        for row, value in zip(rows.tolist(), values, strict=True):
+            oracle[row].grad = value.clone()
+            optimizers[row].step()
+    torch.testing.assert_close(ours, torch.stack([row.detach() for row in oracle]), rtol=1e-12, atol=1e-12)
+
+
+def test_rows_not_sampled_stay_bit_for_bit():
+    ours = start()
+    row_adamw = RowAdamW(ours, **SETTINGS)
+    row_adamw.step(RowGradient(torch.tensor([3]), torch.ones(1, 5, dtype=torch.float64)), 1e-2)
+    untouched = torch.arange(12) != 3
+    assert torch.equal(ours[untouched], start()[untouched])
+    assert not row_adamw.exp_avg_cD[untouched].any()
+    assert row_adamw.steps_c.tolist() == [0, 0, 0, 1] + [0] * 8
+
+
+def test_micro_steps_are_summed_row_by_row():
+    a = RowGradient(torch.tensor([1, 4]), torch.tensor([[1.0], [2.0]]))
+    b = RowGradient(torch.tensor([0, 4]), torch.tensor([[10.0], [20.0]]))
+    merged = merge_gradients([a, b])
+    assert merged.rows_S.tolist() == [0, 1, 4]
+    assert merged.values_SD.flatten().tolist() == [10.0, 1.0, 22.0]
+    with pytest.raises(ValueError, match="no gradients"):
+        merge_gradients([])
+
+
+def test_norm_is_over_all_shards():
+    matrix = start()
+    for world_size in (1, 2, 3):
+        norms = run_ranks(world_size, lambda t: sharded_norm(matrix.tensor_split(t.world_size)[t.rank], t).item())
+        assert norms == pytest.approx([matrix.norm().item()] * world_size, rel=1e-14)

@@ -1,0 +1,358 @@
+"""The sharded head equals the dense float64 definition: loss, gradient of embeddings, gradient of centers."""
+
+import itertools
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_ranks
+
+from mlcd_ds import collectives
+from mlcd_ds.batch import NO_IMAGE, NO_LABEL
+from mlcd_ds.errors import ConfigError
+from mlcd_ds.losses import LossSpec, dense_loss
+from mlcd_ds.partial_fc import HISTOGRAM_BINS, PartialFC, random_rows
+from mlcd_ds.topology import Topology
+
+RTOL = 1e-10
+WORLD_SIZES = (1, 2, 3, 8)
+
+
+@dataclass
+class Case:
+    """A global batch and how it is dealt to the ranks."""
+
+    num_classes: int = 37
+    dim: int = 6
+    images: int = 13
+    labels_per_image: int = 4
+    sample_rate: float = 0.1
+    options: dict = field(default_factory=dict)
+    label_range: tuple[int, int] | None = None
+    sizes: dict | None = None
+    stretch: float = 1.0
+
+    def data(self):
+        generator = torch.Generator().manual_seed(7)
+        embeddings = torch.randn(self.images, self.dim, generator=generator, dtype=torch.float64) * self.stretch
+        low, high = self.label_range or (0, self.num_classes)
+        labels = torch.randint(low, high, (self.images, self.labels_per_image), generator=generator)
+        # Rows with 0 to l positives, and row 3 with a duplicate.
+        for row in range(self.images):
+            labels[row, self.labels_per_image - row % (self.labels_per_image + 1) :] = NO_LABEL
+        if self.labels_per_image > 1 and self.images > 10:
+            labels[10, :2] = labels[10, 0].clamp_min(low)
+        centers = torch.randn(self.num_classes, self.dim, generator=generator, dtype=torch.float64) * 3
+        return embeddings, labels, centers
+
+    def split(self, world_size: int) -> list[int]:
+        if self.sizes and world_size in self.sizes:
+            return self.sizes[world_size]
+        return [self.images // world_size + (rank < self.images % world_size) for rank in range(world_size)]
+
+
+def run_sharded(case: Case, world_size: int, workspace_mb: float = 1e-3):
+    """loss of each rank, gradient of the embeddings [G, D], of the centers [K, D], the sampled classes [K] bool."""
+    embeddings, labels, centers = case.data()
+    sizes = case.split(world_size)
+
+    def one(topology):
+        start = sum(sizes[: topology.rank])
+        own = slice(start, start + sizes[topology.rank])
+        head = PartialFC(
+            case.num_classes,
+            case.dim,
+            topology,
+            sample_rate=case.sample_rate,
+            dtype=torch.float64,
+            workspace_mb=workspace_mb,
+            init_centers=_rows_of(centers, case.num_classes, topology),
+            **case.options,
+        )
+        mine = embeddings[own].clone().requires_grad_()
+        out = head(mine, labels[own], step=5)
+        out.loss.backward()
+        (gradient,) = head.take_gradients()
+        assert head.take_gradients() == []
+        return out.loss.item(), mine.grad, gradient.rows_S + head.start, gradient.values_SD
+
+    results = run_ranks(world_size, one)
+    grad_centers = torch.zeros_like(centers)
+    sampled = torch.zeros(case.num_classes, dtype=torch.bool)
+    for _, _, rows, values in results:
+        grad_centers[rows] = values
+        sampled[rows] = True
+    # The factor W of gather_rows is the engine's average taken back (test_gather_rows_...); here it is divided out.
+    grad_embeddings = torch.cat([grad for _, grad, _, _ in results]) / world_size
+    return [loss for loss, *_ in results], grad_embeddings, grad_centers, sampled
+
+
+def _rows_of(centers, num_classes, topology):
+    from mlcd_ds.partition import ClassPartition
+
+    partition = ClassPartition(num_classes, topology.world_size)
+    return centers[partition.start(topology.rank) : partition.stop(topology.rank)].clone()
+
+
+def run_dense(case: Case, sampled):
+    embeddings, labels, centers = case.data()
+    options = {
+        "objective": "mlcd",
+        "scale": 64.0,
+        "margin": 0.3,
+        "margin_type": "arc",
+        "margin_gradient": "straight_through",
+        "negative_filter": None,
+    } | case.options
+    embeddings.requires_grad_()
+    centers.requires_grad_()
+    loss = dense_loss(embeddings, centers, labels, LossSpec(**options), sampled)
+    loss.backward()
+    return loss.item(), embeddings.grad, centers.grad
+
+
+def assert_equals_dense(case: Case, world_size: int, **options):
+    losses, grad_embeddings, grad_centers, sampled = run_sharded(case, world_size, **options)
+    loss, dense_embeddings, dense_centers = run_dense(case, sampled)
+    assert losses == pytest.approx([loss] * world_size, rel=RTOL)
+    for name, sharded, dense in (
+        ("embeddings", grad_embeddings, dense_embeddings),
+        ("centers", grad_centers, dense_centers),
+    ):
+        # Relative to the largest entry: an entry may be a difference of nearly equal numbers.
+        torch.testing.assert_close(
+            sharded,
+            dense,
+            rtol=RTOL,
+            atol=RTOL * dense.abs().max().item(),
+            msg=lambda m, n=name: f"gradient of {n}: {m}",
+        )
+    return sampled
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+@pytest.mark.parametrize("objective", ["mlcd", "mlc", "cd"])
+@pytest.mark.parametrize("margin_type", ["arc", "cos", "none"])
+def test_loss_and_gradients_equal_the_dense_definition(world_size, objective, margin_type):
+    for sample_rate, margin_gradient in itertools.product((0.1, 1.0), ("straight_through", "exact")):
+        options = {"objective": objective, "margin_type": margin_type, "margin_gradient": margin_gradient}
+        assert_equals_dense(Case(sample_rate=sample_rate, options=options), world_size)
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+@pytest.mark.parametrize("scale", [1.0, 64.0, 256.0])
+def test_scales(world_size, scale):
+    for objective in ("mlcd", "mlc", "cd"):
+        assert_equals_dense(Case(options={"scale": scale, "objective": objective}), world_size)
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+@pytest.mark.parametrize("sample_rate", [0.1, 1.0])
+def test_shard_without_positives(world_size, sample_rate):
+    sampled = assert_equals_dense(Case(label_range=(0, 4), sample_rate=sample_rate), world_size)
+    assert sampled[:4].any()
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_several_blocks_of_classes_and_few_positives(world_size):
+    """2,500 classes are three sampling blocks, cut by the shards' borders; the draw does not depend on W."""
+    case = Case(num_classes=2500, sample_rate=0.1)
+    sampled = assert_equals_dense(case, world_size)
+    assert torch.equal(sampled, run_sharded(case, 1)[3])
+    # ceil(0.1 * 1024) twice and ceil(0.1 * 452) rows, the positives among them.
+    assert sampled.sum() == 103 + 103 + 46
+
+
+def test_ranks_with_uneven_and_empty_batches():
+    case = Case(sizes={2: [13, 0], 3: [0, 12, 1], 8: [0, 0, 5, 1, 0, 7, 0, 0]})
+    for world_size in (2, 3, 8):
+        assert_equals_dense(case, world_size)
+
+
+def test_negative_filter_ignores_likely_false_negatives():
+    case = Case(options={"negative_filter": 0.1, "objective": "mlcd"})
+    for world_size in WORLD_SIZES:
+        assert_equals_dense(case, world_size)
+    assert run_dense(case, None)[0] < run_dense(Case(), None)[0]
+
+
+def test_result_does_not_depend_on_the_workspace():
+    case = Case(num_classes=300, images=40)
+    tiny = run_sharded(case, 2, workspace_mb=1e-6)  # one image per chunk
+    large = run_sharded(case, 2, workspace_mb=64)
+    for a, b in zip(tiny[1:], large[1:], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+def test_padding_rows_take_no_part():
+    """Capacity beyond the batch, and rows that are no image, leave loss and gradients as they are."""
+    embeddings, labels, centers = Case().data()
+    labels = torch.cat([labels, torch.full((2, labels.shape[1]), NO_IMAGE)])
+    embeddings = torch.cat([embeddings, torch.randn(2, embeddings.shape[1], dtype=torch.float64)])
+
+    def run(rows, capacity):
+        head = PartialFC(37, 6, dtype=torch.float64, init_centers=centers)
+        mine = embeddings[:rows].clone().requires_grad_()
+        out = head(mine, labels[:rows], step=5, capacity=capacity, collect_stats=True)
+        out.loss.backward()
+        return out, mine.grad, head.take_gradients()[0].values_SD
+
+    plain, padded = run(13, None), run(15, 20)
+    assert padded[0].loss.item() == pytest.approx(plain[0].loss.item(), rel=1e-14)
+    torch.testing.assert_close(padded[1][:13], plain[1], rtol=1e-12, atol=1e-15)
+    assert not padded[1][13:].any()
+    torch.testing.assert_close(padded[2], plain[2], rtol=1e-12, atol=1e-15)
+    for name, value in plain[0].stats.items():
+        torch.testing.assert_close(padded[0].stats[name], value, rtol=1e-12, atol=1e-12, msg=name)
+
+
+def test_gather_rows_multiplies_by_the_world_size_because_the_engine_averages():
+    """d(sum of all ranks' rows . weights) arrives at every rank as W times its own weights."""
+    weights = torch.arange(12, dtype=torch.float64).view(6, 2)
+
+    def one(topology):
+        rows = torch.ones(6 // topology.world_size, 2, dtype=torch.float64, requires_grad=True)
+        gathered = collectives.gather_rows(rows, topology)
+        # Every rank computes the same mean; its part of the gradient is what its shard contributes: here 1/W of it.
+        ((gathered * weights).sum() / topology.world_size).backward()
+        return rows.grad
+
+    for world_size in (1, 2, 3):
+        torch.testing.assert_close(torch.cat(run_ranks(world_size, one)), weights * world_size)
+
+
+@pytest.mark.parametrize("chunks", [1, 4])
+@pytest.mark.parametrize("scale", [64.0, 256.0])
+def test_collectives_are_those_the_docstring_counts(monkeypatch, chunks, scale):
+    calls = []
+
+    def counting(function, name, result):
+        def wrapper(*args, **kwargs):
+            tensors = [a for a in args if isinstance(a, torch.Tensor)]
+            calls.append((name, tensors[result].numel(), tensors[result].dtype))
+            return function(*args, **kwargs)
+
+        return wrapper
+
+    monkeypatch.setattr(collectives, "_all_gather_single", counting(collectives._all_gather_single, "gather", 0))
+    monkeypatch.setattr(
+        collectives, "_reduce_scatter_single", counting(collectives._reduce_scatter_single, "scatter", 1)
+    )
+    monkeypatch.setattr(dist, "all_reduce", counting(dist.all_reduce, "reduce", 0))
+    G, D, K, L, world_size = 16, 4, 64, 3, 2
+    row_bytes = (K // world_size + 1) * 4
+    workspace_mb = row_bytes * (G // chunks) / 2**20
+
+    def one(topology):
+        head = PartialFC(K, D, topology, sample_rate=1.0, scale=scale, workspace_mb=workspace_mb)
+        rows = torch.randn(G // world_size, D, requires_grad=True)
+        head(rows, torch.zeros(G // world_size, L, dtype=torch.long), step=0, capacity=G // world_size).loss.backward()
+
+    run_ranks(world_size, one)
+    float32 = torch.float32
+    per_chunk = ("reduce", 2 * G // chunks, float32)
+    shifts = 2 if scale > 80 else 1
+    expected = [("gather", G * D, float32), ("gather", G * L, torch.int32), ("scatter", G * D, float32)]
+    expected += [per_chunk] * chunks * shifts
+    assert sorted(calls, key=str) == sorted(expected * world_size, key=str)
+
+
+def test_initial_centers_do_not_depend_on_the_world_size():
+    whole = run_ranks(1, lambda t: PartialFC(2500, 4, t, seed=3).centers.detach())[0]
+    for world_size in (2, 3, 8):
+        shards = run_ranks(world_size, lambda t: PartialFC(2500, 4, t, seed=3).centers.detach())
+        assert torch.equal(torch.cat(shards), whole)
+    assert not torch.equal(whole[:1024], whole[1024:2048])
+    assert not torch.equal(whole, random_rows(0, 2500, 2500, 4, seed=4))
+
+
+def test_cd_is_softmax_cross_entropy():
+    """Eq. 3 in float64, against torch's own cross entropy."""
+    embeddings, _, centers = Case().data()
+    target = torch.arange(13) % 37
+    head = PartialFC(
+        37, 6, objective="cd", sample_rate=1.0, margin_type="none", dtype=torch.float64, init_centers=centers
+    )
+    loss = head(embeddings, target[:, None], step=0).loss
+    cosine = torch.nn.functional.normalize(embeddings, dim=1) @ torch.nn.functional.normalize(centers, dim=1).T
+    assert loss.item() == pytest.approx(torch.nn.functional.cross_entropy(64 * cosine, target).item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("objective", ["mlcd", "mlc", "cd"])
+@pytest.mark.parametrize("scale", [64.0, 256.0])
+def test_float32_stays_finite_and_close_at_extreme_cosines(objective, scale):
+    """Embeddings that are centers, or their opposites: cosines -1, 0 and 1."""
+    centers = torch.eye(8, dtype=torch.float64).repeat(5, 1)[:37]
+    embeddings = torch.cat([centers[:5], -centers[:5], torch.zeros(1, 8, dtype=torch.float64)])
+    labels = torch.arange(11)[:, None].repeat(1, 3) + torch.tensor([0, 9, 20])
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        head = PartialFC(
+            37,
+            8,
+            objective=objective,
+            scale=scale,
+            sample_rate=1.0,
+            dtype=dtype,
+            init_centers=centers,
+            margin_gradient="exact",
+        )
+        mine = embeddings.clone().requires_grad_()
+        out = head(mine, labels, step=0)
+        out.loss.backward()
+        results.append((out.loss.detach(), mine.grad[:10], head.take_gradients()[0].values_SD))
+    for single, double in zip(*results, strict=True):
+        assert torch.isfinite(single).all()
+        torch.testing.assert_close(single.double(), double, rtol=2e-5, atol=2e-5 * max(1.0, double.abs().max().item()))
+
+
+def test_statistics_are_those_of_the_whole_head():
+    case = Case(num_classes=300, images=24, sample_rate=0.5)
+    embeddings, labels, centers = case.data()
+    cosine = torch.nn.functional.normalize(embeddings, dim=1) @ torch.nn.functional.normalize(centers, dim=1).T
+    positive = torch.zeros_like(cosine, dtype=torch.bool)
+    for row, own in enumerate(labels):
+        positive[row, own[own >= 0]] = True
+
+    def one(topology):
+        sizes = case.split(topology.world_size)
+        own = slice(sum(sizes[: topology.rank]), sum(sizes[: topology.rank + 1]))
+        head = PartialFC(
+            300, 6, topology, sample_rate=0.5, dtype=torch.float64, init_centers=_rows_of(centers, 300, topology)
+        )
+        rows = head.sampler.draw(labels, 5) + head.start
+        return head(embeddings[own], labels[own], step=5, collect_stats=True).stats, rows
+
+    for world_size in (1, 3):
+        results = run_ranks(world_size, one)
+        sampled = torch.zeros(300, dtype=torch.bool)
+        sampled[torch.cat([rows for _, rows in results])] = True
+        negative = ~positive & sampled
+        for stats, _ in results:
+            assert stats["cosine_positive"].item() == pytest.approx(cosine[positive].mean().item())
+            assert stats["cosine_negative"].item() == pytest.approx(cosine[negative].mean().item())
+            assert stats["sampled_rows"].item() == sampled.sum().item()
+            assert stats["positive_rows"].item() == positive.any(dim=0).sum().item()
+            for name, mask in (("histogram_positive", positive), ("histogram_negative", negative)):
+                expected = torch.histc(cosine[mask], HISTOGRAM_BINS, -1, 1)
+                torch.testing.assert_close(stats[name], expected, msg=name)
+
+
+def test_second_backward_is_refused():
+    head = PartialFC(37, 6)
+    loss = head(torch.randn(2, 6, requires_grad=True), torch.zeros(2, 1, dtype=torch.long), step=0).loss
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="first backward"):
+        loss.backward()
+
+
+def test_bad_arguments_are_named():
+    with pytest.raises(ConfigError, match="objective='mlx'.*mlcd, mlc, cd"):
+        PartialFC(10, 4, objective="mlx")
+    with pytest.raises(ConfigError, match="3 classes cannot be split over 4 ranks"):
+        PartialFC(3, 4, Topology(0, 4, 0, 4, torch.device("cpu")))
+    with pytest.raises(ConfigError, match=r"\(10, 5\).*\(10, 4\)"):
+        PartialFC(10, 4, init_centers=torch.zeros(10, 5))
+    with pytest.raises(ConfigError, match="D=4"):
+        PartialFC(10, 4)(torch.zeros(2, 5), torch.zeros(2, 1, dtype=torch.long), step=0)
