@@ -94,6 +94,25 @@ class RunConfig(HeadConfig):
         return self
 
 
+class DeepSpeedDefaults(Settings):
+    """What the DeepSpeed JSON leaves out or calls "auto" (ds_config.py); these are no flags, the JSON is their place."""
+
+    gradient_clipping: Finite = Field(1.0, ge=0, description="norm of the encoder's gradient")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW")
+    eps: Finite = Field(1e-8, gt=0, description="AdamW")
+    warmup_type: Literal["linear", "log"] = "linear"
+    reduce_bucket_size: int = Field(
+        50_000_000, ge=1, description="elements: large enough for full bandwidth, small enough to overlap and to fit"
+    )
+    prefetch_bucket_size: int = Field(50_000_000, ge=0, description="elements: about two blocks of ViT-H ahead")
+    param_persistence_threshold: int = Field(100_000, ge=0, description="elements: biases and norms stay whole")
+    tag_validation: Literal["Warn", "Ignore", "Fail"] = Field(
+        "Fail", description="ranks disagree on a checkpoint's name"
+    )
+    tensorboard_folder: str = Field("tensorboard", description="below the run folder")
+    csv_folder: str = Field("csv", description="below the run folder")
+
+
 class ToyShardsConfig(Settings):
     """tools/make_toy_shards.py."""
 
