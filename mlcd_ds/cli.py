@@ -7,9 +7,11 @@ pydantic then gives it its type.
 
 import difflib
 import inspect
+import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import get_args
 
 from pydantic import ValidationError
 
@@ -20,14 +22,20 @@ LAUNCHER_FLAGS = ("local_rank",)
 """Flags that launchers add in front of ours; accepted and ignored (topology.py reads the environment)."""
 
 DEEPSPEED_OWNS = {
+    "batch": "train_batch_size",
     "batch_size": "train_batch_size",
+    "global_batch": "train_batch_size",
     "train_batch_size": "train_batch_size",
+    "micro_batch": "train_micro_batch_size_per_gpu",
     "micro_batch_size": "train_micro_batch_size_per_gpu",
+    "train_micro_batch_size_per_gpu": "train_micro_batch_size_per_gpu",
     "accum_freq": "gradient_accumulation_steps",
     "gradient_accumulation_steps": "gradient_accumulation_steps",
     "lr": "optimizer.params.lr",
+    "learning_rate": "optimizer.params.lr",
     "wd": "optimizer.params.weight_decay",
     "weight_decay": "optimizer.params.weight_decay",
+    "betas": "optimizer.params.betas",
     "beta1": "optimizer.params.betas",
     "beta2": "optimizer.params.betas",
     "eps": "optimizer.params.eps",
@@ -35,11 +43,22 @@ DEEPSPEED_OWNS = {
     "bf16": "bf16.enabled",
     "fp16": "bf16.enabled",
     "grad_clip_norm": "gradient_clipping",
+    "gradient_clipping": "gradient_clipping",
     "grad_checkpointing": "activation_checkpointing",
+    "activation_checkpointing": "activation_checkpointing",
+    "optimizer": "optimizer.type",
+    "opt": "optimizer.type",
+    "report_to": "tensorboard.enabled",
+    "tensorboard": "tensorboard.enabled",
+    "wandb": "wandb.enabled",
     "zero_stage": "zero_optimization.stage",
+    "scheduler": "scheduler",
     "lr_scheduler": "scheduler",
+    "warmup_type": "scheduler.params.warmup_type",
 }
 """Names users know from open_clip that belong to the DeepSpeed JSON here."""
+
+_SWITCH_WORDS = ("true", "false", "1", "0", "yes", "no", "on", "off", "t", "f", "y", "n")
 
 _RENAMED = {"train_data": "shards", "logs": "output_dir", "warmup": "warmup_steps", "num_labels": "num_positives"}
 
@@ -48,13 +67,13 @@ def parse_flags(argv: Sequence[str], settings: type[Settings]) -> dict[str, str]
     """`--name value`, `--name=value`, `--name` (true) and `--noname` (false) to {name: text}.
 
     Dashes and underscores are the same. Raises ConfigError for a positional argument, an unknown or repeated flag, or a
-    flag without its value.
+    flag whose value is missing or empty.
     """
     fields = settings.model_fields
     flags: dict[str, str] = {}
     items = list(argv)
     while items:
-        item = items.pop(0)
+        item = _long_form(items.pop(0), fields)
         if not item.startswith("--") or item == "--":
             raise ConfigError(
                 f"unexpected argument {item!r}: every setting is a flag, like --{next(iter(fields))} VALUE"
@@ -64,7 +83,7 @@ def parse_flags(argv: Sequence[str], settings: type[Settings]) -> dict[str, str]
         is_switch = name in fields and fields[name].annotation is bool
         if not equals:
             follows = bool(items) and not items[0].startswith("--")
-            if is_switch and not (follows and items[0].lower() in ("true", "false", "1", "0", "yes", "no")):
+            if is_switch and not (follows and items[0].lower() in _SWITCH_WORDS):
                 value = "true"
             elif follows:
                 value = items.pop(0)
@@ -76,10 +95,21 @@ def parse_flags(argv: Sequence[str], settings: type[Settings]) -> dict[str, str]
             continue
         if name not in fields:
             raise ConfigError(_unknown_flag(name, settings, list(fields)))
+        if value == "":
+            raise ConfigError(f"--{name} has an empty value; an unset shell variable?")
         if name in flags:
             raise ConfigError(f"--{name} is given twice ({flags[name]!r} and {value!r}): give it once")
         flags[name] = value
     return flags
+
+
+def _long_form(item: str, fields: Iterable[str]) -> str:
+    """-s is --seed where it is the only flag that begins with s: fire's help page shows such letters."""
+    if len(item) >= 2 and item[0] == "-" and item[1].isalpha() and item[2:3] in ("", "="):
+        names = [name for name in fields if name.startswith(item[1])]
+        if len(names) == 1:
+            return f"--{names[0]}{item[2:]}"
+    return item
 
 
 def _unknown_flag(name: str, settings: type[Settings], known: list[str]) -> str:
@@ -94,7 +124,7 @@ def _unknown_flag(name: str, settings: type[Settings], known: list[str]) -> str:
 
 def build(settings: type[Settings], flags: dict[str, object]) -> Settings:
     """Types and validates `flags`; raises ConfigError with value, expectation and flag name."""
-    values = {name: None if value in ("none", "None") else value for name, value in flags.items()}
+    values = {name: _plain(value, settings, name) for name, value in flags.items()}
     try:
         return settings.model_validate(values)
     except ValidationError as error:
@@ -109,6 +139,21 @@ def build(settings: type[Settings], flags: dict[str, object]) -> Settings:
             else:
                 lines.append(f"--{name} {problem['input']!r}: {problem['msg'].removeprefix('Value error, ')}")
         raise ConfigError("; ".join(dict.fromkeys(lines))) from None
+
+
+def _plain(value: object, settings: type[Settings], name: str) -> object:
+    """`none` is None where the setting may be None; 1e6 is as good as 1000000 where it is a whole number."""
+    annotation = settings.model_fields[name].annotation
+    if value in ("none", "None") and type(None) in get_args(annotation):
+        return None
+    if isinstance(value, str) and annotation in (int, int | None):
+        try:
+            number = float(value)
+        except ValueError:
+            return value
+        if math.isfinite(number) and number == int(number) and abs(number) < 2**53:
+            return value if value.lstrip("+-").isdigit() else int(number)
+    return value
 
 
 def door(function: Callable[[Settings], object], settings: type[Settings]) -> Callable[..., object]:
@@ -139,7 +184,7 @@ def run(fire: Callable, function: Callable[[Settings], object], settings: type[S
     argv = sys.argv[1:]
     component = door(function, settings)
     try:
-        if any(item in ("--help", "-h", "help") for item in argv):
+        if argv == ["help"] or any(item in ("--help", "-h") for item in argv):
             fire(component, command=["--", "--help"], name=sys.argv[0])
             return
         flags = parse_flags(argv, settings)
