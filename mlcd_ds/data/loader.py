@@ -1,0 +1,249 @@
+"""Tars and labels to batches: `ImageLabelLoader`.
+
+Shapes: B images of this rank and step, u images of one piece of work of a loader process, L labels an image, H height
+and width in pixels.
+"""
+
+import math
+import signal
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from mlcd_ds.batch import NO_IMAGE, ImageLabelBatch
+from mlcd_ds.config import RunConfig
+from mlcd_ds.data.decode import ImageError, decode_image
+from mlcd_ds.data.plan import EpochPlan, augmentation_generator
+from mlcd_ds.data.shards import ShardReader, ShardTable, build_shard_table
+from mlcd_ds.data.transforms import random_resized_crop
+from mlcd_ds.errors import ConfigError, DataError, UserError
+from mlcd_ds.topology import Topology
+
+__all__ = ["ImageLabelLoader", "Ledger", "build_shard_table"]
+
+IMAGES_PER_PIECE = 256
+"""Images that a loader process decodes in one go: bounds what lies in shared memory, whatever the batch size."""
+
+MIN_SAMPLES_TO_JUDGE = 1000
+"""The share of unusable samples is judged from this many on (and at the end)."""
+
+MAX_NAMES = 1000
+"""Skipped samples that the ledger names; all are counted."""
+
+
+@dataclass
+class Ledger:
+    """What became of every sample of this rank: decoded + skipped = read, exactly.
+
+    skipped: reason -> number; reasons are ImageError's and "no_label". names: the first MAX_NAMES skipped samples, as
+    "shard/key: reason: details".
+    """
+
+    decoded: int = 0
+    skipped: Counter = field(default_factory=Counter)
+    names: list[str] = field(default_factory=list)
+
+    @property
+    def num_skipped(self) -> int:
+        """Skipped for any reason."""
+        return sum(self.skipped.values())
+
+    @property
+    def read(self) -> int:
+        """All samples so far."""
+        return self.decoded + self.num_skipped
+
+    def add(self, decoded: int, skipped: list[tuple[str, str]]) -> None:
+        """Enters a piece of a batch; skipped: (reason, name) of each."""
+        self.decoded += decoded
+        self.skipped.update(reason for reason, _ in skipped)
+        self.names += [name for _, name in skipped[: MAX_NAMES - len(self.names)]]
+
+    def check(self, allowed: float) -> None:
+        """Raises DataError, with counts by reason and examples, above the share `allowed` of skipped samples."""
+        if self.num_skipped > allowed * self.read:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in self.skipped.most_common())
+            raise DataError(
+                f"{self.num_skipped} of {self.read} samples of this rank could not be used ({reasons}), more than "
+                f"--max_skipped_fraction {allowed:g} allows. E.g. {'; '.join(self.names[:3])}. Mend or remove these "
+                "samples, or raise the fraction."
+            )
+
+
+@dataclass
+class _Piece:
+    """A part of a batch, on its way from a loader process."""
+
+    images_uCHH: torch.Tensor
+    labels_uL: torch.Tensor
+    keys: list[str]
+    skipped: list[tuple[str, str]]
+    error: str | None = None  # an exception would arrive wrapped in a traceback
+
+    def pin_memory(self) -> "_Piece":
+        return _Piece(self.images_uCHH.pin_memory(), self.labels_uL.pin_memory(), self.keys, self.skipped, self.error)
+
+
+class _Pieces(Dataset):
+    """Work of the loader processes: item step * pieces + i is piece i of that step."""
+
+    def __init__(self, config: RunConfig, table: ShardTable, plan: EpochPlan, image_size: int, start: int, stop: int):
+        self.config, self.table, self.plan, self.image_size = config, table, plan, image_size
+        self.start, self.stop = start, stop
+        self.pieces = math.ceil((stop - start) / IMAGES_PER_PIECE)
+        # All crops but the smallest and longest find at least `image_size` pixels a side: the area's share is at least
+        # crop_scale_min, so a side's is its root.
+        self.min_side = math.ceil(image_size / math.sqrt(config.crop_scale_min))
+        self._reader: ShardReader | None = None
+
+    def __getitem__(self, item: int) -> _Piece:
+        step, piece = divmod(item, self.pieces)
+        size = self.stop - self.start
+        first, last = (self.start + (piece + i) * size // self.pieces for i in (0, 1))
+        try:
+            return self._read(step, first, last)
+        except UserError as error:
+            nothing = torch.empty(0)
+            return _Piece(nothing, nothing, [], [], str(error))
+
+    def _read(self, step: int, first: int, last: int) -> _Piece:
+        if self._reader is None:  # first use, in the process that will do the reading
+            lanes = self.plan.lanes_of(self.start, self.stop)
+            in_use = lanes * (self.plan.shuffle_window + 2 * max(self.table.counts))
+            self._reader = ShardReader(self.table, memory_samples=in_use)
+        size = self.image_size
+        images_uCHH = torch.zeros(last - first, 3, size, size, dtype=torch.uint8)
+        labels_uL = torch.full((last - first, self.table.num_positives), NO_IMAGE, dtype=torch.int64)
+        piece = _Piece(images_uCHH, labels_uL, [""] * (last - first), [])
+        for row, (epoch, shard, index) in enumerate(self.plan.samples(step, first, last)):
+            contents = self._reader.contents(shard)
+            key = contents.key(index)
+            try:
+                if not contents.labelled[index]:
+                    raise ImageError("no_label", "its key is not in the label file")
+                data = self._reader.image_bytes(contents, index)
+                pixels = decode_image(data, self.config.max_pixels, self.min_side)
+            except ImageError as error:
+                piece.skipped.append((error.reason, f"{self.table.names[shard]}/{key}: {error.reason}: {error}"))
+                continue
+            generator = augmentation_generator(self.plan.seed, epoch, shard, index)
+            crop = random_resized_crop(pixels, size, self.config.crop_scale_min, self.config.flip, generator)
+            images_uCHH[row] = torch.from_numpy(crop).permute(2, 0, 1)
+            labels_uL[row] = torch.from_numpy(contents.labels[index])
+            piece.keys[row] = key
+        return piece
+
+
+class _Steps:
+    """Sampler over the pieces of a range of steps, which changes between iterations."""
+
+    def __init__(self):
+        self.items = range(0)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.items)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+
+def _start_worker(_: int) -> None:
+    # The main process decides when to stop: a signal to the whole process group must not tear batches out of its hands.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+
+def _as_it_is(piece: _Piece) -> _Piece:
+    return piece
+
+
+class ImageLabelLoader:
+    """One rank's batches, the same for every number of ranks and loader processes.
+
+    config: `workers` processes read `prefetch` pieces of at most IMAGES_PER_PIECE images ahead, each; also crop, flip,
+    size and skip limits. table: from `build_shard_table`. plan: made of the table's counts; its global batch is split
+    evenly over `topology`'s ranks, consecutive slots to each. image_size: H. Batches are in pinned memory when
+    `topology.device` is a GPU. `ledger` counts what came out of `iterate` and what was skipped.
+    Raises ConfigError when the global batch cannot be split.
+    """
+
+    def __init__(
+        self, config: RunConfig, table: ShardTable, plan: EpochPlan, image_size: int, topology: Topology
+    ) -> None:
+        if plan.global_batch % topology.world_size:
+            raise ConfigError(
+                f"a global batch of {plan.global_batch} cannot be split over {topology.world_size} ranks: change "
+                "train_batch_size in the DeepSpeed JSON, or the number of ranks"
+            )
+        self.images_per_rank = plan.global_batch // topology.world_size
+        self.max_skipped_fraction = config.max_skipped_fraction
+        self.ledger = Ledger()
+        start = topology.rank * self.images_per_rank
+        self._dataset = _Pieces(config, table, plan, image_size, start, start + self.images_per_rank)
+        self._steps = _Steps()
+        self._pinned = topology.device.type == "cuda"
+        self._loader = DataLoader(
+            self._dataset,
+            batch_size=None,
+            sampler=self._steps,
+            collate_fn=_as_it_is,
+            num_workers=config.workers,
+            prefetch_factor=config.prefetch if config.workers else None,
+            persistent_workers=config.workers > 0,
+            pin_memory=self._pinned,
+            worker_init_fn=_start_worker,
+            # Its own generator: else every iteration would draw a number from torch's global one.
+            generator=torch.Generator(),
+        )
+
+    def iterate(self, start_step: int, stop_step: int) -> Iterator[ImageLabelBatch]:
+        """This rank's batches of the steps `start_step`..`stop_step`, one a step, B rows each. Calls no collective.
+
+        A sample that cannot be used keeps its slot: a zero image, a row of NO_IMAGE, the key "".
+        Raises DataError when a tar or label file changed or broke since the start, a loader process died, or more than
+        `max_skipped_fraction` of the samples so far were skipped (judged from MIN_SAMPLES_TO_JUDGE on, and at the end).
+        """
+        pieces = self._dataset.pieces
+        self._steps.items = range(start_step * pieces, stop_step * pieces)
+        arriving = iter(self._loader)
+        for _ in range(start_step, stop_step):
+            parts = [self._next(arriving) for _ in range(pieces)]
+            for part in parts:
+                self.ledger.add(len(part.keys) - len(part.skipped), part.skipped)
+            if self.ledger.read >= MIN_SAMPLES_TO_JUDGE:
+                self.ledger.check(self.max_skipped_fraction)
+            yield self._assemble(parts)
+        self.ledger.check(self.max_skipped_fraction)
+
+    def close(self) -> None:
+        """Ends the loader processes; `iterate` would start new ones."""
+        if self._loader._iterator is not None:
+            self._loader._iterator._shutdown_workers()
+            self._loader._iterator = None
+
+    def _next(self, arriving: Iterator[_Piece]) -> _Piece:
+        try:
+            piece = next(arriving)
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise DataError(
+                f"a loader process died ({str(error).splitlines()[0]}). Out of memory is the usual cause: use fewer "
+                "--workers or less --prefetch, and see that /dev/shm is large enough."
+            ) from None
+        if piece.error is not None:
+            raise DataError(piece.error)
+        return piece
+
+    def _assemble(self, parts: list[_Piece]) -> ImageLabelBatch:
+        if len(parts) == 1:
+            return ImageLabelBatch(parts[0].images_uCHH, parts[0].labels_uL, tuple(parts[0].keys))
+        shape = (self.images_per_rank, *parts[0].images_uCHH.shape[1:])
+        images_BCHH = torch.empty(shape, dtype=torch.uint8, pin_memory=self._pinned)
+        torch.cat([part.images_uCHH for part in parts], out=images_BCHH)
+        labels_BL = torch.cat([part.labels_uL for part in parts])
+        return ImageLabelBatch(images_BCHH, labels_BL, tuple(key for part in parts for key in part.keys))

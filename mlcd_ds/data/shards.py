@@ -1,0 +1,286 @@
+"""Tars joined with their labels: what every rank must know before the first step, and what reads one sample.
+
+Shapes: n images of a shard, l labels used per image.
+"""
+
+import hashlib
+import os
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from mlcd_ds.batch import NO_LABEL
+from mlcd_ds.collectives import gather_objects
+from mlcd_ds.data.labels import (
+    LabelsInfo,
+    check_enough_labels,
+    check_same_labels,
+    label_path,
+    missing_labels,
+    read_label_shard,
+)
+from mlcd_ds.data.tars import TarIndex, index_tar, local_shard, shard_name
+from mlcd_ds.errors import DataError
+from mlcd_ds.topology import Topology
+
+KEPT_SAMPLES = 2_000_000
+"""Samples whose places and labels stay in memory after the check at the start (about 60 bytes each)."""
+
+MAX_OPEN_FILES = 64
+"""Tars that one process keeps open: far below the usual limit of 1024 files."""
+
+
+@dataclass(frozen=True)
+class ShardContents:
+    """A tar's images in tar order, joined with their labels by key; compact, for millions live in memory.
+
+    keys: bytes [n]. offsets, sizes: int64 [n], of the image in the tar. labels: int32 [n, l], nearest first, NO_LABEL as
+    padding. labelled: bool [n].
+    """
+
+    path: Path
+    keys: np.ndarray
+    offsets: np.ndarray
+    sizes: np.ndarray
+    labels: np.ndarray
+    labelled: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def key(self, index: int) -> str:
+        """Key of one image."""
+        return self.keys[index].decode()
+
+
+@dataclass(frozen=True)
+class ShardTable:
+    """All shards of a run, the same on every rank.
+
+    shards: paths or URLs, and names: what their labels are found by. counts: images of each. labels_info: what all the
+    labels are of. without_label: images without a label (they are skipped, and counted, in every epoch). duplicates,
+    ignored, without_image: members and samples of the tars that are not used (see `TarIndex`).
+    """
+
+    shards: tuple[str, ...]
+    names: tuple[str, ...]
+    counts: tuple[int, ...]
+    labels_dir: Path
+    num_positives: int
+    cache_dir: str | None
+    labels_info: LabelsInfo
+    without_label: int = 0
+    duplicates: int = 0
+    ignored: int = 0
+    without_image: int = 0
+    kept: dict[int, ShardContents] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def num_samples(self) -> int:
+        """Images of one epoch."""
+        return sum(self.counts)
+
+    def fingerprint(self) -> str:
+        """Changes with names, counts or labels: for a checkpoint to compare."""
+        text = repr((self.names, self.counts, self.labels_info, self.num_positives))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def load(self, shard: int) -> ShardContents:
+        """Reads the headers of a tar and its labels again; raises DataError when either changed since the start."""
+        if shard in self.kept:
+            return self.kept[shard]
+        path = local_shard(self.shards[shard], self.cache_dir)
+        labels = read_label_shard(label_path(self.labels_dir, self.names[shard]))
+        contents = _join(index_tar(path), labels, self.num_positives)
+        if len(contents) != self.counts[shard] or labels.info != self.labels_info:
+            raise DataError(
+                f"{path} or its labels changed while the run was reading them: {self.counts[shard]} images of "
+                f"{self.labels_info} at the start, now {len(contents)} of {labels.info}. Start again with --resume auto."
+            )
+        return contents
+
+
+def _join(index: TarIndex, labels, num_positives: int) -> ShardContents:
+    rows = {key: row for row, key in enumerate(labels.keys)}
+    wanted = np.array([rows.get(key, -1) for key in index.keys], np.int64)
+    joined = np.full((len(wanted), num_positives), NO_LABEL, np.int32)
+    joined[wanted >= 0] = labels.labels[wanted[wanted >= 0], :num_positives]
+    places = np.array([index.image(key) for key in index.keys], np.int64).reshape(-1, 2)
+    keys = np.array([key.encode() for key in index.keys])
+    return ShardContents(index.path, keys, places[:, 0], places[:, 1], joined, wanted >= 0)
+
+
+@dataclass
+class _Found:
+    """What one rank learnt about one shard, to be exchanged."""
+
+    shard: int
+    count: int = 0
+    info: LabelsInfo | None = None
+    unlabelled: tuple[str, ...] = ()
+    num_unlabelled: int = 0
+    duplicates: int = 0
+    ignored: int = 0
+    without_image: int = 0
+    missing_labels: bool = False
+    error: str | None = None
+
+
+def build_shard_table(
+    shards: Sequence[str],
+    labels_dir: str | Path,
+    num_positives: int,
+    max_skipped_fraction: float,
+    cache_dir: str | None,
+    topology: Topology,
+) -> ShardTable:
+    """Walks all tars, each rank its share, checks them against their labels, and tells every rank the result.
+
+    num_positives: labels an image to use. cache_dir: where remote tars are fetched to.
+    Raises DataError, the same on every rank, when a tar is damaged or holds no image, label files are missing, of
+    different centers or with fewer labels than num_positives, a label is not below k, or more than
+    `max_skipped_fraction` of the images have no label.
+    One all-gather of a few bytes per shard.
+    """
+    if not shards:
+        raise DataError("no shards: name the image tars with --shards")
+    labels_dir = Path(labels_dir)
+    kept: dict[int, ShardContents] = {}
+    own = []
+    for shard in range(topology.rank, len(shards), topology.world_size):
+        own.append(_examine(shard, shards[shard], labels_dir, num_positives, cache_dir, kept))
+    found = [entry for part in gather_objects(own, topology) for entry in part]
+    found.sort(key=lambda entry: entry.shard)
+    names = tuple(shard_name(shard) for shard in shards)
+    _raise_problems(found, names, labels_dir)
+    check_same_labels([(label_path(labels_dir, names[entry.shard]), entry.info) for entry in found])
+    check_enough_labels(labels_dir, found[0].info, num_positives)
+    _check_unlabelled(found, shards, labels_dir, max_skipped_fraction)
+    return ShardTable(
+        shards=tuple(shards),
+        names=names,
+        counts=tuple(entry.count for entry in found),
+        labels_dir=labels_dir,
+        num_positives=num_positives,
+        cache_dir=cache_dir,
+        labels_info=found[0].info,
+        without_label=sum(entry.num_unlabelled for entry in found),
+        duplicates=sum(entry.duplicates for entry in found),
+        ignored=sum(entry.ignored for entry in found),
+        without_image=sum(entry.without_image for entry in found),
+        kept=kept,
+    )
+
+
+def _examine(
+    shard: int, path: str, labels_dir: Path, num_positives: int, cache_dir: str | None, kept: dict[int, ShardContents]
+) -> _Found:
+    """Never raises: what went wrong has to reach the other ranks, which wait in the collective that follows."""
+    found = _Found(shard)
+    try:
+        index = index_tar(local_shard(path, cache_dir))
+        if not index.keys:
+            names = [f"{key}.*" for key in index.without_image[:3]] or ["nothing"]
+            raise DataError(
+                f"the tar {path} holds no image: found {', '.join(names)}, wanted KEY.jpg, KEY.jpeg, KEY.png or KEY.webp "
+                "(the key ends at the first dot). Take it out of the shard list."
+            )
+        found.count, found.duplicates, found.ignored = len(index.keys), index.duplicates, index.ignored
+        found.without_image = len(index.without_image)
+        file = label_path(labels_dir, shard_name(path))
+        if not file.is_file():
+            found.missing_labels = True
+            return found
+        labels = read_label_shard(file)
+        found.info = labels.info
+        if labels.info.num_positives < num_positives:
+            return found
+        contents = _join(index, labels, num_positives)
+        lacking = np.nonzero(~contents.labelled)[0]
+        found.num_unlabelled = len(lacking)
+        found.unlabelled = tuple(contents.key(row) for row in lacking[:3])
+        if sum(map(len, kept.values())) + len(contents) <= KEPT_SAMPLES:
+            kept[shard] = contents
+    except DataError as error:
+        found.error = str(error)
+    except Exception as error:
+        found.error = f"reading {path} and its labels failed: {type(error).__name__}: {error}"
+    return found
+
+
+def _raise_problems(found: list[_Found], names: Sequence[str], labels_dir: Path) -> None:
+    errors = [entry.error for entry in found if entry.error]
+    if errors:
+        more = f" ({len(errors) - 1} more of the {len(found)} shards cannot be used either)" if errors[1:] else ""
+        raise DataError(errors[0] + more)
+    missing = [names[entry.shard] for entry in found if entry.missing_labels]
+    if missing:
+        if not labels_dir.is_dir():
+            raise DataError(f"the label folder {labels_dir} does not exist. Write it with tools/assign_labels.py.")
+        raise DataError(missing_labels(labels_dir, missing, len(found)))
+
+
+def _check_unlabelled(found: list[_Found], shards: Sequence[str], labels_dir: Path, allowed: float) -> None:
+    lacking, total = sum(entry.num_unlabelled for entry in found), sum(entry.count for entry in found)
+    if lacking <= allowed * total:
+        return
+    worst = max(found, key=lambda entry: entry.num_unlabelled)
+    raise DataError(
+        f"{lacking} of {total} images have no label in {labels_dir}, more than --max_skipped_fraction {allowed:g} allows. "
+        f"Most of them in {shards[worst.shard]}: {worst.num_unlabelled} of {worst.count}, e.g. "
+        f"{', '.join(worst.unlabelled)}. Are these the labels of these tars? Write them with tools/assign_labels.py."
+    )
+
+
+class ShardReader:
+    """Reads single samples of a `ShardTable`; each process has its own.
+
+    memory_samples: samples whose places and labels may stay in memory at a time.
+    """
+
+    def __init__(self, table: ShardTable, memory_samples: int):
+        self.table, self.memory_samples = table, memory_samples
+        self._contents: OrderedDict[int, ShardContents] = OrderedDict()
+        self._samples = 0
+        self._files: OrderedDict[Path, int] = OrderedDict()
+
+    def contents(self, shard: int) -> ShardContents:
+        """Places and labels of a shard, read on first use."""
+        if shard in self._contents:
+            self._contents.move_to_end(shard)
+            return self._contents[shard]
+        contents = self._contents[shard] = self.table.load(shard)
+        self._samples += len(contents)
+        while self._samples > self.memory_samples and len(self._contents) > 1:
+            _, oldest = self._contents.popitem(last=False)
+            self._samples -= len(oldest)
+        return contents
+
+    def image_bytes(self, contents: ShardContents, index: int) -> bytes:
+        """The encoded image. Raises DataError when the tar became shorter or unreadable."""
+        offset, size = int(contents.offsets[index]), int(contents.sizes[index])
+        try:
+            # pread, not a map: a tar that shrinks while it is read then gives an error, where a map ends the process.
+            data = os.pread(self._file(contents.path), size, offset)
+        except OSError as error:
+            raise DataError(f"cannot read {contents.path} (sample {contents.key(index)}): {error}") from None
+        if len(data) != size:
+            raise DataError(f"{contents.path} became shorter while it was read: sample {contents.key(index)} is cut")
+        return data
+
+    def close(self) -> None:
+        """Closes the open tars."""
+        while self._files:
+            os.close(self._files.popitem()[1])
+
+    def _file(self, path: Path) -> int:
+        if path in self._files:
+            self._files.move_to_end(path)
+            return self._files[path]
+        if len(self._files) >= MAX_OPEN_FILES:
+            os.close(self._files.popitem(last=False)[1])
+        self._files[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        return self._files[path]
