@@ -238,7 +238,7 @@ UNSUPPORTED_KEYS = {
     "weight_quantization": "it is for inference. Remove it.",
     "torch_autocast": 'the precision must be one that the head knows. Remove it and write "bf16": {"enabled": true}.',
     "compile": "DeepCompile is untried with a head outside the engine. Remove it.",
-    "datastates": "it writes checkpoints after save returns, too late for our checksums. Remove it.",
+    "datastates_ckpt": "it writes checkpoints after save returns, too late for our checksums. Remove it.",
     "dataloader_drop_last": _NO_EFFECT,
     "vocabulary_size": _NO_EFFECT,
     "disable_allgather": _NO_EFFECT,

@@ -189,14 +189,11 @@ def resolve_optimizer(config: dict, device_type: str, defaults: DeepSpeedDefault
             params[key] = default
             notes.append(f"optimizer.params.{key} {default} (Adam's usual)")
     _check_ranges(params)
+    if params.pop("adam_w_mode", True) is False:
+        raise ConfigError('"adam_w_mode" is false: weight decay must be decoupled, as it is for the centers. Remove it')
     if block["type"].lower() == "adam":
-        if params.get("adam_w_mode", True) is False:
-            raise ConfigError(
-                '"adam_w_mode" is false: weight decay must be decoupled, as it is for the centers. Remove it'
-            )
-        block["type"] = "AdamW"
-        notes.append('optimizer "Adam" is AdamW to DeepSpeed as well (adam_w_mode is on)')
-    params.pop("adam_w_mode", None)
+        notes.append('optimizer "Adam" is AdamW to DeepSpeed as well')
+    block["type"] = "AdamW"
     _choose_adam(params, device_type, notes)
     return params
 
