@@ -139,7 +139,7 @@ def _decode_with_pillow(data: bytes, max_pixels: int) -> np.ndarray:
         _check_size(*image.size, max_pixels)
         try:
             image.load()
-            return np.ascontiguousarray(np.asarray(_to_rgb(ImageOps.exif_transpose(image))))
+            return np.array(_to_rgb(ImageOps.exif_transpose(image)))
         except Exception as error:
             raise ImageError("broken", f"damaged or cut {image.format}: {type(error).__name__}: {error}") from None
 

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
@@ -115,9 +116,9 @@ class _Pieces(Dataset):
             in_use = lanes * (self.plan.shuffle_window + 2 * max(self.table.counts))
             self._reader = ShardReader(self.table, memory_samples=in_use)
         size = self.image_size
-        images_uCHH = torch.zeros(last - first, 3, size, size, dtype=torch.uint8)
-        labels_uL = torch.full((last - first, self.table.num_positives), NO_IMAGE, dtype=torch.int64)
-        piece = _Piece(images_uCHH, labels_uL, [""] * (last - first), [])
+        images_uCHH = np.zeros((last - first, 3, size, size), np.uint8)
+        labels_uL = np.full((last - first, self.table.num_positives), NO_IMAGE, np.int64)
+        piece = _Piece(torch.from_numpy(images_uCHH), torch.from_numpy(labels_uL), [""] * (last - first), [])
         for row, (epoch, shard, index) in enumerate(self.plan.samples(step, first, last)):
             contents = self._reader.contents(shard)
             key = contents.key(index)
@@ -131,8 +132,8 @@ class _Pieces(Dataset):
                 continue
             generator = augmentation_generator(self.plan.seed, epoch, shard, index)
             crop = random_resized_crop(pixels, size, self.config.crop_scale_min, self.config.flip, generator)
-            images_uCHH[row] = torch.from_numpy(crop).permute(2, 0, 1)
-            labels_uL[row] = torch.from_numpy(contents.labels[index])
+            images_uCHH[row] = crop.transpose(2, 0, 1)
+            labels_uL[row] = contents.labels[index]
             piece.keys[row] = key
         return piece
 

@@ -26,7 +26,7 @@ def resize_shorter_and_center_crop(image: np.ndarray, size: int) -> np.ndarray:
     height, width = image.shape[:2]
     target = (max(size, int(size * width / short)), max(size, int(size * height / short)))
     if target != (width, height):
-        image = np.asarray(_pillow(image).resize(target, Image.Resampling.BICUBIC))
+        image = np.array(_pillow(image).resize(target, Image.Resampling.BICUBIC))
     left, top = round((target[0] - size) / 2), round((target[1] - size) / 2)
     return np.ascontiguousarray(image[top : top + size, left : left + size])
 
@@ -43,7 +43,7 @@ def random_resized_crop(
     crop = image[top : top + height, left : left + width]
     if (width, height) != (size, size):
         resized = _pillow(crop).resize((size, size), Image.Resampling.BICUBIC, reducing_gap=_REDUCING_GAP)
-        crop = np.asarray(resized)
+        crop = np.array(resized)
     return np.ascontiguousarray(crop[:, ::-1] if mirrored else crop)
 
 

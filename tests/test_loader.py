@@ -1,0 +1,371 @@
+"""The order of samples, and batches that depend on neither ranks nor loader processes."""
+
+import os
+import pickle
+import signal
+import time
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from toy_data import encode, labels_of, make_shards, picture, write_labels
+
+from mlcd_ds.batch import NO_IMAGE, NO_LABEL
+from mlcd_ds.config import RunConfig
+from mlcd_ds.data import loader as loader_module
+from mlcd_ds.data.labels import label_path, write_label_shard
+from mlcd_ds.data.loader import ImageLabelLoader
+from mlcd_ds.data.plan import EpochPlan, augmentation_generator
+from mlcd_ds.data.shards import ShardReader, build_shard_table
+from mlcd_ds.errors import ConfigError, DataError
+from mlcd_ds.topology import Topology
+
+# ------------------------------------------------------------------------------------------------ the plan
+
+PLANS = [
+    ([5, 7, 1, 12, 9], 8, 3),
+    ([10] * 6, 12, 4),
+    ([3], 7, 2),
+    ([1, 1, 1, 1], 4, 100),
+    ([40, 50], 6, 1),
+    ([2, 3], 64, 5),
+]
+
+
+@pytest.mark.parametrize("counts, batch, window", PLANS)
+def test_every_lane_visits_each_sample_of_an_epoch_once_and_in_turn(counts, batch, window):
+    plan = EpochPlan(3, counts, batch, window)
+    q, size = plan.samples_per_lane, plan.num_samples
+    assert plan.lanes * q == batch and plan.lanes <= len(counts)
+    steps = 3 * size // q + 2
+    whole_epochs = Counter()
+    for lane in range(plan.lanes):
+        stream = [s for t in range(steps) for s in plan.samples(t, lane * q, (lane + 1) * q)]
+        length = (lane + 1) * size // plan.lanes - lane * size // plan.lanes
+        epochs = [epoch for epoch, _, _ in stream]
+        assert epochs == [p // length for p in range(len(stream))]  # nothing dropped where epochs meet
+        whole_epochs.update(sample for sample in stream if sample[0] < 3)
+    every = {(e, s, i) for e in range(3) for s, count in enumerate(counts) for i in range(count)}
+    assert whole_epochs == Counter(every)
+
+
+@pytest.mark.parametrize("counts, batch, window", PLANS)
+def test_slots_and_steps_can_be_asked_for_in_any_order(counts, batch, window):
+    plan = EpochPlan(3, counts, batch, window)
+    whole = [plan.samples(step, 0, batch) for step in range(9)]
+    other = pickle.loads(pickle.dumps(EpochPlan(3, counts, batch, window)))
+    for step in (8, 0, 5, 5, 2):
+        for ranks in (d for d in range(1, batch + 1) if batch % d == 0):
+            share = batch // ranks
+            parts = [other.samples(step, r * share, (r + 1) * share) for r in reversed(range(ranks))]
+            assert [sample for part in reversed(parts) for sample in part] == whole[step]
+
+
+def test_the_number_of_lanes():
+    def lanes(shards, batch):
+        return EpochPlan(0, [9] * shards, batch, 4).lanes
+
+    assert lanes(1, 8) == 1 and lanes(5, 8) == 4 and lanes(7, 21) == 7 and lanes(3, 7) == 1
+    assert lanes(40_000, 32_800) == 100 and lanes(500, 1024) == 128 and lanes(500, 127) == 127
+
+
+def test_the_seed_and_the_epoch_change_the_order_and_so_does_the_window():
+    def order(seed, step, window=50):
+        return [sample[1:] for sample in EpochPlan(seed, [30, 30, 40], 100, window).samples(step, 0, 100)]
+
+    assert order(0, 0) == order(0, 0)
+    others = [order(1, 0), order(0, 1), order(0, 0, 7)]
+    assert all(order(0, 0) != other for other in others)
+    assert all(sorted(order(0, 0)) == sorted(other) for other in others)
+    moved = np.mean([a != b for a, b in zip(order(0, 0), sorted(order(0, 0)), strict=True)])
+    assert moved > 0.9
+
+
+def test_fingerprints():
+    base = (0, [3, 4], 4, 2)
+    prints = [EpochPlan(*base), EpochPlan(1, *base[1:]), EpochPlan(0, [4, 3], 4, 2), EpochPlan(0, [3, 4], 2, 2)]
+    prints += [EpochPlan(0, [3, 4], 4, 3)]
+    assert len({plan.fingerprint() for plan in prints}) == 5
+    assert EpochPlan(*base).fingerprint() == prints[0].fingerprint()
+
+
+def test_a_plan_of_400_million_samples_is_cheap():
+    began = time.perf_counter()
+    plan = EpochPlan(0, [10_000] * 40_000, 32_800, 16_384)
+    for step in (0, 1, 400_000, 12_195 * 31):
+        assert len(plan.samples(step, 410 * 7, 410 * 8)) == 410
+    assert time.perf_counter() - began < 2
+    assert plan.lanes_of(410 * 7, 410 * 8) <= 3  # so a rank reads few tars at a time
+    assert plan.epochs_at(12_195) == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize("counts, batch, window", [([], 4, 4), ([3, 0], 4, 4), ([3], 0, 4), ([3], 4, 0)])
+def test_nothing_to_plan(counts, batch, window):
+    with pytest.raises(DataError, match="at least 1"):
+        EpochPlan(0, counts, batch, window)
+
+
+def test_slots_outside_the_batch():
+    plan = EpochPlan(0, [10], 4, 4)
+    for wrong in [(0, 0, 5), (0, 3, 2), (-1, 0, 4), (0, -1, 2)]:
+        with pytest.raises(IndexError):
+            plan.samples(*wrong)
+
+
+def test_augmentation_streams_do_not_repeat():
+    places = [(s, e, h, i) for s in range(2) for e in range(3) for h in range(3) for i in range(3)]
+    draws = {tuple(augmentation_generator(*place).integers(0, 2**62, 3)) for place in places}
+    assert len(draws) == len(places)
+    assert augmentation_generator(1, 2, 3, 4).random() == augmentation_generator(1, 2, 3, 4).random()
+
+
+# ------------------------------------------------------------------------------------------------ the loader
+
+COUNTS = [17, 9, 14, 20]
+
+
+def config(**changes) -> RunConfig:
+    settings = {"deepspeed_config": "x", "shards": "x", "labels": "x", "output_dir": "x", "num_positives": 3}
+    return RunConfig(**{**settings, "workers": 0, "shuffle_window": 6, "prefetch": 2, **changes})
+
+
+def make_loader(folder, shards, rank=0, world_size=1, batch=8, allowed=1.0, **changes):
+    settings = config(max_skipped_fraction=allowed, **changes)
+    table = build_shard_table(shards, folder / "labels", settings.num_positives, allowed, None, Topology.single())
+    plan = EpochPlan(5, table.counts, batch, settings.shuffle_window)
+    topology = Topology(rank, world_size, rank, world_size, torch.device("cpu"))
+    return ImageLabelLoader(settings, table, plan, image_size=24, topology=topology)
+
+
+def collect(loader, start, stop):
+    """Each batch as (images, labels, keys)."""
+    try:
+        return [(b.images_BCHH.clone(), b.labels_BL.clone(), b.keys) for b in loader.iterate(start, stop)]
+    finally:
+        loader.close()
+
+
+def assert_same(found, expected):
+    assert len(found) == len(expected)
+    for (images, labels, keys), (images2, labels2, keys2) in zip(found, expected, strict=True):
+        assert keys == keys2 and torch.equal(labels, labels2) and torch.equal(images, images2)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    return folder, make_shards(folder, COUNTS)
+
+
+@pytest.fixture(scope="module")
+def reference(data):
+    """Twelve steps of 8 images: one rank, no loader processes. More than an epoch of 60 images."""
+    return collect(make_loader(*data), 0, 12)
+
+
+def test_batches_are_what_they_say(data, reference):
+    seen = Counter()
+    for images, labels, keys in reference:
+        assert images.dtype == torch.uint8 and images.shape == (8, 3, 24, 24) and images.is_contiguous()
+        assert labels.dtype == torch.int64 and labels.shape == (8, 3)
+        assert labels.tolist() == [labels_of(key).tolist() for key in keys]
+        seen.update(keys)
+    assert set(seen.values()) <= {1, 2} and len(seen) == sum(COUNTS)
+    # The image belongs to the key: its mean colour is near that of the picture it was cut from.
+    differences = [
+        np.abs(image.numpy().mean((1, 2)) - picture(int(key)).mean((0, 1))).max()
+        for images, _, keys in reference
+        for image, key in zip(images, keys, strict=True)
+    ]
+    assert np.median(differences) < 10
+
+
+@pytest.mark.parametrize("world_size, workers", [(1, 2), (2, 0), (2, 2), (4, 0)])
+def test_ranks_and_loader_processes_change_nothing(data, reference, world_size, workers):
+    ranks = [
+        collect(make_loader(*data, rank=rank, world_size=world_size, workers=workers), 0, 12)
+        for rank in range(world_size)
+    ]
+    joined = [
+        (torch.cat([b[0] for b in step]), torch.cat([b[1] for b in step]), tuple(key for b in step for key in b[2]))
+        for step in zip(*ranks, strict=True)
+    ]
+    assert_same(joined, reference)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_any_step_can_be_the_first(data, reference, workers):
+    assert_same(collect(make_loader(*data, workers=workers), 5, 10), reference[5:10])
+
+
+def test_a_loader_can_be_used_again_even_after_half_a_pass(data, reference):
+    loader = make_loader(*data, workers=2)
+    half = loader.iterate(0, 12)
+    for _ in range(3):
+        next(half)
+    half.close()
+    first = [(b.images_BCHH, b.labels_BL, b.keys) for b in loader.iterate(2, 6)]
+    assert_same(first, reference[2:6])
+    assert_same(collect(loader, 6, 12), reference[6:12])
+    assert list(loader.iterate(3, 3)) == []
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_in_several_pieces_are_the_same(data, reference, monkeypatch, workers):
+    monkeypatch.setattr(loader_module, "IMAGES_PER_PIECE", 3)
+    assert_same(collect(make_loader(*data, workers=workers), 0, 12), reference)
+
+
+def test_reading_leaves_the_global_random_state_alone(data):
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    collect(make_loader(*data, workers=1), 0, 2)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_augmentation_differs_between_epochs_and_can_be_off(data):
+    def images_of(steps, **changes):
+        found = {}
+        for images, _, keys in collect(make_loader(*data, **changes), 0, steps):
+            for image, key in zip(images, keys, strict=True):
+                found.setdefault(key, []).append(image)
+        return [images for images in found.values() if len(images) == 2]
+
+    assert any(not torch.equal(*pair) for pair in images_of(16))
+    plain = images_of(16, crop_scale_min=1.0, flip=False)
+    assert plain and sum(torch.equal(*pair) for pair in plain) >= len(plain) * 0.2
+
+
+def test_fewer_labels_than_stored_and_fewer_stored_than_wanted(tmp_path):
+    shards = make_shards(tmp_path, [4])
+    ((_, labels, keys),) = collect(make_loader(tmp_path, shards, batch=4, num_positives=2), 0, 1)
+    assert labels.tolist() == [labels_of(key)[:2].tolist() for key in keys]
+    rows = np.array([[1, 2, 3], [4, -1, -1], [-1, -1, -1], [5, 6, -1]])
+    info = build_shard_table(shards, tmp_path / "labels", 3, 0.0, None, Topology.single()).labels_info
+    names = [f"00000{i:04d}" for i in range(4)]
+    write_label_shard(label_path(tmp_path / "labels", "00000"), names, rows, np.zeros((4, 3)), info)
+    ((_, labels, keys),) = collect(make_loader(tmp_path, shards, batch=4), 0, 1)
+    assert labels.tolist() == [rows[names.index(key)].tolist() for key in keys] and NO_LABEL in labels
+
+
+def test_the_global_batch_must_be_divisible(data):
+    with pytest.raises(ConfigError, match="global batch of 8 cannot be split over 3 ranks"):
+        make_loader(*data, world_size=3)
+
+
+def test_reading_with_little_memory_and_few_files_gives_the_same(data, monkeypatch):
+    monkeypatch.setattr("mlcd_ds.data.shards.MAX_OPEN_FILES", 1)
+    monkeypatch.setattr("mlcd_ds.data.shards.KEPT_SAMPLES", 0)
+    folder, shards = data
+    table = build_shard_table(shards, folder / "labels", 3, 0.0, None, Topology.single())
+    reader, other = ShardReader(table, memory_samples=1), ShardReader(table, memory_samples=10**6)
+    assert not table.kept
+    for shard, index in [(0, 0), (1, 8), (0, 16), (3, 2), (1, 0), (2, 13)]:
+        one, two = (r.image_bytes(r.contents(shard), index) for r in (reader, other))
+        assert one == two == encode(picture(shard * 10_000 + index))
+    assert len(reader._files) == len(reader._contents) == 1 and len(other._contents) == 4
+    reader.close()
+    other.close()
+
+
+# ------------------------------------------------------------------------------------------------ what cannot be used
+
+BAD = {
+    "000000003": b"",
+    "000000005": b"this is text",
+    "000010002": encode(picture(1))[:-300],
+    "000010007": encode(Image.new("1", (9000, 9000)), "PNG"),
+}
+REASONS = {"empty": 1, "not_an_image": 1, "broken": 1, "too_large": 1, "no_label": 2}
+
+
+@pytest.fixture
+def damaged(tmp_path):
+    shards = make_shards(tmp_path, [20, 20], BAD)
+    write_labels(tmp_path / "labels", "00001", [f"00001{i:04d}" for i in range(20) if i not in (4, 9)])
+    return tmp_path, shards
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_samples_keep_their_slot_and_are_counted(damaged, workers):
+    folder, shards = damaged
+    loader = make_loader(folder, shards, workers=workers)
+    batches = collect(loader, 0, 5)  # exactly one epoch
+    unusable = {*BAD, "000010004", "000010009"}
+    good = {f"{shard:05d}{i:04d}" for shard in range(2) for i in range(20)} - unusable
+    empty = 0
+    for images, labels, keys in batches:
+        for image, row, key in zip(images, labels, keys, strict=True):
+            assert (key == "") == (row == NO_IMAGE).all().item() == (row == NO_IMAGE).any().item()
+            if key == "":
+                assert not image.any()
+                empty += 1
+    assert empty == 6
+    assert sorted(key for _, _, keys in batches for key in keys if key) == sorted(good)
+    assert loader.ledger.skipped == REASONS and loader.ledger.decoded == 34 and loader.ledger.read == 40
+    assert {name.split(":")[0].split("/")[1] for name in loader.ledger.names} == unusable
+    assert any(name.startswith("00001/000010007: too_large: 9000 x 9000 pixels") for name in loader.ledger.names)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_too_many_bad_samples_stop_the_run(damaged, workers):
+    folder, shards = damaged
+    loader = make_loader(folder, shards, allowed=0.12, workers=workers)
+    with pytest.raises(DataError) as caught:
+        collect(loader, 0, 5)
+    message = str(caught.value)
+    assert "6 of 40 samples" in message and "2 no_label" in message and "1 broken" in message
+    assert "--max_skipped_fraction 0.12" in message and "0000" in message and "Traceback" not in message
+    assert len(collect(make_loader(folder, shards, allowed=0.15), 0, 5)) == 5
+
+
+def test_they_stop_it_as_soon_as_there_are_enough_to_judge(damaged, monkeypatch):
+    monkeypatch.setattr(loader_module, "MIN_SAMPLES_TO_JUDGE", 16)
+    folder, shards = damaged
+    loader = make_loader(folder, shards, allowed=0.06)
+    with pytest.raises(DataError):
+        collect(loader, 0, 1000)
+    assert 16 <= loader.ledger.read <= 40
+
+
+# ------------------------------------------------------------------------------------------------ what breaks on the way
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_shard_that_changes_during_the_run_is_one_clear_error(tmp_path, workers, monkeypatch):
+    monkeypatch.setattr("mlcd_ds.data.shards.KEPT_SAMPLES", 0)
+    shards = make_shards(tmp_path, [10, 10])
+    loader = make_loader(tmp_path, shards, workers=workers)
+    with open(shards[1], "r+b") as file:  # noqa: PTH123
+        file.truncate(1000)
+    with pytest.raises(DataError, match=r"^the tar .*00001.tar is cut inside a member.*Fetch") as caught:
+        collect(loader, 0, 3)
+    assert "Traceback" not in str(caught.value) and caught.value.exit_code == 3
+
+
+def test_a_tar_that_shrinks_while_it_is_open(tmp_path):
+    shards = make_shards(tmp_path, [10, 10])
+    loader = make_loader(tmp_path, shards)
+    with open(shards[1], "r+b") as file:  # noqa: PTH123
+        file.truncate(1500)
+    with pytest.raises(DataError, match=r"00001.tar became shorter while it was read: sample 00001"):
+        collect(loader, 0, 3)
+
+
+def test_loader_processes_ignore_signals_and_their_death_is_told(data):
+    loader = make_loader(*data, workers=1, prefetch=1)
+    steps = loader.iterate(0, 10_000)
+    next(steps)
+    (process,) = loader._loader._iterator._workers
+    for number in (signal.SIGTERM, signal.SIGINT):
+        os.kill(process.pid, number)
+    for _ in range(5):
+        next(steps)
+    assert process.is_alive()
+    os.kill(process.pid, signal.SIGKILL)
+    with pytest.raises(DataError, match="a loader process died"):
+        for _ in range(50):
+            next(steps)
+    loader.close()
