@@ -1,0 +1,1 @@
+"""Images to features to centers to labels."""

@@ -1,0 +1,1 @@
+"""Tars and label shards to batches, resumable."""

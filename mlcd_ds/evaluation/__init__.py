@@ -1,0 +1,1 @@
+"""Frozen encoders, and the questions the field asks of them."""

@@ -1,0 +1,1 @@
+"""Encoders, each from a table of presets."""
