@@ -1,7 +1,10 @@
 """The DeepSpeed JSON: each trap is a right value or a clear error, and what comes out is what DeepSpeed takes."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -551,3 +554,45 @@ def test_offload_on_a_cpu_is_dropped_and_on_a_gpu_kept():
     assert kept.json["zero_optimization"]["offload_optimizer"] == {"device": "cpu"}
     with pytest.raises(ConfigError, match="needs stage 3"):
         resolve(minimal(zero_optimization={"stage": 2, "offload_param": {"device": "cpu"}}), device="cuda")
+
+
+TRAINER = """
+import json, sys
+import deepspeed, torch
+from mlcd_ds.topology import Topology
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled first
+Topology.single().start(1.0)
+deepspeed.init_distributed("gloo")
+for name, config in json.load(open(sys.argv[1])).items():
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.GELU(), torch.nn.Linear(8, 4))
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
+    if "activation_checkpointing" in config:
+        deepspeed.checkpointing.configure(None, deepspeed_config=config)
+    dtype = torch.bfloat16 if "bf16" in config else torch.float32
+    for _ in range(4 * engine.gradient_accumulation_steps()):
+        engine.backward(engine(torch.ones(4, 8, dtype=dtype)).float().square().mean())
+        engine.step()
+    assert engine.global_steps == 4 and engine.skipped_steps == 0
+    print("trained", name, engine.get_lr()[0], flush=True)
+    engine.destroy()
+"""
+
+
+def test_deepspeed_trains_with_every_shipped_file(tmp_path):
+    """The optimizer classes, buckets and schedules of each file, in DeepSpeed itself; only the batch is made small."""
+    configs = {}
+    for name in SHIPPED:
+        raw = load_deepspeed_config(str(ROOT / "ds_configs" / name))
+        raw.update(train_batch_size=8, train_micro_batch_size_per_gpu=4)
+        configs[name] = resolve(raw, world_size=1, total=100, warmup=10, output_dir=str(tmp_path / name)).json
+    (tmp_path / "configs.json").write_text(json.dumps(configs))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "LOCAL_RANK": "0", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", TRAINER, str(tmp_path / "configs.json")]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert result.returncode == 0, result.stderr
+    for name, config in configs.items():
+        rate = float(re.search(rf"trained {name} (\S+)", result.stdout).group(1))
+        assert rate == pytest.approx(
+            config["optimizer"]["params"]["lr"] * 3 / 10
+        )  # the counter stands at 3 after 4 steps
+        assert list((tmp_path / name / "tensorboard").glob("events.*"))
