@@ -211,7 +211,9 @@ def settings_classes() -> list[type[Settings]]:
 
 
 def fields_read(tree: ast.AST) -> set[str]:
-    """Attributes read from something that is called config, settings, defaults, or is annotated with a settings class."""
+    """Attributes read from what is called config, settings, defaults, or annotated with a settings class; and the names
+    in a tuple SETTINGS, over which a caller does `getattr(config, name)`.
+    """
     names = {cls.__name__ for cls in settings_classes()}
     holders = {
         argument.arg
@@ -226,6 +228,10 @@ def fields_read(tree: ast.AST) -> set[str]:
             holder = node.value.attr if isinstance(node.value, ast.Attribute) else getattr(node.value, "id", "")
             if holder in holders or holder.lstrip("_") in ("config", "settings", "defaults"):
                 read.add(node.attr)
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            if node.value is not None and any(getattr(target, "id", "") == "SETTINGS" for target in targets):
+                read |= {part.value for part in ast.walk(node.value) if isinstance(part, ast.Constant)}
     return read
 
 
