@@ -72,6 +72,12 @@ class PartialFC(nn.Module):
     Raises ConfigError for fewer classes than ranks, an unknown objective, or centers of another shape.
     """
 
+    SETTINGS = (
+        *("objective", "sample_rate", "scale", "margin", "margin_type", "margin_gradient", "negative_filter"),
+        "workspace_mb",
+    )
+    """The arguments that are fields of config.HeadConfig."""
+
     def __init__(
         self,
         num_classes: int,

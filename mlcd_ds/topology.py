@@ -79,3 +79,12 @@ class Topology:
         """Leaves the process group."""
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def set_timeout_of_every_group(timeout_minutes: float) -> None:
+    """Bounds the waits of all process groups that exist now.
+
+    `init_process_group(timeout=)` bounds the default group alone; ZeRO makes groups of its own, with torch's 30 minutes.
+    """
+    for group in list(dist.distributed_c10d._world.pg_map):
+        dist.distributed_c10d._set_pg_timeout(timedelta(minutes=timeout_minutes), group)

@@ -1,0 +1,139 @@
+"""The startup card: what a run is about to do, every number with its reason; before anything is started."""
+
+import math
+from dataclasses import dataclass
+
+from mlcd_ds.config import RunConfig
+from mlcd_ds.ds_config import DeepSpeedSettings
+from mlcd_ds.models.vit import VisionTransformer, VitConfig
+from mlcd_ds.partition import ClassPartition
+from mlcd_ds.schedule import RunLength
+
+ACTIVATIONS_PER_TOKEN = 16
+"""Tensors as wide as the token that a block keeps for its backward: input, 2 norms, q, k, v, attention (2), residual,
+MLP hidden (4) and its activation (4), minus what is recomputed in place. With attention by
+scaled_dot_product_attention no [T, T] matrix is among them."""
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes on one rank, by part; estimates from shapes, not measurements."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    head: int
+    head_step: int
+
+    @property
+    def total(self) -> int:
+        """All parts."""
+        return self.weights + self.gradients + self.optimizer + self.activations + self.head + self.head_step
+
+
+def count_parameters(encoder: VitConfig) -> int:
+    """Parameters of an encoder, without allocating them."""
+    import torch
+
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in VisionTransformer(encoder).parameters())
+
+
+def plan_memory(
+    encoder: VitConfig, settings: DeepSpeedSettings, config: RunConfig, num_classes: int, world_size: int
+) -> MemoryPlan:
+    """What one rank will need, by the arithmetic of ZeRO (Rajbhandari et al. 2020, section 5) and of the head."""
+    parameters = count_parameters(encoder)
+    size = 2 if settings.precision == "bfloat16" else 4
+    stage, ranks = settings.zero_stage, world_size
+    master = 4 if size == 2 else 0
+    tokens = 1 + (encoder.image_size // encoder.patch_size) ** 2
+    block = settings.micro_batch * tokens * encoder.width * size
+    kept = (
+        encoder.layers + ACTIVATIONS_PER_TOKEN
+        if settings.activation_checkpointing
+        else (encoder.layers * ACTIVATIONS_PER_TOKEN)
+    )
+    rows = ClassPartition(num_classes, world_size).max_size
+    sampled = sampled_rows(config, settings.micro_batch * world_size, num_classes, world_size)
+    gathered = settings.micro_batch * world_size
+    return MemoryPlan(
+        weights=parameters * size // (ranks if stage == 3 else 1),
+        gradients=parameters * 4 // (ranks if stage >= 2 else 1),
+        optimizer=parameters * (8 + master) // (ranks if stage >= 1 else 1),
+        activations=kept * block,
+        head=rows * (encoder.embed_dim * 12 + 4),
+        head_step=(3 * sampled + 2 * gathered) * encoder.embed_dim * 4
+        + min(config.workspace_mb * 2**20, gathered * sampled * 4),
+    )
+
+
+def sampled_rows(config: RunConfig, images: int, num_classes: int, world_size: int) -> int:
+    """Rows of one shard in one micro-step: r of them, or the expected number of distinct positives if that is more.
+
+    Distinct positives of `images` images with l uniform labels each: K (1 - exp(-images l / K)).
+    """
+    labels = 1 if config.objective == "cd" else config.num_positives
+    positives = num_classes * -math.expm1(-images * labels / num_classes)
+    return math.ceil(max(config.sample_rate * num_classes, positives) / world_size)
+
+
+def startup_card(
+    config: RunConfig,
+    settings: DeepSpeedSettings,
+    encoder: VitConfig,
+    length: RunLength,
+    *,
+    num_samples: int,
+    num_shards: int,
+    num_classes: int,
+    world_size: int,
+    device: str,
+) -> str:
+    """The card as text."""
+    memory = plan_memory(encoder, settings, config, num_classes, world_size)
+    partition = ClassPartition(num_classes, world_size)
+    sampled = sampled_rows(config, settings.micro_batch * world_size, num_classes, world_size)
+    parameters = count_parameters(encoder)
+    patches = (encoder.image_size // encoder.patch_size) ** 2
+    rows = [
+        ("ranks", f"{world_size} on {device}, {settings.precision}, ZeRO stage {settings.zero_stage}"),
+        (
+            "global batch",
+            f"{settings.global_batch:,} images = {settings.micro_batch} a micro-batch x {settings.accumulation} "
+            f"accumulated x {world_size} ranks",
+        ),
+        ("data", f"{num_samples:,} images in {num_shards:,} shards an epoch"),
+        ("length", f"{length.total_steps:,} steps = {length.samples:,} samples = {length.epochs:.4g} epochs"),
+        (
+            "learning rate",
+            f"{settings.learning_rate:g}, {length.warmup_steps:,} steps of warm-up; centers x {config.head_lr_scale:g}",
+        ),
+        (
+            "encoder",
+            f"{config.model}, {encoder.image_size} px, {patches} patches, {parameters / 1e6:.1f}M parameters, "
+            f"embedding {encoder.embed_dim}, checkpointing {'on' if settings.activation_checkpointing else 'off'}",
+        ),
+        (
+            "head",
+            f"{config.objective}, {num_classes:,} classes, l={config.num_positives}, r={config.sample_rate:g}, "
+            f"S={config.scale:g}, {config.margin_type} margin {config.margin:g} ({config.margin_gradient})",
+        ),
+        ("rows a rank", f"{partition.max_size:,} centers, about {sampled:,} sampled a micro-step"),
+        (
+            "memory a rank",
+            f"{_gb(memory.total)} (estimate): weights {_gb(memory.weights)}, gradients {_gb(memory.gradients)}, optimizer "
+            f"{_gb(memory.optimizer)}, activations {_gb(memory.activations)}, centers with moments {_gb(memory.head)}, "
+            f"head's step {_gb(memory.head_step)}",
+        ),
+        ("output", config.output_dir),
+    ]
+    width = max(len(name) for name, _ in rows)
+    lines = [f"  {name:<{width}}  {text}" for name, text in rows]
+    notes = [f"  - {note}" for note in (*settings.notes, *length.notes)]
+    return "\n".join(["mlcd_ds", *lines, "why:", *notes])
+
+
+def _gb(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e7 else f"{count / 1e6:.2f} MB"

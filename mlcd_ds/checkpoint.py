@@ -1,0 +1,272 @@
+"""Checkpoints of a run: publish, find, verify, prune; the head's rows by their address; the encoder for users.
+
+    run/checkpoints/
+        latest                      names the newest folder: a hint for people, discovery goes by manifests
+        step_000001000/
+            manifest.json           size and SHA-256 of every other file: written last, before the folder gets its name
+            state.json              step, samples, world size, what the run was
+            engine/...              DeepSpeed's own files
+            head/rows_START_STOP.safetensors   centers, moments, step counts of these global rows
+            ranks/rank_00000.safetensors       random number generators
+            encoder/encoder.safetensors, encoder.json   the encoder alone, float32, for every tool that reads it
+
+A checkpoint is written as step_N.tmp by all ranks, hashed, given its manifest, synced, renamed; then `latest` follows.
+Whatever dies before the rename leaves a .tmp folder that nobody reads and the next save removes. All ranks must see the
+same file system.
+"""
+
+import json
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+
+from mlcd_ds import collectives
+from mlcd_ds.errors import CheckpointError
+from mlcd_ds.files import save_tensors, sha256, sync_file, sync_folder, write_json, write_text
+from mlcd_ds.models.vit import VisionTransformer, VitConfig
+from mlcd_ds.topology import Topology
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A published checkpoint. state: the content of state.json."""
+
+    path: Path
+    step: int
+    state: dict
+
+
+class CheckpointStore:
+    """The checkpoints of one run folder, for all ranks of `topology`; keeps the last `keep_last`."""
+
+    def __init__(self, run_folder: Path, topology: Topology, keep_last: int):
+        self.folder = run_folder / "checkpoints"
+        self.topology = topology
+        self.keep_last = keep_last
+
+    def stage(self, step: int) -> Path:
+        """An empty step_N.tmp for all ranks to write into; leftovers of killed saves are removed."""
+        staging = self.folder / f"{_name(step)}.tmp"
+        if self.topology.is_main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for leftover in self.folder.glob("*.tmp"):
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            for part in ("head", "ranks", "encoder"):
+                (staging / part).mkdir(parents=True)
+        collectives.barrier(self.topology)
+        return staging
+
+    def publish(self, step: int) -> Path:
+        """Makes the staged checkpoint the newest one. Every rank calls it after writing its parts."""
+        staging, final = self.folder / f"{_name(step)}.tmp", self.folder / _name(step)
+        collectives.barrier(self.topology)  # every part is written
+        files = sorted(path for path in staging.rglob("*") if path.is_file())
+        own = files[self.topology.rank :: self.topology.world_size]
+        hashed = {}
+        for path in own:
+            sync_file(path)
+            hashed[str(path.relative_to(staging))] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        everything = {}
+        for part in collectives.gather_objects(hashed, self.topology):
+            everything.update(part)
+        if self.topology.is_main:
+            manifest = {"format_version": FORMAT_VERSION, "step": step, "files": dict(sorted(everything.items()))}
+            write_json(staging / MANIFEST, manifest)
+            for folder in sorted({path.parent for path in files}):
+                sync_folder(folder)
+            staging.rename(final)
+            sync_folder(self.folder)
+            write_text(self.folder / "latest", final.name + "\n")
+            self._prune()
+        collectives.barrier(self.topology)
+        return final
+
+    def find(self, announce=print) -> Checkpoint | None:
+        """The newest checkpoint that is whole, verified by rank 0 for all; None when there has never been one.
+
+        A damaged one is announced by name and the one before it taken. Raises CheckpointError, on every rank, when there
+        are checkpoints and none is whole.
+        """
+        verdict: Checkpoint | CheckpointError | None = None
+        if self.topology.is_main:
+            verdict = self._newest_whole(announce)
+        verdict = collectives.gather_objects(verdict, self.topology)[0]
+        if isinstance(verdict, CheckpointError):
+            raise verdict
+        return verdict
+
+    def _newest_whole(self, announce) -> Checkpoint | CheckpointError | None:
+        problems = []
+        for path in reversed(published(self.folder)):
+            try:
+                verify(path)
+                checkpoint = read_state(path)
+            except CheckpointError as error:
+                problems.append(str(error))
+                announce(f"checkpoint {path.name} is not usable: {error}")
+                continue
+            return checkpoint
+        if problems:
+            return CheckpointError(
+                f"no checkpoint in {self.folder} is whole: {problems[0]}. To start anew, choose another --output_dir."
+            )
+        return None
+
+    def _prune(self) -> None:
+        for path in published(self.folder)[: -self.keep_last]:
+            shutil.rmtree(path)
+
+
+def _name(step: int) -> str:
+    return f"step_{step:09d}"
+
+
+def published(folder: Path) -> list[Path]:
+    """Checkpoint folders under their final names, oldest first."""
+    return sorted(path for path in folder.glob("step_*") if path.suffix != ".tmp" and path.is_dir())
+
+
+def verify(path: Path) -> None:
+    """Compares every file with the manifest. Raises CheckpointError naming the first that is missing or changed."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        files = manifest["files"]
+    except FileNotFoundError:
+        raise CheckpointError(f"{path / MANIFEST} does not exist: the checkpoint was never finished") from None
+    except (ValueError, KeyError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path / MANIFEST} cannot be read ({error}): the checkpoint is damaged") from None
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has format version {manifest.get('format_version')}, this program reads {FORMAT_VERSION}"
+        )
+    for name, expected in files.items():
+        file = path / name
+        if not file.is_file():
+            raise CheckpointError(f"{file} is missing")
+        if file.stat().st_size != expected["bytes"]:
+            raise CheckpointError(f"{file} has {file.stat().st_size} bytes, the manifest says {expected['bytes']}")
+        if sha256(file) != expected["sha256"]:
+            raise CheckpointError(f"{file} has changed since it was written: its SHA-256 is not the manifest's")
+
+
+def read_state(path: Path) -> Checkpoint:
+    """The checkpoint in `path`, by its state.json."""
+    try:
+        state = json.loads((path / "state.json").read_text())
+        return Checkpoint(path, int(state["step"]), state)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path / 'state.json'} cannot be read: {error}") from None
+
+
+def save_rows(folder: Path, start: int, stop: int, num_classes: int, tensors: dict[str, torch.Tensor]) -> None:
+    """Writes one shard's rows, each tensor [stop - start, ...], with their global address."""
+    address = {"format_version": FORMAT_VERSION, "start": start, "stop": stop, "num_classes": num_classes}
+    path = folder / f"rows_{start:010d}_{stop:010d}.safetensors"
+    save_tensors(path, tensors, {name: str(value) for name, value in address.items()})
+
+
+def load_rows(folder: Path, start: int, stop: int, num_classes: int, into: dict[str, torch.Tensor]) -> None:
+    """Fills each tensor [stop - start, ...] of `into` with global rows start..stop, whoever wrote them.
+
+    The number of shards may differ from the one that was saved. Raises CheckpointError when rows are missing, or number
+    of classes, shape or dtype differ.
+    """
+    missing = torch.ones(stop - start, dtype=torch.bool)
+    for path in sorted(folder.glob("rows_*.safetensors")):
+        try:
+            with safe_open(path, "pt") as file:
+                address = file.metadata()
+                low, high = int(address["start"]), int(address["stop"])
+                if int(address["num_classes"]) != num_classes:
+                    raise CheckpointError(f"{path} is of {address['num_classes']} classes, this run has {num_classes}")
+                first, last = max(low, start), min(high, stop)
+                if first >= last:
+                    continue
+                for name, tensor in into.items():
+                    rows = file.get_slice(name)[first - low : last - low]
+                    if rows.dtype != tensor.dtype or rows.shape[1:] != tensor.shape[1:]:
+                        raise CheckpointError(
+                            f"{path}: {name} is {rows.dtype} {list(rows.shape[1:])} a row, this run has {tensor.dtype} "
+                            f"{list(tensor.shape[1:])}"
+                        )
+                    tensor[first - start : last - start].copy_(rows)
+                missing[first - start : last - start] = False
+        except (SafetensorError, OSError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{path} cannot be read: {error}") from None
+    if missing.any():
+        row = start + int(missing.nonzero()[0])
+        raise CheckpointError(f"{folder} does not hold row {row} of the head (and {int(missing.sum()) - 1} others)")
+
+
+def save_encoder(folder: Path, name: str, config: VitConfig, weights: dict[str, torch.Tensor]) -> None:
+    """Writes the encoder alone. weights: float32 state dict. The JSON, written last, marks it as whole."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_tensors(folder / "encoder.safetensors", weights)
+    write_json(
+        folder / "encoder.json", {"format_version": FORMAT_VERSION, "model": name, "config": config.model_dump()}
+    )
+
+
+def find_encoder(path: str | Path) -> Path:
+    """The encoder folder of a run folder (its newest checkpoint's), of a checkpoint folder, or `path` itself.
+
+    Raises CheckpointError saying what was looked for.
+    """
+    path = Path(path)
+    candidates = [path, path / "encoder", *(p / "encoder" for p in reversed(published(path / "checkpoints")))]
+    for folder in candidates:
+        if (folder / "encoder.json").is_file():
+            return folder
+    raise CheckpointError(
+        f"{path} holds no encoder: expected a run folder with checkpoints/, a step_* folder, or a folder with encoder.json"
+    )
+
+
+def load_encoder(path: str | Path, untrained: bool = False, seed: int = 0) -> VisionTransformer:
+    """The encoder under `path` (see `find_encoder`) in evaluation mode, float32 on the CPU.
+
+    untrained: its architecture with initial weights of `seed` instead. Raises CheckpointError when files are missing or
+    do not fit each other.
+    """
+    folder = find_encoder(path)
+    try:
+        described = json.loads((folder / "encoder.json").read_text())
+        config = VitConfig(**described["config"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder / 'encoder.json'} cannot be read: {error}") from None
+    if described.get("format_version") != FORMAT_VERSION:
+        raise CheckpointError(f"{folder} has format version {described.get('format_version')}, not {FORMAT_VERSION}")
+    model = VisionTransformer(config, seed=seed)
+    if not untrained:
+        load_weights(model, folder)
+    return model.eval()
+
+
+def load_weights(model: VisionTransformer, folder: Path) -> None:
+    """Copies the weights of an encoder folder into `model`; raises CheckpointError naming what does not fit."""
+    try:
+        weights = load_file(folder / "encoder.safetensors")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{folder / 'encoder.safetensors'} cannot be read: {error}") from None
+    own = model.state_dict()
+    differing = [name for name in own if name not in weights or weights[name].shape != own[name].shape]
+    differing += [name for name in weights if name not in own]
+    if differing:
+        raise CheckpointError(
+            f"{folder} holds another architecture: {len(differing)} tensors differ ({_few(differing)}). Choose the --model "
+            "and --image_size that it was trained with."
+        )
+    model.load_state_dict(weights)
+
+
+def _few(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

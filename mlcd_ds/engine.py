@@ -1,0 +1,216 @@
+"""DeepSpeed's engine around the encoder, the class head beside it, as one step. The only file that imports deepspeed.
+
+Why the head is not in the engine: the engine would broadcast rank 0's centers over everybody's shards and average their
+gradients. The head's loss is the mean over the global batch on every rank; `engine.backward(loss)` divides it by the
+number of accumulated micro-batches, which reaches encoder and head alike.
+"""
+
+import math
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import deepspeed
+import torch
+from safetensors.torch import load_file
+
+from mlcd_ds import checkpoint, collectives
+from mlcd_ds.batch import ImageLabelBatch
+from mlcd_ds.config import HeadConfig
+from mlcd_ds.ds_config import DeepSpeedSettings
+from mlcd_ds.errors import CheckpointError, NonFiniteError
+from mlcd_ds.files import save_tensors
+from mlcd_ds.models.vit import VisionTransformer, decay_groups
+from mlcd_ds.optim import RowAdamW, merge_gradients, sharded_norm
+from mlcd_ds.partial_fc import PartialFC, RowGradient
+from mlcd_ds.topology import Topology, set_timeout_of_every_group
+
+ENGINE_TAG = "engine"
+
+
+def _quieten() -> None:
+    """Leaves DeepSpeed's warnings on, but for two that every start prints and nobody can act on."""
+    deepspeed.utils.logger.setLevel("WARNING")
+    # Its schedulers ask themselves for the learning rate before their first step.
+    deepspeed.utils.logger.addFilter(lambda record: "before it has started" not in record.getMessage())
+    # It calls torch's collectives by the names that torch 2.13 calls deprecated.
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\..*` is deprecated", category=FutureWarning)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step was.
+
+    loss, grad_norm, head_grad_norm: scalars; the norms before clipping, over all ranks. applied: False when the engine
+    skipped the step for a gradient that is no number, and the head with it. stats: the head's, of the last micro-batch,
+    empty unless asked for. learning_rate, head_learning_rate: of this step.
+    """
+
+    loss: float
+    grad_norm: float
+    head_grad_norm: torch.Tensor
+    learning_rate: float
+    head_learning_rate: float
+    applied: bool
+    stats: dict[str, torch.Tensor]
+
+
+class TrainEngine:
+    """Encoder and head, trained together: one `train_step` moves both or neither.
+
+    model: the encoder, taken over by DeepSpeed. head: this rank's shard. settings: the resolved JSON. config: the head's
+    optimizer settings. topology must have been started.
+    """
+
+    def __init__(
+        self,
+        model: VisionTransformer,
+        head: PartialFC,
+        settings: DeepSpeedSettings,
+        config: HeadConfig,
+        topology: Topology,
+        timeout_minutes: float,
+    ):
+        _quieten()
+        # Else the first run on a CPU compiles a shared-memory extension, for which it needs g++ and up to a minute.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        self.head, self.settings, self.config, self.topology = head, settings, config, topology
+        self.engine, *_ = deepspeed.initialize(
+            model=model,
+            model_parameters=decay_groups(model, settings.weight_decay),
+            config=settings.json,
+            dist_init_required=False,
+        )
+        if settings.activation_checkpointing:  # after initialize: the section is read with the engine's world size
+            deepspeed.checkpointing.configure(None, deepspeed_config=settings.json)
+            model.set_checkpointing(deepspeed.checkpointing.checkpoint)
+        set_timeout_of_every_group(timeout_minutes)
+        decay = settings.weight_decay if config.head_weight_decay is None else config.head_weight_decay
+        self.head_optimizer = RowAdamW(head.centers.data, settings.betas, settings.eps, decay)
+        self.skipped_steps = 0
+
+    @property
+    def monitor_events(self):
+        """DeepSpeed's monitors, by the JSON: a function that takes [(tag, value, samples)]."""
+        return self.engine.monitor.write_events
+
+    @property
+    def tensorboard(self):
+        """The SummaryWriter of the JSON's tensorboard block on rank 0, else None."""
+        return getattr(self.engine.monitor.tb_monitor, "summary_writer", None)
+
+    def train_step(self, batch: ImageLabelBatch, step: int, collect_stats: bool = False) -> StepResult:
+        """One optimizer step on this rank's images of the step, in micro-batches.
+
+        Raises NonFiniteError, on every rank and before anything moves, when the loss is no number.
+        """
+        micro_batches = batch.split(self.settings.micro_batch)
+        losses, stats, broken = [], {}, []
+        for index, micro in enumerate(micro_batches):
+            micro = micro.to(self.topology.device)
+            last = index == len(micro_batches) - 1
+            embeddings = self.engine(micro.images_BCHH)
+            out = self.head(
+                embeddings,
+                micro.labels_BL,
+                step=step * self.settings.accumulation + index,
+                capacity=self.settings.micro_batch,
+                collect_stats=collect_stats and last,
+            )
+            self.engine.backward(out.loss)
+            losses.append(out.loss.detach())
+            broken.append(~torch.isfinite(embeddings.detach()).all())
+            stats = out.stats
+            if not last:
+                self.engine.step()
+        # The one wait for the device in a step: whether the step may be taken must be known before it is taken.
+        loss = torch.stack(losses).mean().item()
+        if not math.isfinite(loss):
+            self._stop_on_bad_loss(loss, step, torch.stack(broken).any().item())
+        plain_norm = self._norm_without_zero(step)
+        learning_rate = self.engine.get_lr()[0]
+        self.engine.step()
+        applied = bool(self.engine.was_step_applied())
+        head_norm = self._step_head(learning_rate * self.config.head_lr_scale, applied)
+        norm = self.engine.get_global_grad_norm() if plain_norm is None else plain_norm
+        return StepResult(
+            loss, norm, head_norm, learning_rate, learning_rate * self.config.head_lr_scale, applied, stats
+        )
+
+    def _norm_without_zero(self, step: int) -> float | None:
+        """At stage 0 in float32 DeepSpeed neither reports the norm nor skips a step of NaNs; else None: it does both."""
+        if self.settings.zero_stage > 0 or self.settings.precision != "float32":
+            return None
+        gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients).item()
+        if not math.isfinite(norm):
+            raise NonFiniteError(
+                f"step {step}: the norm of the encoder's gradient is {norm}. Nothing was changed by this step. Resume from "
+                "the last checkpoint (--resume auto) with a lower learning rate; with ZeRO stage 1 such steps are skipped."
+            )
+        return norm
+
+    def _step_head(self, learning_rate: float, applied: bool) -> torch.Tensor:
+        """Steps the centers if the encoder has stepped; returns their gradient's norm over all shards."""
+        gradients = self.head.take_gradients()
+        if not applied:
+            self.skipped_steps += 1
+            return torch.tensor(math.nan)
+        gradient = merge_gradients(gradients)
+        norm = sharded_norm(gradient.values_SD, self.topology)
+        if self.config.head_grad_clip > 0:
+            factor = (self.config.head_grad_clip / (norm + 1e-6)).clamp(max=1)
+            gradient = RowGradient(gradient.rows_S, gradient.values_SD * factor)
+        self.head_optimizer.step(gradient, learning_rate)
+        return norm
+
+    def _stop_on_bad_loss(self, loss: float, step: int, embeddings_broken: bool) -> None:
+        flags = collectives.gather_objects(embeddings_broken, self.topology)
+        ranks = [rank for rank, flag in enumerate(flags) if flag]
+        where = f"the embeddings of rank(s) {ranks} are not finite" if ranks else "all embeddings are finite"
+        raise NonFiniteError(
+            f"step {step}: the loss is {loss}; {where}. Nothing was changed by this step. Resume from the last checkpoint "
+            "(--resume auto) with a lower learning rate, or look at the images of this step."
+        )
+
+    def encoder_weights(self) -> dict[str, torch.Tensor]:
+        """The encoder's float32 weights on the CPU, whole, whatever the ZeRO stage. Every rank must call it."""
+        partitioned = self.settings.zero_stage == 3 or self.settings.precision != "float32"
+        weights = {}
+        for name, parameter in self.engine.module.named_parameters():
+            full = deepspeed.utils.safe_get_full_fp32_param(parameter) if partitioned else None
+            weights[name] = (parameter if full is None else full).detach().float().cpu()
+        return weights
+
+    def save(self, folder: Path, model_name: str) -> None:
+        """Writes this rank's parts of a checkpoint into a staged folder (checkpoint.CheckpointStore.stage)."""
+        self.engine.save_checkpoint(str(folder), tag=ENGINE_TAG, save_latest=False)
+        rows = {"centers": self.head.centers, **self.head_optimizer.state_dict()}
+        checkpoint.save_rows(folder / "head", self.head.start, self.head.stop, self.head.partition.num_classes, rows)
+        random_states = {"torch": torch.get_rng_state()}
+        if self.topology.device.type == "cuda":
+            random_states["cuda"] = torch.cuda.get_rng_state()
+        save_tensors(self._rank_file(folder), random_states)
+        weights = self.encoder_weights()
+        if self.topology.is_main:
+            checkpoint.save_encoder(folder / "encoder", model_name, self.engine.module.config, weights)
+
+    def load(self, folder: Path) -> None:
+        """Goes on from a checkpoint of the same number of ranks, bit for bit on CPUs in float32.
+
+        Raises CheckpointError for another number of ranks, or parts that do not fit.
+        """
+        path, _ = self.engine.load_checkpoint(str(folder), tag=ENGINE_TAG)
+        if path is None:
+            raise CheckpointError(f"DeepSpeed finds no engine state in {folder / ENGINE_TAG}")
+        rows = {"centers": self.head.centers.data, **self.head_optimizer.state_dict()}
+        checkpoint.load_rows(
+            folder / "head", self.head.start, self.head.stop, self.head.partition.num_classes, into=rows
+        )
+        random_states = load_file(self._rank_file(folder))
+        torch.set_rng_state(random_states["torch"])
+        if "cuda" in random_states and self.topology.device.type == "cuda":
+            torch.cuda.set_rng_state(random_states["cuda"])
+
+    def _rank_file(self, folder: Path) -> Path:
+        return folder / "ranks" / f"rank_{self.topology.rank:05d}.safetensors"

@@ -1,0 +1,94 @@
+"""Numbers of a run: console, metrics.jsonl, and whatever monitors the DeepSpeed JSON enables.
+
+Tags follow DeepSpeed's: `Train/Samples/NAME`, the x-axis in samples. Only rank 0 writes.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from mlcd_ds.files import write_text
+
+TAG = "Train/Samples/"
+
+
+class Monitor:
+    """Writes the numbers of one run, on rank 0.
+
+    write_events: DeepSpeed's `monitor.write_events`, taking (tag, value, samples). tensorboard: its SummaryWriter, or None.
+    A run resumed at `first_step` loses the lines and points that the steps to be repeated had left.
+    """
+
+    def __init__(
+        self, folder: Path, write_events: Callable[[list], None], tensorboard: Any, first_step: int, samples: int
+    ):
+        self.write_events = write_events
+        self.tensorboard = tensorboard
+        path = folder / "metrics.jsonl"
+        if first_step and path.exists():
+            lines = path.read_text().splitlines()
+            kept = [line for line in lines if _step_of(line) is not None and _step_of(line) <= first_step]
+            write_text(path, "".join(line + "\n" for line in kept))
+        self._file = path.open("a" if first_step else "w")
+        if first_step and tensorboard is not None:
+            _purge_points_after(tensorboard, samples)
+
+    def scalars(self, step: int, samples: int, values: dict[str, float | int | None]) -> None:
+        """One line of metrics.jsonl with all values, and one event for each; None values are left out."""
+        values = {name: value for name, value in values.items() if value is not None}
+        line = {"step": step, "samples": samples, "time": round(time.time(), 3), **values}
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        numbers = [(TAG + name, value, samples) for name, value in values.items() if not isinstance(value, str)]
+        self.write_events(numbers)
+
+    def histogram(self, samples: int, name: str, counts: Sequence[float], low: float, high: float) -> None:
+        """Counts of equal bins over [low, high] to TensorBoard. An empty histogram is left out: there is nothing to draw."""
+        total = sum(counts)
+        if self.tensorboard is None or not total:
+            return
+        width = (high - low) / len(counts)
+        edges = [low + width * (i + 1) for i in range(len(counts))]
+        middles = [edge - width / 2 for edge in edges]
+        self.tensorboard.add_histogram_raw(
+            TAG + name,
+            min=low,
+            max=high,
+            num=int(total),
+            sum=sum(c * m for c, m in zip(counts, middles, strict=True)),
+            sum_squares=sum(c * m * m for c, m in zip(counts, middles, strict=True)),
+            bucket_limits=edges,
+            bucket_counts=list(counts),
+            global_step=samples,
+        )
+
+    def sync(self) -> None:
+        """Brings what was written to the disk: called with every checkpoint, so that no checkpoint is ahead of its log."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        if self.tensorboard is not None:
+            self.tensorboard.flush()
+
+    def close(self) -> None:
+        """Ends the files."""
+        self.sync()
+        self._file.close()
+
+
+def _step_of(line: str) -> int | None:
+    """The step of a line; None for one that a kill cut short."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _purge_points_after(writer: Any, samples: int) -> None:
+    """Tells TensorBoard to drop points beyond `samples` that the interrupted run has written."""
+    from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+    event = Event(step=samples + 1, session_log=SessionLog(status=SessionLog.START))
+    writer.file_writer.event_writer.add_event(event)

@@ -1,0 +1,117 @@
+"""What a run tells while it runs: speed, waits, losses, cosines, to the console line and the monitor."""
+
+import resource
+import time
+import zlib
+from collections.abc import Iterable, Iterator
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+
+from mlcd_ds import collectives
+from mlcd_ds.batch import ImageLabelBatch
+from mlcd_ds.monitor import Monitor
+from mlcd_ds.topology import Topology
+
+T = TypeVar("T")
+
+
+class Progress:
+    """Times the loop and reports its steps. Every rank calls it; rank 0, which has the monitor, prints and writes.
+
+    total_steps, first_step: of the run and where it starts. global_batch: images. samples_per_epoch: images.
+    """
+
+    def __init__(
+        self,
+        monitor: Monitor | None,
+        topology: Topology,
+        *,
+        first_step: int,
+        total_steps: int,
+        global_batch: int,
+        samples_per_epoch: int,
+    ):
+        self.monitor, self.topology = monitor, topology
+        self.total_steps, self.global_batch, self.samples_per_epoch = total_steps, global_batch, samples_per_epoch
+        self._started = self._last_report = time.monotonic()
+        self._first_step = self._last_step = first_step
+        self._waited = 0.0
+
+    def timing_waits(self, batches: Iterable[T]) -> Iterator[T]:
+        """Yields `batches`, noting how long each one was waited for."""
+        arriving = iter(batches)
+        while True:
+            asked = time.monotonic()
+            try:
+                batch = next(arriving)
+            except StopIteration:
+                return
+            self._waited += time.monotonic() - asked
+            yield batch
+
+    def report(self, step: int, batch: ImageLabelBatch, result, ledger, skipped_steps: int, histograms: bool) -> None:
+        """Reports the `step`-th finished step, and the time since the last report. One all-reduce of four numbers.
+
+        result: engine.StepResult of this step. ledger: the loader's. skipped_steps: of the whole run.
+        """
+        now = time.monotonic()
+        seconds = now - self._last_report
+        counts = torch.tensor([self._waited, ledger.decoded, ledger.num_skipped, 1.0], dtype=torch.float64)
+        waited, decoded, skipped, ranks = collectives.sum_(counts.to(self.topology.device), self.topology).tolist()
+        steps = step - self._last_step
+        self._last_report, self._last_step, self._waited = now, step, 0.0
+        if self.monitor is None:
+            return
+        stats = {name: value for name, value in result.stats.items() if value.dim() == 0}
+        values = {
+            "train_loss": result.loss,
+            **{name: float(value) for name, value in stats.items()},
+            "lr": result.learning_rate,
+            "lr_head": result.head_learning_rate,
+            "grad_norm": result.grad_norm,
+            "head_grad_norm": float(result.head_grad_norm),
+            "skipped_steps": skipped_steps,
+            "samples_per_second": steps * self.global_batch / seconds,
+            "data_wait_fraction": waited / (seconds * ranks),
+            "memory_gb": self._memory_gb(),
+            "epoch": step * self.global_batch / self.samples_per_epoch,
+            "samples_decoded": int(decoded),
+            "samples_skipped": int(skipped),
+        }
+        samples = step * self.global_batch
+        # Not for a curve: it lets two runs be compared for having seen the same images.
+        line = {**values, "batch_crc32": f"{zlib.crc32(' '.join(batch.keys).encode()):08x}"}
+        self.monitor.scalars(step, samples, line)
+        if histograms:
+            for name in ("positive", "negative"):
+                counts = result.stats[f"histogram_{name}"].tolist()
+                self.monitor.histogram(samples, f"cosine_histogram_{name}", counts, -1.0, 1.0)
+        print(self._console_line(step, values), flush=True)
+
+    def _console_line(self, step: int, values: dict) -> str:
+        done = step - self._first_step
+        left = (time.monotonic() - self._started) / done * (self.total_steps - step)
+        parts = [
+            f"step {step}/{self.total_steps}",
+            f"epoch {values['epoch']:.2f}",
+            f"loss {values['train_loss']:.3f} (pos {values['loss_positive']:.3f} neg {values['loss_negative']:.3f})",
+            f"cos pos {values['cosine_positive']:.3f} neg {values['cosine_negative']:.3f}",
+            f"lr {values['lr']:.2e}",
+            f"grad {values['grad_norm']:.2f} head {values['head_grad_norm']:.2f}",
+            f"rows {values['sampled_rows']:.0f} ({values['positive_rows']:.0f} pos)",
+            f"{values['samples_per_second']:,.0f} img/s",
+            f"data wait {values['data_wait_fraction']:.0%}",
+            f"{values['memory_gb']:.1f} GB",
+            f"left {timedelta(seconds=round(left))}",
+        ]
+        if values["skipped_steps"] or values["samples_skipped"]:
+            parts.append(f"skipped {values['skipped_steps']} steps, {values['samples_skipped']} images")
+        return " | ".join(parts)
+
+    def _memory_gb(self) -> float:
+        """Peak of this process: of the GPU's memory, or of resident memory on CPUs."""
+        if self.topology.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.topology.device) / 1e9
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

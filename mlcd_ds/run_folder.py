@@ -1,0 +1,89 @@
+"""The run folder: who may write into it, what the run is, how it ended.
+
+run/config.json     every resolved value        run/status.json   running, done or failed, with step and reason
+run/metrics.jsonl   one line per logged step    run/tensorboard/  run/checkpoints/
+"""
+
+import fcntl
+import json
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+from mlcd_ds.errors import CheckpointError, UserError
+from mlcd_ds.files import write_json
+
+FREE_TO_CHANGE = frozenset(
+    "resume workers prefetch save_every_steps keep_last log_every_steps histogram_every_steps timeout_minutes shard_cache "
+    "max_skipped_fraction expect_world_size workspace_mb output_dir deepspeed_config init_from centers".split()
+)
+"""Settings that a resumed run may change: they do not enter the numbers (init_from, centers: only the first start)."""
+
+
+class RunFolder:
+    """One run's folder; rank 0 alone writes it. Holds a lock that ends with the process, however it ends."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.step = 0
+        """Steps finished so far, for the status of a run that fails."""
+        self._lock = None
+        self._is_ours = False
+
+    def open(self, resume: bool) -> None:
+        """Takes the folder. Raises CheckpointError when another process has it, or it holds a run and resume is off."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.path / ".lock").open("a+")
+        except OSError as error:
+            raise CheckpointError(f"--output_dir {self.path} cannot be written: {error.strerror}") from None
+        try:
+            # POSIX locks belong to the process: loader workers do not inherit them, and a kill -9 releases them.
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.seek(0)
+            holder = self._lock.read().strip() or "another process"
+            raise CheckpointError(
+                f"--output_dir {self.path} is in use by {holder}. Wait for it, stop it, or choose another folder."
+            ) from None
+        self._lock.truncate(0)
+        self._lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+        self._lock.flush()
+        if not resume and (self.path / "config.json").exists():
+            self._lock.close()
+            raise CheckpointError(
+                f"--output_dir {self.path} already holds a run. Go on with it by --resume auto, or choose another folder."
+            )
+
+    def write_config(self, config: dict[str, Any]) -> None:
+        """Compares `config` with that of the run that is being resumed, if any, and writes it.
+
+        config: {"settings": flags, "facts": what follows from data and JSON, ...}. Raises CheckpointError naming each
+        setting or fact that differs and may not.
+        """
+        path = self.path / "config.json"
+        if path.exists():
+            before = json.loads(path.read_text())
+            changed = [
+                f"{name}: {before[part].get(name)!r} then, {value!r} now"
+                for part in ("settings", "facts")
+                for name, value in json.loads(json.dumps(config[part])).items()
+                if before[part].get(name) != value and name not in FREE_TO_CHANGE
+            ]
+            if changed:
+                raise CheckpointError(
+                    f"--resume: {self.path} holds a different run ({'; '.join(changed)}). Give the settings it was "
+                    "started with, or another --output_dir."
+                )
+        write_json(path, config)
+        self._is_ours = True
+
+    def status(self, state: str, step: int, reason: str = "") -> None:
+        """Writes status.json: the launcher may hide exit codes, this file does not."""
+        write_json(self.path / "status.json", {"state": state, "step": step, "reason": reason})
+
+    def fail(self, error: UserError) -> None:
+        """Notes an error that ends the run; not one that kept it from starting, which may be about another's run."""
+        if self._is_ours:
+            self.status("failed", self.step, str(error))

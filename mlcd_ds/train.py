@@ -1,0 +1,270 @@
+"""Trains an encoder on cluster labels.
+
+deepspeed [--hostfile hosts] mlcd_ds/train.py --deepspeed_config ds_configs/vit_l14_8gpu.json \\
+    --shards 'data/{00000..00099}.tar' --labels labels/ --model vit_l14 --output_dir run/
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import fire
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from mlcd_ds import checkpoint, cli, collectives
+from mlcd_ds.card import startup_card
+from mlcd_ds.checkpoint import CheckpointStore
+from mlcd_ds.config import DeepSpeedDefaults, RunConfig
+from mlcd_ds.data.centers import centers_hash, load_center_rows
+from mlcd_ds.data.labels import LabelsInfo, check_label_folder
+from mlcd_ds.data.loader import ImageLabelLoader, build_shard_table
+from mlcd_ds.data.plan import EpochPlan
+from mlcd_ds.data.tars import expand_shards, shard_name
+from mlcd_ds.ds_config import BatchSizes, DeepSpeedSettings, load_deepspeed_config, resolve_deepspeed_config
+from mlcd_ds.engine import TrainEngine
+from mlcd_ds.errors import CheckpointError, ConfigError, DataError, UserError
+from mlcd_ds.files import write_json
+from mlcd_ds.models.vit import VisionTransformer, VitConfig, preset
+from mlcd_ds.monitor import Monitor
+from mlcd_ds.partial_fc import PartialFC
+from mlcd_ds.partition import ClassPartition
+from mlcd_ds.progress import Progress
+from mlcd_ds.run_folder import RunFolder
+from mlcd_ds.schedule import RunLength, resolve_run_length
+from mlcd_ds.topology import Topology
+
+
+def train(config: RunConfig) -> None:
+    """Trains an encoder on cluster labels: DeepSpeed's engine around the encoder, the class head sharded beside it.
+
+    Start it with the launcher, `deepspeed [--hostfile hosts] mlcd_ds/train.py ...`; --dry_run needs none.
+    """
+    topology = Topology.from_environment()
+    if config.dry_run:
+        return dry_run(config, topology)
+    check_launch(config, topology)
+    topology.start(config.timeout_minutes)
+    run = RunFolder(config.output_dir)
+    try:
+        train_in(run, config, topology)
+    except UserError as error:
+        run.fail(error)
+        raise
+    topology.stop()
+
+
+def train_in(run: RunFolder, config: RunConfig, topology: Topology) -> None:
+    """The run, from its folder to its last checkpoint."""
+    on_main(topology, run.open, config.resume == "auto")
+    batch = BatchSizes.resolve(load_deepspeed_config(config.deepspeed_config), topology.world_size)
+    shards = expand_shards(config.shards)
+    table = build_shard_table(
+        shards, config.labels, config.num_positives, config.max_skipped_fraction, config.shard_cache, topology
+    )
+    order = EpochPlan(config.seed, table.counts, batch.global_batch, config.shuffle_window)
+    plan = plan_run(config, batch, topology, table.num_samples, len(shards), table.labels_info)
+    if topology.is_main:
+        print(plan.card, flush=True)
+    on_main(topology, run.write_config, plan.record(config, table.fingerprint(), order.fingerprint()))
+
+    loader = ImageLabelLoader(config, table, order, plan.encoder.image_size, topology)
+    engine = build_engine(config, plan, topology)
+    store = CheckpointStore(run.path, topology, config.keep_last)
+    step = resume(config, plan, store, engine, topology)
+    monitor = open_monitor(run, engine, step, plan, topology)
+    progress = Progress(
+        monitor,
+        topology,
+        first_step=step,
+        total_steps=plan.length.total_steps,
+        global_batch=plan.settings.global_batch,
+        samples_per_epoch=table.num_samples,
+    )
+    run.step = step
+    for images in progress.timing_waits(loader.iterate(step, plan.length.total_steps)):
+        reported = is_due(step + 1, config.log_every_steps, plan.length) or step + 1 == 1
+        histograms = is_due(step + 1, config.histogram_every_steps, plan.length)
+        result = engine.train_step(images, step, collect_stats=reported or histograms)
+        step = run.step = step + 1
+        if reported or histograms:
+            progress.report(step, images, result, loader.ledger, engine.skipped_steps, histograms)
+        if is_due(step, config.save_every_steps, plan.length):
+            save(run, config, plan, store, engine, monitor, step)
+    loader.close()
+    if topology.is_main:
+        monitor.close()
+        run.status("done", step)
+        print(f"done: {step} steps. Encoder: {checkpoint.find_encoder(run.path)}", flush=True)
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """Everything about a run that follows from flags, JSON and data before anything is built."""
+
+    settings: DeepSpeedSettings
+    encoder: VitConfig
+    length: RunLength
+    labels: LabelsInfo
+    world_size: int
+    card: str
+
+    def record(self, config: RunConfig, data: str, order: str) -> dict:
+        """What config.json holds. data, order: fingerprints of the samples and of their order."""
+        facts = {
+            "num_classes": self.labels.num_classes,
+            "centers_hash": self.labels.centers_hash,
+            "feature_model": self.labels.feature_model,
+            "data": data,
+            "order": order,
+            "global_batch": self.settings.global_batch,
+            "total_steps": self.length.total_steps,
+            "world_size": self.world_size,
+            "zero_stage": self.settings.zero_stage,
+            "precision": self.settings.precision,
+        }
+        return {
+            "settings": config.model_dump(),
+            "facts": facts,
+            "encoder": self.encoder.model_dump(),
+            "deepspeed": self.settings.json,
+            "torch": torch.__version__,
+        }
+
+
+def plan_run(
+    config: RunConfig, batch: BatchSizes, topology: Topology, num_samples: int, num_shards: int, labels: LabelsInfo
+) -> RunPlan:
+    """Resolves what the run is. Raises ConfigError or DataError for what does not fit together."""
+    encoder = preset(config.model, config.image_size)
+    length = resolve_run_length(config, samples_per_epoch=num_samples, global_batch=batch.global_batch)
+    settings = resolve_deepspeed_config(
+        load_deepspeed_config(config.deepspeed_config),
+        batch=batch,
+        total_steps=length.total_steps,
+        warmup_steps=length.warmup_steps,
+        output_dir=config.output_dir,
+        device_type=topology.device.type,
+        defaults=DeepSpeedDefaults(),
+    )
+    ClassPartition(labels.num_classes, topology.world_size)  # refuses more ranks than classes
+    if config.centers is not None and centers_hash(config.centers) != labels.centers_hash:
+        raise DataError(
+            f"--centers {config.centers} are not the centers that the labels in {config.labels} were made with. Give those, "
+            "or leave --centers out to start the head from random centers."
+        )
+    card = startup_card(
+        config,
+        settings,
+        encoder,
+        length,
+        num_samples=num_samples,
+        num_shards=num_shards,
+        num_classes=labels.num_classes,
+        world_size=topology.world_size,
+        device=topology.device.type,
+    )
+    return RunPlan(settings, encoder, length, labels, topology.world_size, card)
+
+
+def dry_run(config: RunConfig, topology: Topology) -> None:
+    """Prints the card for --world_size ranks; reads the labels' footers only, and starts nothing."""
+    world_size = config.world_size or topology.world_size
+    planned = Topology(0, world_size, 0, topology.local_world_size, topology.device)
+    shards = expand_shards(config.shards)
+    labels, rows = check_label_folder(config.labels, [shard_name(shard) for shard in shards], config.num_positives)
+    batch = BatchSizes.resolve(load_deepspeed_config(config.deepspeed_config), world_size)
+    if topology.is_main:
+        print(plan_run(config, batch, planned, sum(rows), len(shards), labels).card)
+
+
+def check_launch(config: RunConfig, topology: Topology) -> None:
+    """Refuses a number of ranks other than the expected: a missing hostfile quietly means one machine."""
+    if config.expect_world_size not in (None, topology.world_size):
+        raise ConfigError(
+            f"{topology.world_size} ranks were started, --expect_world_size says {config.expect_world_size}: is the "
+            "hostfile there, does it name all hosts and slots?"
+        )
+
+
+def on_main(topology: Topology, function, *arguments) -> None:
+    """Calls `function` on rank 0; a UserError of it is raised on every rank."""
+    error = None
+    if topology.is_main:
+        try:
+            function(*arguments)
+        except UserError as raised:
+            error = raised
+    collectives.raise_together(error, topology)
+
+
+def build_engine(config: RunConfig, plan: RunPlan, topology: Topology) -> TrainEngine:
+    """Encoder, this rank's part of the head, and the engine that steps both."""
+    model = VisionTransformer(plan.encoder, seed=config.seed)
+    if config.init_from is not None:
+        checkpoint.load_weights(model, checkpoint.find_encoder(config.init_from))
+    partition = ClassPartition(plan.labels.num_classes, topology.world_size)
+    rows = partition.start(topology.rank), partition.stop(topology.rank)
+    centers = None
+    if config.centers is not None:
+        centers = load_center_rows(config.centers, *rows, plan.labels.num_classes, plan.encoder.embed_dim)
+    options = {name: getattr(config, name) for name in PartialFC.SETTINGS}
+    head = PartialFC(
+        plan.labels.num_classes, plan.encoder.embed_dim, topology, seed=config.seed, init_centers=centers, **options
+    )
+    return TrainEngine(model, head, plan.settings, config, topology, config.timeout_minutes)
+
+
+def resume(config: RunConfig, plan: RunPlan, store: CheckpointStore, engine: TrainEngine, topology: Topology) -> int:
+    """The step to go on from: that of the newest whole checkpoint under --resume auto, else 0."""
+    found = store.find() if config.resume == "auto" else None
+    if found is None:
+        return 0
+    if found.state["world_size"] != topology.world_size:
+        raise CheckpointError(
+            f"{found.path} was written by {found.state['world_size']} ranks, this run has {topology.world_size}. Start as "
+            "many as then."
+        )
+    engine.load(found.path)
+    engine.skipped_steps = found.state["skipped_steps"]
+    if topology.is_main:
+        print(f"resumed from {found.path} at step {found.step}/{plan.length.total_steps}", flush=True)
+    return found.step
+
+
+def open_monitor(run: RunFolder, engine: TrainEngine, step: int, plan: RunPlan, topology: Topology) -> Monitor | None:
+    """Rank 0's monitor; the others have none."""
+    if not topology.is_main:
+        return None
+    run.status("running", step)
+    return Monitor(run.path, engine.monitor_events, engine.tensorboard, step, step * plan.settings.global_batch)
+
+
+def save(
+    run: RunFolder, config, plan: RunPlan, store: CheckpointStore, engine: TrainEngine, monitor, step: int
+) -> None:
+    """Writes and publishes the checkpoint of `step`; every rank takes part."""
+    folder = store.stage(step)
+    engine.save(folder, config.model)
+    if monitor is not None:
+        monitor.sync()
+        state = {
+            "step": step,
+            "samples": step * plan.settings.global_batch,
+            "world_size": plan.world_size,
+            "skipped_steps": engine.skipped_steps,
+        }
+        write_json(folder / "state.json", state)
+    store.publish(step)
+    if monitor is not None:
+        run.status("running", step)
+
+
+def is_due(step: int, every: int, length: RunLength) -> bool:
+    """Whether the `step`-th step is one of every `every`, or the last."""
+    return step % every == 0 or step == length.total_steps
+
+
+if __name__ == "__main__":
+    cli.run(fire.Fire, train, RunConfig)

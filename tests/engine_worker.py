@@ -1,0 +1,131 @@
+"""One rank of test_engine.py: gradients that reach encoder and head through DeepSpeed, for every ZeRO stage."""
+
+import sys
+from pathlib import Path
+
+import deepspeed
+import torch
+
+from mlcd_ds.batch import NO_IMAGE, ImageLabelBatch
+from mlcd_ds.config import DeepSpeedDefaults, HeadConfig
+from mlcd_ds.ds_config import BatchSizes, resolve_deepspeed_config
+from mlcd_ds.engine import TrainEngine
+from mlcd_ds.models.vit import VisionTransformer, VitConfig
+from mlcd_ds.partial_fc import PartialFC
+from mlcd_ds.topology import Topology
+
+IMAGES, CLASSES = 12, 37
+ENCODER = VitConfig(
+    image_size=16, patch_size=8, layers=2, width=16, heads=2, mlp_width=32, embed_dim=8, rope=False, activation="gelu",
+    norm_eps=1e-5,
+)  # fmt: skip
+
+
+def global_batch(missing: tuple[int, ...] = ()) -> ImageLabelBatch:
+    """The same 12 images for every number of ranks; rows in `missing` are no image."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (IMAGES, 3, 16, 16), generator=generator, dtype=torch.uint8)
+    labels = torch.randint(0, CLASSES, (IMAGES, 4), generator=generator)
+    for row in missing:
+        labels[row] = NO_IMAGE
+    return ImageLabelBatch(images, labels, tuple("" for _ in range(IMAGES)))
+
+
+def config(**options) -> HeadConfig:
+    return HeadConfig(**({"sample_rate": 1.0, "head_grad_clip": 0.0} | options))
+
+
+def build(topology: Topology, stage: int, accumulation: int, checkpointing: bool, options: dict) -> TrainEngine:
+    raw = {
+        "train_batch_size": IMAGES,
+        "gradient_accumulation_steps": accumulation,
+        "zero_optimization": {"stage": stage},
+        "gradient_clipping": 1e9,  # finite, so that the norm is computed, and never reached
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "weight_decay": 0.1, "torch_adam": True}},
+        **({"activation_checkpointing": {}} if checkpointing else {}),
+    }
+    settings = resolve_deepspeed_config(
+        raw,
+        batch=BatchSizes.resolve(raw, topology.world_size),
+        total_steps=10,
+        warmup_steps=0,
+        output_dir=".",
+        device_type="cpu",
+        defaults=DeepSpeedDefaults(),
+    )
+    head_config = config(**options)
+    head = PartialFC(CLASSES, 8, topology, sample_rate=head_config.sample_rate, workspace_mb=1e-4, seed=1)
+    return TrainEngine(VisionTransformer(ENCODER, seed=1), head, settings, head_config, topology, 1.0)
+
+
+def captured_step(engine: TrainEngine, batch: ImageLabelBatch, step: int = 0) -> dict:
+    """One train_step; the gradients as they stood just before encoder and head moved."""
+    captured = {"centers_before": engine.head.centers.detach().clone()}
+    deepspeed_step, head_step = engine.engine.step, engine.head_optimizer.step
+
+    def capture_encoder():
+        if engine.engine.is_gradient_accumulation_boundary():
+            named = engine.engine.module.named_parameters()
+            captured["encoder"] = {
+                name: deepspeed.utils.safe_get_full_grad(parameter).clone() for name, parameter in named
+            }
+        deepspeed_step()
+        captured["centers_after_engine"] = engine.head.centers.detach().clone()
+
+    def capture_head(gradient, learning_rate):
+        dense = torch.zeros_like(engine.head.centers)
+        dense[gradient.rows_S] = gradient.values_SD
+        captured["centers"] = dense
+        head_step(gradient, learning_rate)
+
+    engine.engine.step, engine.head_optimizer.step = capture_encoder, capture_head
+    result = engine.train_step(batch, step)
+    engine.engine.step, engine.head_optimizer.step = deepspeed_step, head_step
+    captured |= {"loss": result.loss, "grad_norm": result.grad_norm, "head_norm": float(result.head_grad_norm)}
+    return captured | {"applied": result.applied, "learning_rates": (result.learning_rate, result.head_learning_rate)}
+
+
+def own_part(batch: ImageLabelBatch, topology: Topology) -> ImageLabelBatch:
+    return batch.split(IMAGES // topology.world_size)[topology.rank]
+
+
+def poison(engine: TrainEngine, topology: Topology) -> dict:
+    """A gradient that is no number on the last rank alone: nothing may move, on any rank."""
+    weights = engine.encoder_weights()
+    centers = engine.head.centers.detach().clone()
+
+    def nan_gradient(gradient):
+        return gradient * torch.nan if topology.rank == topology.world_size - 1 else gradient
+
+    patch = engine.engine.module.embeddings.patch
+    handle = patch.register_forward_hook(lambda module, inputs, output: output.register_hook(nan_gradient) and None)
+    result = engine.train_step(own_part(global_batch(), topology), step=1)
+    handle.remove()
+    after = engine.encoder_weights()
+    return {
+        "applied": result.applied,
+        "skipped_steps": engine.skipped_steps,
+        "encoder_moved": any(not torch.equal(weights[name], after[name]) for name in weights),
+        "head_moved": not torch.equal(centers, engine.head.centers),
+    }
+
+
+def main(folder: Path) -> None:
+    topology = Topology.from_environment().start(timeout_minutes=1.0)
+    results = {}
+    for stage in (0, 1, 2, 3):
+        for accumulation in (1, 3):
+            engine = build(topology, stage, accumulation, checkpointing=stage == 1, options={"head_lr_scale": 2.0})
+            results[f"{stage},{accumulation}"] = captured_step(engine, own_part(global_batch(), topology))
+            if stage == 1:
+                results[f"poison,{accumulation}"] = poison(engine, topology)
+    engine = build(topology, 1, 1, False, {})
+    results["missing"] = captured_step(engine, own_part(global_batch(missing=(0, 7, 8)), topology))
+    engine = build(topology, 1, 1, False, {"head_grad_clip": 0.5})
+    results["clipped"] = captured_step(engine, own_part(global_batch(), topology))
+    torch.save(results, folder / f"world{topology.world_size}_rank{topology.rank}.pt")
+    topology.stop()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,113 @@
+"""Through the DeepSpeed engine: gradients equal one float64 process on the whole batch, for every stage and accumulation."""
+
+import pytest
+import torch
+from engine_worker import CLASSES, ENCODER, IMAGES, global_batch
+from processes import ROOT, run_script
+
+from mlcd_ds.batch import NO_IMAGE
+from mlcd_ds.losses import LossSpec, dense_loss
+from mlcd_ds.models.vit import VisionTransformer
+from mlcd_ds.partial_fc import random_rows
+
+RTOL = 2e-4
+ATOL_OF_LARGEST = 2e-5
+"""float32 through two layers and a scale of 64; small entries are differences of large ones."""
+
+
+def assert_close(ours, reference, name):
+    atol = ATOL_OF_LARGEST * reference.abs().max().item()
+    torch.testing.assert_close(ours.double(), reference, rtol=RTOL, atol=atol, msg=lambda m: f"{name}: {m}")
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """{world size: [each rank's results]}."""
+    folder = tmp_path_factory.mktemp("engine")
+    found = {}
+    for world_size in (1, 2):
+        ended = run_script(world_size, [ROOT / "tests" / "engine_worker.py", folder])
+        assert [rank.code for rank in ended] == [0] * world_size, "\n".join(rank.output[-3000:] for rank in ended)
+        found[world_size] = [
+            torch.load(folder / f"world{world_size}_rank{rank}.pt", weights_only=True) for rank in range(world_size)
+        ]
+    return found
+
+
+def reference(missing=()):
+    """loss, gradients of encoder and of all centers, by autograd in float64 on the images that are there."""
+    model = VisionTransformer(ENCODER, seed=1).double()
+    centers = random_rows(0, CLASSES, CLASSES, 8, seed=1).double().requires_grad_()
+    batch = global_batch(missing)
+    there = batch.labels_BL[:, 0] != NO_IMAGE
+    spec = LossSpec("mlcd", 64.0, 0.3, "arc", "straight_through", None)
+    loss = dense_loss(model(batch.images_BCHH[there]), centers, batch.labels_BL[there], spec)
+    loss.backward()
+    return loss.item(), {name: p.grad for name, p in model.named_parameters()}, centers.grad
+
+
+def assert_matches_reference(per_rank, missing=()):
+    loss, encoder, centers = reference(missing)
+    for result in per_rank:
+        assert result["applied"]
+        assert result["loss"] == pytest.approx(loss, rel=1e-5)
+        assert set(result["encoder"]) == set(encoder)
+        for name, gradient in encoder.items():
+            assert_close(result["encoder"][name], gradient, name)
+        norm = torch.cat([gradient.flatten() for gradient in encoder.values()]).norm().item()
+        assert result["grad_norm"] == pytest.approx(norm, rel=1e-4)
+        assert result["head_norm"] == pytest.approx(centers.norm().item(), rel=1e-4)
+    assert_close(torch.cat([result["centers"] for result in per_rank]), centers, "centers")
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_gradients_through_the_engine_are_those_of_one_process(results, world_size, stage, accumulation):
+    assert_matches_reference([rank[f"{stage},{accumulation}"] for rank in results[world_size]])
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_slots_without_an_image_do_not_count(results, world_size):
+    assert_matches_reference([rank["missing"] for rank in results[world_size]], missing=(0, 7, 8))
+
+
+def test_engine_leaves_the_shards_alone(results):
+    """Neither broadcast at the start, nor averaged or moved by the engine's step; the two shards differ."""
+    whole = random_rows(0, CLASSES, CLASSES, 8, seed=1)
+    for world_size, per_rank in results.items():
+        for key in ("0,1", "1,3", "2,1", "3,3"):
+            before = torch.cat([rank[key]["centers_before"] for rank in per_rank])
+            assert torch.equal(before, whole), (world_size, key)
+            after = torch.cat([rank[key]["centers_after_engine"] for rank in per_rank])
+            assert torch.equal(after, whole), (world_size, key)
+
+
+def test_head_follows_the_engines_learning_rate(results):
+    encoder, head = results[2][0]["1,1"]["learning_rates"]
+    assert encoder == pytest.approx(1e-3)
+    assert head == pytest.approx(2e-3)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_head_gradient_is_clipped_by_the_norm_over_all_shards(results, world_size):
+    plain = torch.cat([rank["1,1"]["centers"] for rank in results[world_size]])
+    clipped = torch.cat([rank["clipped"]["centers"] for rank in results[world_size]])
+    assert clipped.norm().item() == pytest.approx(0.5, rel=1e-5)
+    torch.testing.assert_close(clipped, plain * (0.5 / plain.norm()), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_one_ranks_bad_gradient_skips_the_step_of_encoder_and_head_everywhere(results, world_size, accumulation):
+    for rank in results[world_size]:
+        assert rank[f"poison,{accumulation}"] == {
+            "applied": False,
+            "skipped_steps": 1,
+            "encoder_moved": False,
+            "head_moved": False,
+        }
+
+
+def test_batch_size_is_the_workers():
+    assert len(global_batch()) == IMAGES
