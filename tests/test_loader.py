@@ -1,10 +1,14 @@
 """The order of samples, and batches that depend on neither ranks nor loader processes."""
 
+import multiprocessing
 import os
 import pickle
 import signal
+import subprocess
+import sys
 import time
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -369,3 +373,26 @@ def test_loader_processes_ignore_signals_and_their_death_is_told(data):
         for _ in range(50):
             next(steps)
     loader.close()
+
+
+def leave_in_the_middle(folder, shards):
+    steps = make_loader(folder, shards, workers=2).iterate(0, 10_000)
+    next(steps)
+    sys.exit(7)
+
+
+@pytest.mark.parametrize("how", ["child", "program"])
+def test_a_process_that_ends_in_the_middle_of_a_pass_does_not_wait_for_its_loader_processes(data, how):
+    began = time.perf_counter()
+    if how == "child":
+        process = multiprocessing.get_context("fork").Process(target=leave_in_the_middle, args=data)
+        process.start()
+        process.join(60)
+        code = process.exitcode
+        process.kill()
+    else:
+        tests = str(Path(__file__).parent)
+        lines = [f"import sys; sys.path[:0] = [{tests!r}, {str(Path(tests).parent)!r}]", "import test_loader"]
+        lines += [f"test_loader.leave_in_the_middle(test_loader.Path({str(data[0])!r}), {data[1]!r})"]
+        code = subprocess.run([sys.executable, "-c", "\n".join(lines)], timeout=60).returncode
+    assert code == 7 and time.perf_counter() - began < 40

@@ -4,11 +4,14 @@ Shapes: B images of this rank and step, u images of one piece of work of a loade
 and width in pixels.
 """
 
+import atexit
 import math
 import signal
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from multiprocessing.util import Finalize
 
 import numpy as np
 import torch
@@ -158,6 +161,22 @@ def _start_worker(_: int) -> None:
     torch.set_num_threads(1)
 
 
+def _close_at_exit(loader: "ImageLabelLoader") -> None:
+    """Python ends leftover children with SIGTERM and waits for them; ours ignore it, so they must be told to end first.
+
+    atexit for a main process (before torch marks the interpreter as ending), Finalize for a child of multiprocessing.
+    """
+    reference = weakref.ref(loader)
+
+    def close() -> None:
+        alive = reference()
+        if alive is not None:
+            alive.close()
+
+    atexit.register(close)
+    Finalize(None, close, exitpriority=20)  # before the queues close, at 10
+
+
 def _as_it_is(piece: _Piece) -> _Piece:
     return piece
 
@@ -200,6 +219,8 @@ class ImageLabelLoader:
             # Its own generator: else every iteration would draw a number from torch's global one.
             generator=torch.Generator(),
         )
+        if config.workers:
+            _close_at_exit(self)
 
     def iterate(self, start_step: int, stop_step: int) -> Iterator[ImageLabelBatch]:
         """This rank's batches of the steps `start_step`..`stop_step`, one a step, B rows each. Calls no collective.
