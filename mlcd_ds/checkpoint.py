@@ -138,15 +138,13 @@ def verify(path: Path) -> None:
     """Compares every file with the manifest. Raises CheckpointError naming the first that is missing or changed."""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
-        files = manifest["files"]
+        version, files = manifest["format_version"], manifest["files"]
     except FileNotFoundError:
         raise CheckpointError(f"{path / MANIFEST} does not exist: the checkpoint was never finished") from None
-    except (ValueError, KeyError, UnicodeDecodeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path / MANIFEST} cannot be read ({error}): the checkpoint is damaged") from None
-    if manifest.get("format_version") != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path} has format version {manifest.get('format_version')}, this program reads {FORMAT_VERSION}"
-        )
+    if version != FORMAT_VERSION:
+        raise CheckpointError(f"{path} has format version {version}, this program reads {FORMAT_VERSION}")
     for name, expected in files.items():
         file = path / name
         if not file.is_file():

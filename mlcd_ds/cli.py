@@ -10,6 +10,8 @@ import inspect
 import math
 import os
 import sys
+import time
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 from typing import get_args
 
@@ -17,6 +19,7 @@ from pydantic import ValidationError
 
 from mlcd_ds.config import Settings
 from mlcd_ds.errors import ConfigError, UserError
+from mlcd_ds.topology import Topology
 
 LAUNCHER_FLAGS = ("local_rank",)
 """Flags that launchers add in front of ours; accepted and ignored (topology.py reads the environment)."""
@@ -192,11 +195,31 @@ def run(fire: Callable, function: Callable[[Settings], object], settings: type[S
         fire(component, command=[f"--{name}={value!r}" for name, value in flags.items()], serialize=lambda _: None)
     except UserError as error:
         fail(error)
+    except Exception:
+        # A fault of ours. Out at once, too: the interpreter's own way out would wait for loader processes, and the other
+        # ranks for this one.
+        traceback.print_exc()
+        sys.stdout.flush()
+        os._exit(1)
+
+
+SECONDS_FOR_RANK_0 = 5.0
+"""So long the other ranks hold back their message: most errors are everybody's, and are to be read once."""
 
 
 def fail(error: UserError) -> None:
-    """Prints `error` as the last word of this process and ends it, without waiting for other ranks or threads."""
-    print(f"error: {error}", file=sys.stderr, flush=True)
+    """Prints `error` as the last word of this process and ends it, without waiting for other ranks or threads.
+
+    Rank 0 speaks at once, and the launcher then ends the others. One that is still there a moment later has an error of
+    its own, and says so. (Were they to leave first, the launcher might end rank 0 before it has spoken.)
+    """
+    try:
+        rank = Topology.from_environment().rank
+    except ConfigError:  # the environment is what is wrong
+        rank = 0
+    if rank > 0:
+        time.sleep(SECONDS_FOR_RANK_0)
+    print(f"error: {error}" if rank == 0 else f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
     sys.stdout.flush()
     # os._exit: a rank that leaves through the interpreter's shutdown may wait for peers inside a process group.
     os._exit(error.exit_code)

@@ -3,7 +3,7 @@
 b rows of this rank, W ranks, G = W*b rows of all ranks in rank order, D columns.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch
@@ -106,13 +106,15 @@ def barrier(topology: Topology) -> None:
         dist.barrier(group=topology.group)
 
 
-def raise_together(error: UserError | None, topology: Topology) -> None:
-    """Raises the lowest rank's error on EVERY rank, so that no rank goes on to wait for one that has stopped."""
-    raise_first(gather_objects(error, topology))
-
-
-def raise_first(errors: Sequence[UserError | None]) -> None:
-    """Raises the first error of a list gathered from all ranks, if there is one."""
-    for error in errors:
-        if error is not None:
-            raise error
+def on_main(topology: Topology, function: Callable[..., T], *arguments) -> T:
+    """`function(*arguments)` on rank 0 alone: its result, or the UserError it raises, on every rank."""
+    result, error = None, None
+    if topology.is_main:
+        try:
+            result = function(*arguments)
+        except UserError as raised:
+            error = raised
+    result, error = gather_objects((result, error), topology)[0]
+    if error is not None:
+        raise error
+    return result

@@ -68,7 +68,7 @@ class RunConfig(HeadConfig):
     init_from: str | None = Field(None, description="run folder whose encoder weights to start from")
     seed: int = Field(0, ge=0, lt=2**31)
     workers: int = Field(4, ge=0, description="loader processes per rank")
-    prefetch: int = Field(4, ge=1, description="batches each worker reads ahead")
+    prefetch: int = Field(4, ge=1, description="pieces (of up to 256 images) that each worker reads ahead")
     crop_scale_min: Finite = Field(0.4, gt=0, le=1, description="smallest area share of the random resized crop")
     flip: bool = Field(True, description="random horizontal flips")
     shuffle_window: int = Field(16384, ge=1, description="samples within which a lane of the data plan is permuted")

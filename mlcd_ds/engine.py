@@ -133,6 +133,7 @@ class TrainEngine:
         applied = bool(self.engine.was_step_applied())
         head_norm = self._step_head(learning_rate * self.config.head_lr_scale, applied)
         norm = self.engine.get_global_grad_norm() if plain_norm is None else plain_norm
+        norm = math.nan if norm is None else float(norm)
         return StepResult(
             loss, norm, head_norm, learning_rate, learning_rate * self.config.head_lr_scale, applied, stats
         )

@@ -11,6 +11,7 @@ import torch
 
 from mlcd_ds import collectives
 from mlcd_ds.batch import ImageLabelBatch
+from mlcd_ds.data.loader import ImageLabelLoader
 from mlcd_ds.monitor import Monitor
 from mlcd_ds.topology import Topology
 
@@ -51,15 +52,25 @@ class Progress:
             self._waited += time.monotonic() - asked
             yield batch
 
-    def report(self, step: int, batch: ImageLabelBatch, result, ledger, skipped_steps: int, histograms: bool) -> None:
-        """Reports the `step`-th finished step, and the time since the last report. One all-reduce of four numbers.
+    def report(
+        self,
+        step: int,
+        batch: ImageLabelBatch,
+        result,
+        loader: ImageLabelLoader,
+        skipped_steps: int,
+        histograms: bool,
+    ) -> None:
+        """Reports the `step`-th finished step, and the time since the last report. Two all-reduces of two numbers.
 
-        result: engine.StepResult of this step. ledger: the loader's. skipped_steps: of the whole run.
+        result: engine.StepResult of this step. skipped_steps: of the whole run. Raises DataError, on every rank, when too
+        many samples could not be used.
         """
         now = time.monotonic()
         seconds = now - self._last_report
-        counts = torch.tensor([self._waited, ledger.decoded, ledger.num_skipped, 1.0], dtype=torch.float64)
-        waited, decoded, skipped, ranks = collectives.sum_(counts.to(self.topology.device), self.topology).tolist()
+        decoded, skipped = loader.check_skipped(final=step == self.total_steps)
+        waits = torch.tensor([self._waited, 1.0], device=self.topology.device)
+        waited, ranks = collectives.sum_(waits, self.topology).tolist()
         steps = step - self._last_step
         self._last_report, self._last_step, self._waited = now, step, 0.0
         if self.monitor is None:
@@ -68,7 +79,7 @@ class Progress:
         values = {
             "train_loss": result.loss,
             **{name: float(value) for name, value in stats.items()},
-            "lr": result.learning_rate,
+            "lr_encoder": result.learning_rate,  # not "lr": DeepSpeed writes that tag itself, one step ahead
             "lr_head": result.head_learning_rate,
             "grad_norm": result.grad_norm,
             "head_grad_norm": float(result.head_grad_norm),
@@ -77,8 +88,8 @@ class Progress:
             "data_wait_fraction": waited / (seconds * ranks),
             "memory_gb": self._memory_gb(),
             "epoch": step * self.global_batch / self.samples_per_epoch,
-            "samples_decoded": int(decoded),
-            "samples_skipped": int(skipped),
+            "samples_decoded": decoded,
+            "samples_skipped": skipped,
         }
         samples = step * self.global_batch
         # Not for a curve: it lets two runs be compared for having seen the same images.
@@ -98,7 +109,7 @@ class Progress:
             f"epoch {values['epoch']:.2f}",
             f"loss {values['train_loss']:.3f} (pos {values['loss_positive']:.3f} neg {values['loss_negative']:.3f})",
             f"cos pos {values['cosine_positive']:.3f} neg {values['cosine_negative']:.3f}",
-            f"lr {values['lr']:.2e}",
+            f"lr {values['lr_encoder']:.2e}",
             f"grad {values['grad_norm']:.2f} head {values['head_grad_norm']:.2f}",
             f"rows {values['sampled_rows']:.0f} ({values['positive_rows']:.0f} pos)",
             f"{values['samples_per_second']:,.0f} img/s",

@@ -75,6 +75,10 @@ class Topology:
             dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world_size, timeout=timeout)
         return self
 
+    def seed_torch(self, seed: int) -> None:
+        """Seeds torch's global generators, differently on each rank; torch alone would seed them from the clock."""
+        torch.manual_seed(seed * self.world_size + self.rank)
+
     def stop(self) -> None:
         """Leaves the process group."""
         if dist.is_initialized():

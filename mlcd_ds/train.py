@@ -45,21 +45,21 @@ def train(config: RunConfig) -> None:
     if config.dry_run:
         return dry_run(config, topology)
     check_launch(config, topology)
+    batch = BatchSizes.resolve(load_deepspeed_config(config.deepspeed_config), topology.world_size)
     topology.start(config.timeout_minutes)
     run = RunFolder(config.output_dir)
     try:
-        train_in(run, config, topology)
+        train_in(run, config, batch, topology)
     except UserError as error:
         run.fail(error)
         raise
     topology.stop()
 
 
-def train_in(run: RunFolder, config: RunConfig, topology: Topology) -> None:
+def train_in(run: RunFolder, config: RunConfig, batch: BatchSizes, topology: Topology) -> None:
     """The run, from its folder to its last checkpoint."""
-    on_main(topology, run.open, config.resume == "auto")
-    batch = BatchSizes.resolve(load_deepspeed_config(config.deepspeed_config), topology.world_size)
-    shards = expand_shards(config.shards)
+    collectives.on_main(topology, run.open, config.resume == "auto")
+    shards = collectives.on_main(topology, expand_shards, config.shards)
     table = build_shard_table(
         shards, config.labels, config.num_positives, config.max_skipped_fraction, config.shard_cache, topology
     )
@@ -67,7 +67,7 @@ def train_in(run: RunFolder, config: RunConfig, topology: Topology) -> None:
     plan = plan_run(config, batch, topology, table.num_samples, len(shards), table.labels_info)
     if topology.is_main:
         print(plan.card, flush=True)
-    on_main(topology, run.write_config, plan.record(config, table.fingerprint(), order.fingerprint()))
+    collectives.on_main(topology, run.write_config, plan.record(config, table.fingerprint(), order.fingerprint()))
 
     loader = ImageLabelLoader(config, table, order, plan.encoder.image_size, topology)
     engine = build_engine(config, plan, topology)
@@ -89,7 +89,7 @@ def train_in(run: RunFolder, config: RunConfig, topology: Topology) -> None:
         result = engine.train_step(images, step, collect_stats=reported or histograms)
         step = run.step = step + 1
         if reported or histograms:
-            progress.report(step, images, result, loader.ledger, engine.skipped_steps, histograms)
+            progress.report(step, images, result, loader, engine.skipped_steps, histograms)
         if is_due(step, config.save_every_steps, plan.length):
             save(run, config, plan, store, engine, monitor, step)
     loader.close()
@@ -188,19 +188,9 @@ def check_launch(config: RunConfig, topology: Topology) -> None:
         )
 
 
-def on_main(topology: Topology, function, *arguments) -> None:
-    """Calls `function` on rank 0; a UserError of it is raised on every rank."""
-    error = None
-    if topology.is_main:
-        try:
-            function(*arguments)
-        except UserError as raised:
-            error = raised
-    collectives.raise_together(error, topology)
-
-
 def build_engine(config: RunConfig, plan: RunPlan, topology: Topology) -> TrainEngine:
     """Encoder, this rank's part of the head, and the engine that steps both."""
+    topology.seed_torch(config.seed)
     model = VisionTransformer(plan.encoder, seed=config.seed)
     if config.init_from is not None:
         checkpoint.load_weights(model, checkpoint.find_encoder(config.init_from))

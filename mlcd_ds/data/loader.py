@@ -18,6 +18,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from mlcd_ds.batch import NO_IMAGE, ImageLabelBatch
+from mlcd_ds.collectives import gather_objects, sum_
 from mlcd_ds.config import RunConfig
 from mlcd_ds.data.decode import ImageError, decode_image
 from mlcd_ds.data.plan import EpochPlan, augmentation_generator
@@ -65,16 +66,6 @@ class Ledger:
         self.decoded += decoded
         self.skipped.update(reason for reason, _ in skipped)
         self.names += [name for _, name in skipped[: MAX_NAMES - len(self.names)]]
-
-    def check(self, allowed: float) -> None:
-        """Raises DataError, with counts by reason and examples, above the share `allowed` of skipped samples."""
-        if self.num_skipped > allowed * self.read:
-            reasons = ", ".join(f"{count} {reason}" for reason, count in self.skipped.most_common())
-            raise DataError(
-                f"{self.num_skipped} of {self.read} samples of this rank could not be used ({reasons}), more than "
-                f"--max_skipped_fraction {allowed:g} allows. E.g. {'; '.join(self.names[:3])}. Mend or remove these "
-                "samples, or raise the fraction."
-            )
 
 
 @dataclass
@@ -177,6 +168,10 @@ def _close_at_exit(loader: "ImageLabelLoader") -> None:
     Finalize(None, close, exitpriority=20)  # before the queues close, at 10
 
 
+def _listed(reasons: Counter) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+
+
 def _as_it_is(piece: _Piece) -> _Piece:
     return piece
 
@@ -199,6 +194,7 @@ class ImageLabelLoader:
                 f"a global batch of {plan.global_batch} cannot be split over {topology.world_size} ranks: change "
                 "train_batch_size in the DeepSpeed JSON, or the number of ranks"
             )
+        self._topology = topology
         self.images_per_rank = plan.global_batch // topology.world_size
         self.max_skipped_fraction = config.max_skipped_fraction
         self.ledger = Ledger()
@@ -226,8 +222,7 @@ class ImageLabelLoader:
         """This rank's batches of the steps `start_step`..`stop_step`, one a step, B rows each. Calls no collective.
 
         A sample that cannot be used keeps its slot: a zero image, a row of NO_IMAGE, the key "".
-        Raises DataError when a tar or label file changed or broke since the start, a loader process died, or more than
-        `max_skipped_fraction` of the samples so far were skipped (judged from MIN_SAMPLES_TO_JUDGE on, and at the end).
+        Raises DataError when a tar or label file changed or broke since the start, or a loader process died.
         """
         pieces = self._dataset.pieces
         self._steps.items = range(start_step * pieces, stop_step * pieces)
@@ -236,10 +231,27 @@ class ImageLabelLoader:
             parts = [self._next(arriving) for _ in range(pieces)]
             for part in parts:
                 self.ledger.add(len(part.keys) - len(part.skipped), part.skipped)
-            if self.ledger.read >= MIN_SAMPLES_TO_JUDGE:
-                self.ledger.check(self.max_skipped_fraction)
             yield self._assemble(parts)
-        self.ledger.check(self.max_skipped_fraction)
+
+    def check_skipped(self, final: bool) -> tuple[int, int]:
+        """(decoded, skipped) of all ranks so far. All ranks call it together: one all-reduce of two numbers.
+
+        Raises DataError, on every rank, with counts by reason and examples, when more than `max_skipped_fraction` were
+        skipped; judged from MIN_SAMPLES_TO_JUDGE samples on, or when `final`.
+        """
+        counts = torch.tensor([self.ledger.decoded, self.ledger.num_skipped], device=self._topology.device)
+        decoded, skipped = sum_(counts, self._topology).tolist()
+        read = decoded + skipped
+        if skipped > self.max_skipped_fraction * read and (final or read >= MIN_SAMPLES_TO_JUDGE):
+            ledgers = gather_objects((self.ledger.skipped, self.ledger.names[:3]), self._topology)
+            reasons = sum((counter for counter, _ in ledgers), Counter())
+            names = [name for _, names in ledgers for name in names]
+            raise DataError(
+                f"{skipped} of {read} samples could not be used ({_listed(reasons)}), more than --max_skipped_fraction "
+                f"{self.max_skipped_fraction:g} allows. E.g. {'; '.join(names[:3])}. Mend or remove these samples, or raise "
+                "the fraction."
+            )
+        return decoded, skipped
 
     def close(self) -> None:
         """Ends the loader processes; `iterate` would start new ones."""

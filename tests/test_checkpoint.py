@@ -1,0 +1,150 @@
+"""Checkpoints: published whole or not at all, damage found by name, rows found by their address."""
+
+import pytest
+import torch
+
+from mlcd_ds import checkpoint
+from mlcd_ds.checkpoint import CheckpointStore, load_rows, published, save_rows
+from mlcd_ds.errors import CheckpointError
+from mlcd_ds.files import write_json
+from mlcd_ds.models.vit import VisionTransformer, VitConfig
+from mlcd_ds.partition import ClassPartition
+from mlcd_ds.topology import Topology
+
+TINY = VitConfig(
+    image_size=8, patch_size=4, layers=1, width=8, heads=2, mlp_width=16, embed_dim=4, rope=False, activation="gelu",
+    norm_eps=1e-5,
+)  # fmt: skip
+
+
+def store(folder, keep_last=3):
+    return CheckpointStore(folder, Topology.single(), keep_last)
+
+
+def write(folder, step, keep_last=3):
+    writer = store(folder, keep_last)
+    staging = writer.stage(step)
+    save_rows(staging / "head", 0, 5, 5, {"centers": torch.full((5, 2), float(step))})
+    write_json(staging / "state.json", {"step": step})
+    return writer.publish(step)
+
+
+def test_newest_is_found_and_old_ones_are_pruned(tmp_path):
+    assert store(tmp_path).find() is None
+    for step in (2, 10, 30, 400):
+        write(tmp_path, step)
+    assert [path.name for path in published(tmp_path / "checkpoints")] == [
+        "step_000000010",
+        "step_000000030",
+        "step_000000400",
+    ]
+    assert store(tmp_path).find().step == 400
+    assert (tmp_path / "checkpoints" / "latest").read_text() == "step_000000400\n"
+
+
+def test_staged_checkpoint_is_never_found_and_goes_with_the_next_save(tmp_path):
+    write(tmp_path, 1)
+    staging = store(tmp_path).stage(2)
+    (staging / "state.json").write_text('{"step": 2}')
+    assert store(tmp_path).find().step == 1
+    write(tmp_path, 3)
+    assert not staging.exists()
+
+
+def damage_bit(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(bytes(data))
+
+
+DAMAGE = {
+    "cut": (lambda path: path.write_bytes(path.read_bytes()[:-1]), "bytes, the manifest says"),
+    "bit": (damage_bit, "SHA-256"),
+    "gone": (lambda path: path.unlink(), "is missing"),
+}
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+@pytest.mark.parametrize("part", ["head/rows_0000000000_0000000005.safetensors", "state.json"])
+def test_damaged_part_is_named_and_the_one_before_is_taken(tmp_path, how, part):
+    write(tmp_path, 1)
+    damaged = write(tmp_path, 2) / part
+    action, words = DAMAGE[how]
+    action(damaged)
+    said = []
+    assert store(tmp_path).find(said.append).step == 1
+    assert len(said) == 1
+    assert str(damaged) in said[0]
+    assert words in said[0]
+
+
+def test_manifest_missing_or_broken(tmp_path):
+    for text in (None, "{", "[]", '{"format_version": 9, "files": {}}'):
+        path = write(tmp_path, 7)
+        manifest = path / "manifest.json"
+        manifest.unlink() if text is None else manifest.write_text(text)
+        with pytest.raises(CheckpointError, match="no checkpoint in .* is whole.*--output_dir"):
+            store(tmp_path).find(lambda _: None)
+        for file in path.rglob("*"):
+            file.unlink() if file.is_file() else None
+        for folder in sorted(path.rglob("*"), reverse=True):
+            folder.rmdir()
+        path.rmdir()
+
+
+@pytest.mark.parametrize(("saved", "loaded"), [(1, 3), (3, 1), (2, 3), (3, 2), (2, 2)])
+def test_rows_are_found_at_another_number_of_ranks(tmp_path, saved, loaded):
+    values, steps = torch.randn(11, 3), torch.arange(11, dtype=torch.int32)
+    partition = ClassPartition(11, saved)
+    for shard in range(saved):
+        rows = slice(partition.start(shard), partition.stop(shard))
+        save_rows(tmp_path, rows.start, rows.stop, 11, {"centers": values[rows], "steps": steps[rows]})
+    partition = ClassPartition(11, loaded)
+    for shard in range(loaded):
+        start, stop = partition.start(shard), partition.stop(shard)
+        into = {
+            "centers": torch.full((stop - start, 3), torch.nan),
+            "steps": torch.zeros(stop - start, dtype=torch.int32),
+        }
+        load_rows(tmp_path, start, stop, 11, into)
+        assert torch.equal(into["centers"], values[start:stop])
+        assert torch.equal(into["steps"], steps[start:stop])
+
+
+def test_rows_that_do_not_fit_are_named(tmp_path):
+    save_rows(tmp_path, 0, 4, 11, {"centers": torch.zeros(4, 3)})
+    with pytest.raises(CheckpointError, match="does not hold row 4 of the head"):
+        load_rows(tmp_path, 0, 11, 11, {"centers": torch.zeros(11, 3)})
+    with pytest.raises(CheckpointError, match="is of 11 classes, this run has 12"):
+        load_rows(tmp_path, 0, 4, 12, {"centers": torch.zeros(4, 3)})
+    with pytest.raises(CheckpointError, match=r"float32 \[3\] a row, this run has torch.float32 \[5\]"):
+        load_rows(tmp_path, 0, 4, 11, {"centers": torch.zeros(4, 5)})
+
+
+def test_encoder_comes_back_bit_for_bit_from_every_kind_of_folder(tmp_path):
+    model = VisionTransformer(TINY, seed=3)
+    writer = store(tmp_path)
+    staging = writer.stage(1)
+    checkpoint.save_encoder(staging / "encoder", "tiny", TINY, model.state_dict())
+    write_json(staging / "state.json", {"step": 1})
+    folder = writer.publish(1)
+    for path in (tmp_path, folder, folder / "encoder"):
+        loaded = checkpoint.load_encoder(path)
+        assert not loaded.training
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters(), strict=True))
+    untrained = checkpoint.load_encoder(tmp_path, untrained=True, seed=4)
+    assert not torch.equal(untrained.projection.weight, model.projection.weight)
+    assert torch.equal(untrained.projection.weight, VisionTransformer(TINY, seed=4).projection.weight)
+
+
+def test_encoder_that_is_missing_damaged_or_another_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match="holds no encoder: expected a run folder"):
+        checkpoint.load_encoder(tmp_path)
+    folder = tmp_path / "encoder"
+    checkpoint.save_encoder(folder, "tiny", TINY, VisionTransformer(TINY, seed=0).state_dict())
+    wider = VisionTransformer(TINY.model_copy(update={"width": 16}), seed=0)
+    with pytest.raises(CheckpointError, match="another architecture.*--model"):
+        checkpoint.load_weights(wider, folder)
+    (folder / "encoder.safetensors").write_bytes(b"not safetensors")
+    with pytest.raises(CheckpointError, match="encoder.safetensors cannot be read"):
+        checkpoint.load_encoder(tmp_path)

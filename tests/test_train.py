@@ -1,0 +1,337 @@
+"""The main job end to end: it trains on two ranks, resumes bit for bit after a kill, and names what is wrong."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from data_factory import make_labels, make_shards, picture
+from processes import ROOT, free_port, run_script, start_ranks, wait_ranks
+from safetensors.torch import load_file
+
+from mlcd_ds.checkpoint import published, verify
+from mlcd_ds.data.tars import write_tar
+
+TRAIN = ROOT / "mlcd_ds" / "train.py"
+STEPS = 9
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Tars, labels and a JSON for two ranks; 123 images, 24 a step: epochs end within steps."""
+    folder = tmp_path_factory.mktemp("data")
+    make_shards(folder / "tars")
+    make_labels(folder / "labels")
+    json_file = {
+        "train_batch_size": 24,
+        "train_micro_batch_size_per_gpu": 12,
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "weight_decay": 0.05, "torch_adam": True}},
+        "scheduler": {
+            "type": "WarmupCosineLR",
+            "params": {"total_num_steps": "auto", "warmup_num_steps": "auto", "warmup_type": "linear"},
+        },
+        "zero_optimization": {"stage": 1, "reduce_bucket_size": 1000000, "allgather_bucket_size": 1000000},
+        "activation_checkpointing": {},
+        "tensorboard": {"enabled": True},
+    }
+    (folder / "ds.json").write_text(json.dumps(json_file))
+    return folder
+
+
+def flags(data: Path, run: Path, **changes) -> list[str]:
+    values = {
+        "deepspeed_config": data / "ds.json",
+        "shards": data / "tars" / "{00000..00002}.tar",
+        "labels": data / "labels",
+        "model": "vit_toy",
+        "output_dir": run,
+        "steps": STEPS,
+        "workers": 1,
+        "save_every_steps": 3,
+        "log_every_steps": 1,
+        "histogram_every_steps": 3,
+        "sample_rate": 0.3,
+        "timeout_minutes": 1,
+    } | changes
+    return [f"--{name}={value}" for name, value in values.items()]
+
+
+def metrics(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def whole_run(data, tmp_path_factory):
+    """A run never interrupted, started by the launcher as users do."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    launcher = Path(sys.executable).with_name("deepspeed")
+    command = [launcher, "--num_accelerators", "2", "--master_port", str(free_port()), TRAIN, *flags(data, run)]
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+        "PATH": f"{launcher.parent}:{os.environ['PATH']}",
+    }
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return run, done.stdout
+
+
+def test_it_trains(whole_run):
+    run, output = whole_run
+    lines = metrics(run)
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert lines[-1]["train_loss"] < 0.9 * lines[0]["train_loss"]
+    assert json.loads((run / "status.json").read_text()) == {"state": "done", "step": STEPS, "reason": ""}
+    for words in (
+        "global batch",
+        "24 images = 12 a micro-batch x 1 accumulated x 2 ranks",
+        "step 9/9",
+        "done: 9 steps",
+    ):
+        assert words in output
+
+
+def test_both_ranks_rows_are_in_the_checkpoint(whole_run):
+    run, _ = whole_run
+    checkpoints = published(run / "checkpoints")
+    assert [path.name for path in checkpoints] == ["step_000000003", "step_000000006", "step_000000009"]
+    for path in checkpoints:
+        verify(path)
+    rows = sorted(path.name for path in (checkpoints[-1] / "head").iterdir())
+    assert rows == ["rows_0000000000_0000000025.safetensors", "rows_0000000025_0000000050.safetensors"]
+    first, second = (load_file(checkpoints[-1] / "head" / name) for name in rows)
+    assert first["centers"].shape == second["centers"].shape == (25, 128)
+    assert not torch.equal(first["centers"], second["centers"])
+
+
+def test_monitor_has_the_tags(whole_run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run, _ = whole_run
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0, "histograms": 0})
+    events.Reload()
+    wanted = (
+        "train_loss loss_positive loss_negative lr_encoder lr_head grad_norm head_grad_norm cosine_positive cosine_negative "
+        "samples_per_second data_wait_fraction memory_gb sampled_rows positive_rows skipped_steps"
+    )
+    for name in wanted.split():
+        points = events.Scalars(f"Train/Samples/{name}")
+        assert [point.step for point in points] == [24 * step for step in range(1, STEPS + 1)], name
+    losses = [point.value for point in events.Scalars("Train/Samples/train_loss")]
+    assert losses == pytest.approx([line["train_loss"] for line in metrics(run)])
+    for name in ("cosine_histogram_positive", "cosine_histogram_negative"):
+        histograms = events.Histograms(f"Train/Samples/{name}")
+        assert [entry.step for entry in histograms] == [72, 144, 216]
+        assert histograms[0].histogram_value.num > 0
+
+
+def comparable(line: dict) -> dict:
+    changing = ("time", "samples_per_second", "data_wait_fraction", "memory_gb", "samples_decoded", "samples_skipped")
+    return {name: value for name, value in line.items() if name not in changing}
+
+
+def wait_for_step(run: Path, step: int, started) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if (run / "metrics.jsonl").exists() and f'"step": {step},' in (run / "metrics.jsonl").read_text():
+            return
+        assert all(process.poll() is None for process, _ in started), [log.read_text()[-2000:] for _, log in started]
+        time.sleep(0.02)
+    raise AssertionError(f"step {step} was never reached")
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_run_resumes_bit_for_bit(data, whole_run, tmp_path, victim):
+    run = tmp_path / "run"
+    started = start_ranks(2, [TRAIN, *flags(data, run)])
+    wait_for_step(run, 5, started)
+    os.kill(started[victim][0].pid, signal.SIGKILL)
+    ended = wait_ranks(started, timeout=90)
+    assert all(rank.code != 0 for rank in ended)
+    assert json.loads((run / "status.json").read_text())["state"] == "running"
+    # What a kill in the middle of a write leaves behind: a cut line, a half-written checkpoint.
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "sam')
+    shutil.copytree(published(run / "checkpoints")[-1], run / "checkpoints" / "step_000000007.tmp")
+
+    ended = run_script(2, [TRAIN, *flags(data, run, resume="auto")])
+    assert [rank.code for rank in ended] == [0, 0], ended[0].output[-3000:]
+    assert "resumed from" in ended[0].output
+    whole, _ = whole_run
+    assert [comparable(line) for line in metrics(run)] == [comparable(line) for line in metrics(whole)]
+    last, whole_last = published(run / "checkpoints")[-1], published(whole / "checkpoints")[-1]
+    for path in sorted(whole_last.rglob("*.safetensors")):
+        ours, theirs = load_file(last / path.relative_to(whole_last)), load_file(path)
+        assert ours.keys() == theirs.keys()
+        for name in ours:
+            assert torch.equal(ours[name], theirs[name]), (path, name)
+
+
+def test_resumed_run_leaves_no_point_twice_in_tensorboard(data, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = tmp_path / "run"
+    started = start_ranks(1, [TRAIN, *flags(data, run)])
+    wait_for_step(run, 5, started)
+    os.kill(started[0][0].pid, signal.SIGKILL)
+    wait_ranks(started)
+    (ended,) = run_script(1, [TRAIN, *flags(data, run, resume="auto")])
+    assert ended.code == 0, ended.output[-3000:]
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0})
+    events.Reload()
+    points = [point.step for point in events.Scalars("Train/Samples/train_loss")]
+    assert points == [24 * step for step in range(1, STEPS + 1)]
+
+
+def test_one_rank_computes_what_two_do(data, whole_run, tmp_path):
+    (ended,) = run_script(1, [TRAIN, *flags(data, tmp_path / "run", workers=0)])
+    assert ended.code == 0, ended.output[-3000:]
+    alone, together = metrics(tmp_path / "run"), metrics(whole_run[0])
+    for one, two in zip(alone, together, strict=True):
+        # The negatives of a step differ where the accumulation does: only the first steps are the same sum.
+        if one["step"] <= 2:
+            assert one["loss_positive"] == pytest.approx(two["loss_positive"], rel=0.2)
+        assert one["train_loss"] == pytest.approx(two["train_loss"], rel=0.1)
+
+
+def test_finished_run_is_left_as_it_is(data, whole_run):
+    run, _ = whole_run
+    before = {path: path.stat().st_mtime_ns for path in (run / "checkpoints").rglob("*")}
+    (ended, _) = run_script(2, [TRAIN, *flags(data, run, resume="auto")])
+    assert ended.code == 0, ended.output[-3000:]
+    assert {path: path.stat().st_mtime_ns for path in (run / "checkpoints").rglob("*")} == before
+    assert [line["step"] for line in metrics(run)] == list(range(1, STEPS + 1))
+
+
+def test_dry_run_plans_for_any_world_size_without_a_process_group(data, tmp_path):
+    (ended,) = run_script(
+        1,
+        [TRAIN, *flags(data, tmp_path / "run", dry_run=True, world_size=2)],
+        MASTER_ADDR="203.0.113.1",
+        MASTER_PORT="1",
+    )
+    assert ended.code == 0, ended.output
+    assert "24 images = 12 a micro-batch x 1 accumulated x 2 ranks" in ended.output
+    assert "rows a rank    25 centers" in ended.output
+    assert not (tmp_path / "run").exists()
+
+
+def refused(ended, code: int, *words: str) -> None:
+    """Every rank ended with `code`; the message stands once per rank at most, as the last word, and has all `words`."""
+    for rank in ended:
+        assert rank.code == code, rank.output[-3000:]
+        assert "Traceback" not in rank.output, rank.output[-3000:]
+    last = ended[0].output.strip().splitlines()[-1]
+    assert last.startswith("error: "), last
+    for word in words:
+        assert word in last, (word, last)
+
+
+def copied(data: Path, folder: Path) -> Path:
+    shutil.copytree(data, folder / "data")
+    return folder / "data"
+
+
+def test_truncated_tar_stops_every_rank(data, tmp_path):
+    """Only the rank that reads the second tar sees it."""
+    data = copied(data, tmp_path)
+    tar = data / "tars" / "00001.tar"
+    tar.write_bytes(tar.read_bytes()[:20_000])
+    refused(run_script(2, [TRAIN, *flags(data, tmp_path / "run")]), 3, str(tar), "truncated")
+
+
+def test_folder_in_use_stops_every_rank(data, tmp_path):
+    run = tmp_path / "run"
+    started = start_ranks(1, [TRAIN, *flags(data, run, steps=1000)])
+    wait_for_step(run, 1, started)
+    refused(
+        run_script(2, [TRAIN, *flags(data, run, resume="auto")]), 4, str(run), "in use by process", "choose another"
+    )
+    os.kill(started[0][0].pid, signal.SIGKILL)
+    wait_ranks(started)
+    (ended,) = run_script(1, [TRAIN, *flags(data, run)])
+    refused([ended], 4, str(run), "already holds a run", "--resume auto")
+    (ended,) = run_script(1, [TRAIN, *flags(data, run, resume="auto", steps=1000, model="vit_s", image_size=32)])
+    refused([ended], 4, "different run", "model: 'vit_toy' then, 'vit_s' now")
+
+
+def test_too_many_broken_images_stop_every_rank(data, tmp_path):
+    data = copied(data, tmp_path)
+    samples = [(f"00001{row:04d}", {"jpg": picture(1000 + row)[:200]}) for row in range(41)]
+    write_tar(data / "tars" / "00001.tar", samples)
+    ended = run_script(2, [TRAIN, *flags(data, tmp_path / "run")])
+    refused(ended, 3, "samples could not be used", "broken", "00001/00001", "--max_skipped_fraction")
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert status["state"] == "failed"
+    assert "could not be used" in status["reason"]
+
+
+def labels_of_another_k(data):
+    make_labels(data / "labels", num_shards=1, k=49)
+    return {}, 3, ("num_classes 49 against 50",)
+
+
+def label_file_missing(data):
+    (data / "labels" / "00002.parquet").unlink()
+    return {}, 3, ("1 of 3 shards have no label file", "00002.parquet", "tools/assign_labels.py")
+
+
+def labels_lack_keys(data):
+    make_labels(data / "labels", images=20)
+    return {}, 3, ("have no label", "--max_skipped_fraction")
+
+
+def no_tar_matches(data):
+    return {"shards": data / "nowhere" / "*.tar"}, 3, (str(data / "nowhere"),)
+
+
+def typo_in_the_json(data):
+    text = (data / "ds.json").read_text().replace('"train_batch_size"', '"gradient_cliping": 0.5, "train_batch_size"')
+    (data / "ds.json").write_text(text)
+    return {}, 2, ('unknown key "gradient_cliping"', 'did you mean "gradient_clipping"')
+
+
+def labels_of_other_centers(data):
+    import numpy as np
+
+    np.save(data / "centers.npy", np.eye(50, 128, dtype=np.float32))
+    return {"centers": data / "centers.npy"}, 3, ("are not the centers that the labels",)
+
+
+def too_few_stored_labels(data):
+    return {"num_positives": 9}, 3, ("store 8 centers an image", "--num_positives asks for 9")
+
+
+def no_such_flag(data):
+    return {"sample_rat": 0.5}, 2, ("--sample_rat", "--sample_rate")
+
+
+def expected_more_ranks(data):
+    return {"expect_world_size": 8}, 2, ("1 ranks were started", "--expect_world_size says 8", "hostfile")
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        labels_of_another_k,
+        label_file_missing,
+        labels_lack_keys,
+        no_tar_matches,
+        typo_in_the_json,
+        labels_of_other_centers,
+        too_few_stored_labels,
+        no_such_flag,
+        expected_more_ranks,
+    ],
+)
+def test_bad_input_gives_one_message_with_the_cure(data, tmp_path, spoil):
+    data = copied(data, tmp_path)
+    changes, code, words = spoil(data)
+    refused(run_script(1, [TRAIN, *flags(data, tmp_path / "run", **changes)]), code, *words)
+    assert not (tmp_path / "run" / "checkpoints").exists()
