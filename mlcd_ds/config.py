@@ -177,15 +177,34 @@ class ProbeConfig(Settings):
     """tools/linear_probe.py."""
 
     model: str = Field(
-        description="run:PATH, untrained:RUN_PATH, features:FOLDER+FOLDER (train+test), hf:..., builtin:..."
+        description="run:PATH, untrained:RUN_PATH, features:TRAIN_FOLDER+TEST_FOLDER, hf:NAME_OR_PATH, builtin:FILE.npz"
     )
     train_shards: str = Field(description="tars whose KEY.json or KEY.cls names the true classes")
     test_shards: str = Field(description="tars to report on")
-    output: str | None = Field(None, description="JSON to write")
+    output: str | None = Field(None, description="JSON to write; one that is newer than all inputs is kept")
     classes_key: str = Field("classes", description="field of KEY.json with the list of true classes")
-    batch_size: int = Field(256, ge=1)
-    workers: int = Field(0, ge=0, description="decoding threads beside the main one")
+    batch_size: int = Field(256, ge=1, description="images per forward pass")
+    workers: int = Field(1, ge=1, description="decoding threads")
     max_iterations: int = Field(1000, ge=1, description="L-BFGS iterations")
+    tolerance: Finite = Field(1e-6, gt=0, description="root of the loss per image that may be left to gain")
     validation_fraction: Finite = Field(0.2, gt=0, lt=1, description="share of the training images that picks lambda")
+    lambda_min: Finite = Field(1e-6, gt=0, description="smallest lambda of the sweep (CLIP's range)")
+    lambda_max: Finite = Field(1e6, gt=0, description="largest lambda of the sweep")
+    lambda_coarse: int = Field(7, ge=1, description="log-spaced lambdas tried first")
+    lambda_halvings: int = Field(4, ge=0, description="times the spacing is halved round the best: 4 gives 8 a decade")
+    max_skipped_fraction: Finite = Field(0.01, ge=0, le=1, description="stop above this share of unusable images")
     max_pixels: int = Field(50_000_000, ge=1)
-    seed: int = Field(0, ge=0)
+    shard_cache: str | None = Field(None, description="folder for remote tars; needed for URLs")
+    seed: int = Field(0, ge=0, description="of the validation split and of untrained weights")
+
+    @model_validator(mode="after")
+    def _range(self):
+        if self.lambda_min > self.lambda_max:
+            raise ValueError(f"--lambda_min {self.lambda_min} is above --lambda_max {self.lambda_max}")
+        return self
+
+
+class ResultsTableConfig(Settings):
+    """tools/results_table.py."""
+
+    results: str = Field(description="NAME=FILE of each result, separated by commas")
