@@ -141,7 +141,9 @@ class FeaturesConfig(Settings):
     max_pixels: int = Field(50_000_000, ge=1)
     shard_cache: str | None = Field(None, description="folder for remote tars; needed for URLs")
     patch_size: int = Field(6, ge=2, description="builtin:patches: side of a patch in pixels")
-    dictionary_size: int = Field(256, ge=2, description="builtin:patches: number of dictionary patches")
+    dictionary_size: int = Field(512, ge=2, description="builtin:patches: number of dictionary patches")
+    patch_features: int = Field(256, ge=1, description="builtin:patches: features of an image, at most")
+    images_to_fit: int = Field(4096, ge=2, description="builtin:patches: images sampled to learn from")
     patches_to_fit: int = Field(100_000, ge=100, description="builtin:patches: patches drawn to learn the dictionary")
     seed: int = Field(0, ge=0)
     timeout_minutes: Finite = Field(60.0, gt=0)
@@ -158,7 +160,6 @@ class ClusterConfig(Settings):
         256, ge=1, description="use at most k times this many features (a stated sample)"
     )
     seed: int = Field(0, ge=0)
-    timeout_minutes: Finite = Field(60.0, gt=0)
 
 
 class AssignConfig(Settings):
@@ -170,7 +171,6 @@ class AssignConfig(Settings):
     top: int = Field(8, ge=1, description="l: nearest centers stored per image")
     threshold: Finite | None = Field(None, ge=-1, le=1, description="keep only centers with at least this cosine")
     batch_size: int = Field(4096, ge=1, description="images per search")
-    timeout_minutes: Finite = Field(60.0, gt=0)
 
 
 class ProbeConfig(Settings):

@@ -3,22 +3,28 @@
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors.torch import save_file
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replaces `path` by a file with `text`, so that a reader or a crash sees the old one or the new one."""
+def write_bytes(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Replaces `path` by what `write(file)` writes, so that a reader or a crash sees the old file or the new one."""
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
+    with temporary.open("wb") as file:
+        write(file)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
     sync_folder(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """`write_bytes` of UTF-8."""
+    write_bytes(path, lambda file: file.write(text.encode()))
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -17,7 +17,7 @@ from mlcd_ds import checkpoint, cli, collectives
 from mlcd_ds.card import startup_card
 from mlcd_ds.checkpoint import CheckpointStore
 from mlcd_ds.config import DeepSpeedDefaults, RunConfig
-from mlcd_ds.data.centers import centers_hash, load_center_rows
+from mlcd_ds.data.centers import Centers, load_center_rows
 from mlcd_ds.data.labels import LabelsInfo, check_label_folder
 from mlcd_ds.data.loader import ImageLabelLoader, build_shard_table
 from mlcd_ds.data.plan import EpochPlan
@@ -149,7 +149,7 @@ def plan_run(
         defaults=DeepSpeedDefaults(),
     )
     ClassPartition(labels.num_classes, topology.world_size)  # refuses more ranks than classes
-    if config.centers is not None and centers_hash(config.centers) != labels.centers_hash:
+    if config.centers is not None and Centers.load(config.centers).hash != labels.centers_hash:
         raise DataError(
             f"--centers {config.centers} are not the centers that the labels in {config.labels} were made with. Give those, "
             "or leave --centers out to start the head from random centers."
@@ -198,7 +198,7 @@ def build_engine(config: RunConfig, plan: RunPlan, topology: Topology) -> TrainE
     rows = partition.start(topology.rank), partition.stop(topology.rank)
     centers = None
     if config.centers is not None:
-        centers = load_center_rows(config.centers, *rows, plan.labels.num_classes, plan.encoder.embed_dim)
+        centers = load_center_rows(Centers.load(config.centers), *rows, plan.labels.num_classes, plan.encoder.embed_dim)
     options = {name: getattr(config, name) for name in PartialFC.SETTINGS}
     head = PartialFC(
         plan.labels.num_classes, plan.encoder.embed_dim, topology, seed=config.seed, init_centers=centers, **options

@@ -1,0 +1,106 @@
+"""Features and centers to label shards: every image's nearest centers.
+
+Shapes: n images of a shard, k centers, d dimensions, l labels an image.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from tqdm import tqdm
+
+from mlcd_ds.batch import NO_LABEL
+from mlcd_ds.clustering.features import FeatureFolder
+from mlcd_ds.config import AssignConfig
+from mlcd_ds.data.centers import Centers
+from mlcd_ds.data.labels import LabelsInfo, label_path, read_label_info, write_label_shard
+from mlcd_ds.errors import DataError
+from mlcd_ds.topology import Topology
+
+
+@dataclass(frozen=True)
+class AssignSummary:
+    """Of this rank: images labelled now, shards finished before, mean cosine of the nearest and of the last label,
+    mean number of labels an image."""
+
+    images: int
+    already: int
+    nearest: float
+    last: float
+    labels_per_image: float
+
+
+def assign_labels(config: AssignConfig, topology: Topology) -> AssignSummary:
+    """Writes the label shards of all features, each rank every W-th; finished ones are left as they are.
+
+    Raises DataError when features and centers are not of one model, or fewer centers are there than labels asked for.
+    """
+    features, centers = FeatureFolder(config.features), Centers.load(config.centers)
+    if (features.model, features.dim) != (centers.feature_model, centers.array.shape[1]):
+        raise DataError(
+            f"the features in {config.features} are of {features.model!r} with {features.dim} dimensions, the centers in "
+            f"{config.centers} of {centers.feature_model!r} with {centers.array.shape[1]}: labels need features of the "
+            "model that was clustered"
+        )
+    k = len(centers.array)
+    if config.top > k:
+        raise DataError(f"--top {config.top} is more than the {k} centers in {config.centers}")
+    info = LabelsInfo(k, config.top, centers.hash, features.model)
+    own = range(topology.rank, len(features.names), topology.world_size)
+    todo = [i for i in own if not _is_finished(config.output_dir, features.names[i], info, features.rows[i])]
+    index = _index(centers.array) if todo else None
+    images, nearest, last, labels = 0, 0.0, 0.0, 0
+    with tqdm(
+        total=sum(features.rows[i] for i in own), desc="labels", unit="image", disable=not topology.is_main
+    ) as bar:
+        bar.update(sum(features.rows[i] for i in own) - sum(features.rows[i] for i in todo))
+        for i in todo:
+            name = features.names[i]
+            cosine_nl, label_nl = _search(features, name, features.rows[i], index, config, bar)
+            write_label_shard(
+                label_path(config.output_dir, name), features.keys(name), label_nl, cosine_nl.astype(np.float16), info
+            )
+            there = label_nl != NO_LABEL
+            images += len(label_nl)
+            labels += int(there.sum())
+            nearest += float(cosine_nl[:, 0].sum(dtype=np.float64))
+            last += float(
+                np.where(there, cosine_nl, np.inf).min(axis=1, initial=np.inf)[there.any(1)].sum(dtype=np.float64)
+            )
+    count = max(images, 1)
+    return AssignSummary(images, len(own) - len(todo), nearest / count, last / count, labels / count)
+
+
+def _is_finished(folder: str, name: str, info: LabelsInfo, rows: int) -> bool:
+    """Raises DataError for labels of other centers: they are somebody's, and not to be mixed with these."""
+    path = label_path(folder, name)
+    if not path.exists():
+        return False
+    found, found_rows = read_label_info(path)
+    if found != info:
+        raise DataError(
+            f"{path} holds labels of other centers or another --top ({found} there, {info} now). Choose another "
+            "--output_dir, or remove that folder."
+        )
+    return found_rows == rows
+
+
+def _index(centers_kd: np.ndarray):
+    import faiss
+
+    index = faiss.IndexFlatIP(centers_kd.shape[1])
+    index.add(np.ascontiguousarray(centers_kd))
+    return index
+
+
+def _search(features: FeatureFolder, name: str, rows: int, index, config: AssignConfig, bar):
+    """(cosines float32, labels int32), both [n, l], nearest first; below the threshold NO_LABEL with cosine 0."""
+    cosines = np.zeros((rows, config.top), np.float32)
+    labels = np.zeros((rows, config.top), np.int32)
+    for start in range(0, rows, config.batch_size):
+        stop = min(start + config.batch_size, rows)
+        cosines[start:stop], labels[start:stop] = index.search(features.unit_rows(name, start, stop), config.top)
+        bar.update(stop - start)
+    if config.threshold is not None:
+        below = cosines < config.threshold
+        cosines[below], labels[below] = 0, NO_LABEL
+    return cosines, labels

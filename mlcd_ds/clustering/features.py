@@ -1,0 +1,398 @@
+"""Images to features, and the folder they lie in (clip-retrieval's layout, so that published embeddings work as they are).
+
+    features/features.json                 which model, d
+    features/img_emb/img_emb_00012.npy     float16 [n, d], one file per tar, its images in tar order
+    features/text_emb/text_emb_00012.npy   the captions' embeddings, where --embedding mean asked for them
+    features/metadata/metadata_00012.parquet   column `key`; written last: a shard is finished when it is there
+
+Shapes: n images, d features, H the extractor's image side in pixels.
+"""
+
+import itertools
+import json
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from tqdm import tqdm
+
+from mlcd_ds import checkpoint, collectives
+from mlcd_ds.config import FeaturesConfig
+from mlcd_ds.data.decode import ImageError, decode_image
+from mlcd_ds.data.tars import expand_shards, image_extension, local_shard, read_samples, shard_name
+from mlcd_ds.data.transforms import resize_shorter_and_center_crop
+from mlcd_ds.errors import ConfigError, DataError
+from mlcd_ds.files import sha256, write_bytes, write_json
+from mlcd_ds.topology import Topology
+
+FORMAT_VERSION = 1
+PATCHES_FILE = "patches.npz"
+MIN_IMAGES_TO_JUDGE = 1000
+"""The share of unusable images is judged from this many on, and at the end."""
+
+Embed = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class FeatureExtractor:
+    """name: which model, with a hash of its weights. dim: d. image_size: H.
+
+    embed_images: uint8 [n, 3, H, H] to float32 [n, d] on the CPU, unit rows. embed_texts: n strings to the same, or None.
+    """
+
+    name: str
+    dim: int
+    image_size: int
+    embed_images: Embed
+    embed_texts: Callable[[Sequence[str]], torch.Tensor] | None = None
+
+
+def load_extractor(spec: str, device: torch.device, precision: str, with_texts: bool = False) -> FeatureExtractor:
+    """`builtin:PATCHES.npz`, `hf:PATH_OR_NAME` (a transformers CLIP model) or `run:PATH` (an encoder we trained).
+
+    precision: "auto" (bfloat16 on GPUs), "float32" or "bfloat16"; builtin is always float32. Raises ConfigError for any
+    other spec.
+    """
+    kind, _, path = spec.partition(":")
+    if kind == "builtin" and path:
+        return _builtin(Path(path))
+    if precision == "auto":
+        precision = "bfloat16" if device.type == "cuda" else "float32"
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[precision]
+    if kind == "run" and path:
+        return _run(path, device, dtype)
+    if kind == "hf" and path:
+        from mlcd_ds.clustering.hf_clip import load_clip
+
+        name, dim, image_size, embed_images, embed_texts = load_clip(path, device, dtype, with_texts)
+        return FeatureExtractor(name, dim, image_size, embed_images, embed_texts)
+    raise ConfigError(
+        f"feature model {spec!r}: expected builtin:patches, builtin:FILE.npz, hf:PATH_OR_NAME or run:PATH"
+    )
+
+
+def _builtin(path: Path) -> FeatureExtractor:
+    from mlcd_ds.clustering.builtin_patches import PatchDictionary
+
+    patches = PatchDictionary.load(path)
+    return FeatureExtractor(f"builtin:patches:{sha256(path)[:12]}", patches.dim, patches.image_size, patches.embed)
+
+
+def _run(path: str, device: torch.device, dtype: torch.dtype) -> FeatureExtractor:
+    folder = checkpoint.find_encoder(path)
+    model = checkpoint.load_encoder(folder).to(device, dtype)
+
+    @torch.inference_mode()
+    def embed(images: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.normalize(model(images.to(device)).float(), dim=1).cpu()
+
+    name = f"run:{json.loads((folder / 'encoder.json').read_text())['model']}"
+    name += f":{sha256(folder / 'encoder.safetensors')[:12]}"
+    return FeatureExtractor(name, model.config.embed_dim, model.config.image_size, embed)
+
+
+def extract_features(config: FeaturesConfig, topology: Topology) -> dict:
+    """Writes the features of all shards, each rank every W-th shard; finished shards are left as they are.
+
+    Returns {"model", "dim", "images", "skipped", "shards", "already"} of this rank. Raises DataError for shards, images or
+    features that cannot be used, and for a folder that holds another model's.
+    """
+    folder = Path(config.output_dir)
+    shards = collectives.on_main(topology, expand_shards, config.shards)
+    collectives.on_main(topology, _prepare_builtin, config, shards, folder)
+    spec = f"builtin:{folder / PATCHES_FILE}" if config.model == "builtin:patches" else config.model
+    if config.embedding == "mean" and not config.model.startswith("hf:"):
+        raise ConfigError("--embedding mean needs texts' embeddings: only hf: models have them")
+    extractor = load_extractor(spec, topology.device, config.precision, config.embedding == "mean")
+    described = {
+        "format_version": FORMAT_VERSION,
+        "model": extractor.name + (":mean" if config.embedding == "mean" else ""),
+        "dim": extractor.dim,
+        "normalised": True,
+    }
+    collectives.on_main(topology, _claim, folder, described)
+    own = shards[topology.rank :: topology.world_size]
+    todo = [shard for shard in own if not _metadata_file(folder, shard_name(shard)).exists()]
+    counts = {"images": 0, "skipped": 0, "without_text": 0}
+    names: list[str] = []
+    with tqdm(total=len(own), desc="features", unit="shard", disable=not topology.is_main) as bar:
+        bar.update(len(own) - len(todo))
+        for shard in todo:
+            _extract_shard(shard, folder, extractor, config, counts, names)
+            bar.update()
+            rate = counts["images"] * topology.world_size / bar.format_dict["elapsed"]
+            bar.set_postfix_str(f"{rate:,.0f} images/s on {topology.world_size} rank(s)")
+            _judge(counts, names, config.max_skipped_fraction, final=False)
+    _judge(counts, names, config.max_skipped_fraction, final=True)
+    return described | counts | {"shards": len(shards), "already": len(own) - len(todo), "skipped_names": names[:3]}
+
+
+def _prepare_builtin(config: FeaturesConfig, shards: Sequence[str], folder: Path) -> None:
+    """Learns the patch dictionary of `folder` unless it is there."""
+    if config.model != "builtin:patches" or (folder / PATCHES_FILE).exists():
+        return
+    from mlcd_ds.clustering.builtin_patches import MAX_SIDE, learn_dictionary
+
+    generator = np.random.default_rng(config.seed)
+    sampled = [shards[i] for i in np.sort(generator.permutation(len(shards))[:16])]
+    per_shard = -(-config.images_to_fit // len(sampled))
+    first = next(_decoded(sampled[0], config, None), None)
+    if first is None:
+        raise DataError(f"{sampled[0]} holds no usable image to learn patches from")
+    side = min(MAX_SIDE, *first[1].shape[:2])
+    images = []
+    for shard in sampled:
+        images += [image for _, image, _ in itertools.islice(_decoded(shard, config, side), per_shard)]
+    patches = learn_dictionary(np.stack(images).transpose(0, 3, 1, 2), config)
+    folder.mkdir(parents=True, exist_ok=True)
+    patches.save(folder / PATCHES_FILE)
+
+
+def _claim(folder: Path, described: dict) -> None:
+    file = folder / "features.json"
+    if file.exists():
+        before = json.loads(file.read_text())
+        if before != described:
+            raise DataError(
+                f"{folder} holds features of {before.get('model')!r}, now asked for: {described['model']!r}. Choose another "
+                "--output_dir, or remove that folder."
+            )
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(file, described)
+
+
+def _decoded(shard: str, config: FeaturesConfig, side: int | None) -> Iterator[tuple[str, np.ndarray, dict]]:
+    """(key, pixels, other parts) of a shard's usable images, cropped to `side` if given. One thread; for sampling."""
+    for key, parts in read_samples(local_shard(shard, config.shard_cache)):
+        try:
+            image = decode_image(parts[image_extension(parts)], config.max_pixels, side)
+        except ImageError:
+            continue  # counted when its shard is extracted
+        yield key, image if side is None else resize_shorter_and_center_crop(image, side), parts
+
+
+def _extract_shard(
+    shard: str, folder: Path, extractor: FeatureExtractor, config: FeaturesConfig, counts: dict, names: list[str]
+) -> None:
+    """One shard, from tar to published files."""
+    name = shard_name(shard)
+    keys: list[str] = []
+    images: list[torch.Tensor] = []
+    texts: list[torch.Tensor] = []
+    wants_texts = extractor.embed_texts is not None
+    for batch in batches_of_images(
+        read_samples(local_shard(shard, config.shard_cache)),
+        extractor.image_size,
+        config.batch_size,
+        config.workers,
+        config.max_pixels,
+    ):
+        counts["skipped"] += len(batch.skipped)
+        names += [f"{name}/{key}: {reason}" for key, reason in batch.skipped[: 1000 - len(names)]]
+        if not batch.keys:
+            continue
+        features = extractor.embed_images(batch.images)
+        if wants_texts:
+            texts.append(_text_features(extractor, batch, features, counts))
+        broken = ~torch.isfinite(features).all(dim=1)
+        if broken.any():
+            key = batch.keys[int(broken.nonzero()[0])]
+            raise DataError(
+                f"{extractor.name} gives features that are no numbers for {int(broken.sum())} image(s) of {shard}, e.g. key "
+                f"{key!r}. Try --precision float32, or take the image out."
+            )
+        keys += batch.keys
+        images.append(features)
+    counts["images"] += len(keys)
+    image_features = torch.cat(images) if images else torch.zeros(0, extractor.dim)
+    if wants_texts:
+        text_features = torch.cat(texts) if texts else torch.zeros(0, extractor.dim)
+        _save(folder / "text_emb" / f"text_emb_{name}.npy", text_features)
+        image_features = torch.nn.functional.normalize(image_features + text_features, dim=1)
+    _save(folder / "img_emb" / f"img_emb_{name}.npy", image_features)
+    metadata = _metadata_file(folder, name)
+    metadata.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(metadata, lambda file: pq.write_table(pa.table({"key": pa.array(keys, pa.string())}), file))
+
+
+def _text_features(
+    extractor: FeatureExtractor, batch: "ImageBatch", images: torch.Tensor, counts: dict
+) -> torch.Tensor:
+    """The captions' embeddings; an image without a caption counts as its own caption, and is counted."""
+    has_text = [bool(text) for text in batch.texts]
+    counts["without_text"] += len(has_text) - sum(has_text)
+    features = images.clone()
+    if any(has_text):
+        features[torch.tensor(has_text)] = extractor.embed_texts([text for text in batch.texts if text])
+    return features
+
+
+def _save(path: Path, features: torch.Tensor) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(path, lambda file: np.save(file, features.numpy().astype(np.float16), allow_pickle=False))
+
+
+def _judge(counts: dict, names: Sequence[str], allowed: float, final: bool) -> None:
+    total = counts["images"] + counts["skipped"]
+    if counts["skipped"] > allowed * total and (final or total >= MIN_IMAGES_TO_JUDGE):
+        raise DataError(
+            f"{counts['skipped']} of {total} images could not be used, more than --max_skipped_fraction {allowed:g} allows. "
+            f"E.g. {'; '.join(names[:3])}. Mend or remove them, or raise the fraction."
+        )
+
+
+@dataclass(frozen=True)
+class ImageBatch:
+    """images: uint8 [n, 3, H, H]. texts: KEY.txt, "" where there is none. parts: of each sample, extension to bytes.
+
+    skipped: (key, reason) of images in between that could not be used.
+    """
+
+    keys: list[str]
+    images: torch.Tensor
+    texts: list[str]
+    parts: list[dict[str, bytes]]
+    skipped: list[tuple[str, str]]
+
+
+def batches_of_images(
+    samples: Iterator[tuple[str, dict[str, bytes]]], image_size: int, batch_size: int, workers: int, max_pixels: int
+) -> Iterator[ImageBatch]:
+    """Decoded, center-cropped images of `samples` ((key, parts), see tars.read_samples), in order.
+
+    workers: threads that decode the next batch while the caller works on this one (decoding releases the interpreter).
+    """
+
+    def decode(sample: tuple[str, dict[str, bytes]]) -> np.ndarray | str:
+        try:
+            image = decode_image(sample[1][image_extension(sample[1])], max_pixels, image_size)
+        except ImageError as error:
+            return f"{error.reason}: {error}"
+        return resize_shorter_and_center_crop(image, image_size)
+
+    def assemble(chunk: list, decoded: list) -> ImageBatch:
+        good = [(sample, image) for sample, image in zip(chunk, decoded, strict=True) if not isinstance(image, str)]
+        skipped = [(sample[0], image) for sample, image in zip(chunk, decoded, strict=True) if isinstance(image, str)]
+        pixels = np.stack([image for _, image in good]) if good else np.zeros((0, image_size, image_size, 3), np.uint8)
+        return ImageBatch(
+            [sample[0] for sample, _ in good],
+            torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(),
+            [sample[1].get("txt", b"").decode("utf-8", "replace").strip() for sample, _ in good],
+            [sample[1] for sample, _ in good],
+            skipped,
+        )
+
+    samples = iter(samples)
+    with ThreadPoolExecutor(max(workers, 1)) as pool:
+        waiting: tuple[list, list] | None = None
+        while True:
+            chunk = list(itertools.islice(samples, batch_size))
+            decoding = [pool.submit(decode, sample) for sample in chunk]
+            if waiting is not None:
+                yield assemble(waiting[0], [future.result() for future in waiting[1]])
+            if not chunk:
+                return
+            waiting = chunk, decoding
+
+
+def _metadata_file(folder: Path, name: str) -> Path:
+    return folder / "metadata" / f"metadata_{name}.parquet"
+
+
+class FeatureFolder:
+    """Features in clip-retrieval's layout, ours or published ones.
+
+    model: from features.json; "unknown:FOLDER" where that is missing. dim: d. names: the finished shards', sorted.
+    rows: of each. Raises DataError naming the file for: no shard, an .npy that is missing, cut or not [n, d] floats,
+    rows that do not match the metadata, shards of different d.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        files = sorted((self.path / "metadata").glob("metadata_*.parquet"))
+        if not files:
+            raise DataError(
+                f"{self.path} holds no features: expected metadata/metadata_*.parquet and img_emb/img_emb_*.npy, as "
+                "tools/extract_features.py and clip-retrieval write them"
+            )
+        self.names = tuple(file.stem.removeprefix("metadata_") for file in files)
+        described = self.path / "features.json"
+        self.model = json.loads(described.read_text())["model"] if described.exists() else f"unknown:{self.path.name}"
+        arrays = [self.array(name) for name in self.names]
+        self.dim = arrays[0].shape[1]
+        for name, array in zip(self.names, arrays, strict=True):
+            if array.shape[1] != self.dim:
+                raise DataError(
+                    f"{self._file(name)} has {array.shape[1]} dimensions, {self._file(self.names[0])} has {self.dim}: "
+                    "features of different models are mixed. Extract them again into an empty folder."
+                )
+        self.rows = tuple(len(array) for array in arrays)
+
+    @property
+    def num_features(self) -> int:
+        """Rows of all shards."""
+        return sum(self.rows)
+
+    def array(self, name: str) -> np.ndarray:
+        """One shard's features, memory-mapped, [n, d]."""
+        file = self._file(name)
+        try:
+            array = np.load(file, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise DataError(
+                f"the features {file} cannot be read ({error}): the file is missing or cut. Remove "
+                f"{_metadata_file(self.path, name)} and run tools/extract_features.py again: it redoes this shard."
+            ) from None
+        if array.ndim != 2 or array.dtype.kind != "f":
+            raise DataError(f"{file} holds {array.dtype} {list(array.shape)}, expected floats [images, dimensions]")
+        count = pq.read_metadata(_metadata_file(self.path, name)).num_rows
+        if len(array) != count:
+            raise DataError(
+                f"{file} has {len(array)} rows, {_metadata_file(self.path, name)} has {count}: remove both and run "
+                "tools/extract_features.py again"
+            )
+        return array
+
+    def keys(self, name: str) -> list[str]:
+        """The keys of one shard's rows."""
+        file = _metadata_file(self.path, name)
+        try:
+            return pq.read_table(file, columns=["key"]).column("key").to_pylist()
+        except (pa.ArrowException, KeyError) as error:
+            raise DataError(f"{file} has no readable column `key`: {error}") from None
+
+    def unit_rows(self, name: str, start: int, stop: int, rows: np.ndarray | None = None) -> np.ndarray:
+        """float32 rows start..stop of a shard (or of its selected `rows`, sorted), each of length 1.
+
+        Raises DataError naming file and row for values that are no numbers and for rows of zeros.
+        """
+        selected = slice(start, stop) if rows is None else rows[start:stop]
+        values = np.asarray(self.array_of(name)[selected], dtype=np.float32)
+        lengths = np.linalg.norm(values, axis=1)
+        bad = ~np.isfinite(lengths) | (lengths == 0)
+        if bad.any():
+            at = int(np.flatnonzero(bad)[0])
+            row = start + at if rows is None else int(rows[start + at])
+            what = "is all zeros" if lengths[at] == 0 else "has values that are no numbers"
+            raise DataError(
+                f"{self._file(name)}: row {row} (key {self.keys(name)[row]!r}) {what}, {int(bad.sum())} such row(s) in this "
+                "block. Extract this shard again, or take the image out of the tar."
+            )
+        return values / lengths[:, None]
+
+    def array_of(self, name: str) -> np.ndarray:
+        """`array`, opened once."""
+        if not hasattr(self, "_open"):
+            self._open: dict[str, np.ndarray] = {}
+        if name not in self._open:
+            self._open[name] = self.array(name)
+        return self._open[name]
+
+    def _file(self, name: str) -> Path:
+        return self.path / "img_emb" / f"img_emb_{name}.npy"
