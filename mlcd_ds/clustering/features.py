@@ -10,6 +10,7 @@ Shapes: n images, d features, H the extractor's image side in pixels.
 
 import itertools
 import json
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -120,12 +121,13 @@ def extract_features(config: FeaturesConfig, topology: Topology) -> dict:
     todo = [shard for shard in own if not _metadata_file(folder, shard_name(shard)).exists()]
     counts = {"images": 0, "skipped": 0, "without_text": 0}
     names: list[str] = []
+    started = time.monotonic()
     with tqdm(total=len(own), desc="features", unit="shard", disable=not topology.is_main) as bar:
         bar.update(len(own) - len(todo))
         for shard in todo:
             _extract_shard(shard, folder, extractor, config, counts, names)
             bar.update()
-            rate = counts["images"] * topology.world_size / bar.format_dict["elapsed"]
+            rate = counts["images"] * topology.world_size / (time.monotonic() - started)
             bar.set_postfix_str(f"{rate:,.0f} images/s on {topology.world_size} rank(s)")
             _judge(counts, names, config.max_skipped_fraction, final=False)
     _judge(counts, names, config.max_skipped_fraction, final=True)

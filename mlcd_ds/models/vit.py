@@ -101,6 +101,7 @@ PRESETS: dict[str, VitConfig] = {
     "vit_bigg14": _clip_vit(224, 14, 48, 1664, 16, 1280, mlp_width=8192, rope=True),
     # small images, for CPUs and tests
     "vit_toy": _clip_vit(32, 4, 4, 128, 4, 128),
+    "vit_toy64": _clip_vit(64, 8, 4, 128, 4, 128),
     "vit_ti": _clip_vit(64, 8, 12, 192, 3, 192),
     "vit_s": _clip_vit(64, 8, 12, 384, 6, 384),
 }
