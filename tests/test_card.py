@@ -1,0 +1,82 @@
+"""The startup card's arithmetic, at the paper's size and against real tensors."""
+
+import math
+
+import pytest
+import torch
+
+from mlcd_ds.card import count_parameters, plan_memory, sampled_rows, startup_card
+from mlcd_ds.config import DeepSpeedDefaults, RunConfig
+from mlcd_ds.ds_config import BatchSizes, load_deepspeed_config, resolve_deepspeed_config
+from mlcd_ds.models.vit import VisionTransformer, preset
+from mlcd_ds.partial_fc import PartialFC
+from mlcd_ds.schedule import resolve_run_length
+from mlcd_ds.topology import Topology
+
+
+def planned(file, world_size, device_type, samples, **flags):
+    config = RunConfig(deepspeed_config=file, shards="s", labels="l", output_dir="run", **flags)
+    raw = load_deepspeed_config(file)
+    batch = BatchSizes.resolve(raw, world_size)
+    length = resolve_run_length(config, samples_per_epoch=samples, global_batch=batch.global_batch)
+    settings = resolve_deepspeed_config(
+        raw,
+        batch=batch,
+        total_steps=length.total_steps,
+        warmup_steps=length.warmup_steps,
+        output_dir="run",
+        device_type=device_type,
+        defaults=DeepSpeedDefaults(),
+    )
+    return config, settings, length
+
+
+def test_the_papers_run_on_the_card():
+    config, settings, length = planned("ds_configs/vit_l14_80gpu.json", 80, "cuda", 400_000_000, model="vit_l14")
+    encoder = preset("vit_l14")
+    card = startup_card(
+        config, settings, encoder, length,
+        num_samples=400_000_000, num_shards=41_408, num_classes=1_000_000, world_size=80, device="cuda",
+    )  # fmt: skip
+    for words in (
+        "80 on cuda, bfloat16, ZeRO stage 2",
+        "32,800 images = 205 a micro-batch x 2 accumulated x 80 ranks",
+        f"{math.ceil(32 * 400_000_000 / 32_800):,} steps",
+        "2,000 steps of warm-up",
+        "12,500 centers",
+        "mlcd, 1,000,000 classes, l=8, r=0.1, S=64, arc margin 0.3 (straight_through)",
+    ):
+        assert words in card, card
+
+
+def test_sampled_rows_follow_the_positives_where_they_are_more():
+    config = RunConfig(deepspeed_config="x", shards="s", labels="l", output_dir="run")
+    assert sampled_rows(config, 4096, 1_000_000, 8) == 12_500  # r = 0.1 is more than 32k distinct positives
+    # 32,768 x 8 labels name 1M (1 - exp(-0.262)) = 231 thousand classes (docs of the issue: "about 231,000").
+    assert sampled_rows(config, 32_768, 1_000_000, 1) == pytest.approx(230_600, rel=0.01)
+    cd = RunConfig(deepspeed_config="x", shards="s", labels="l", output_dir="run", objective="cd")
+    assert sampled_rows(cd, 32_768, 1_000_000, 1) == 100_000
+
+
+def test_memory_of_weights_and_head_is_that_of_real_tensors():
+    config, settings, _ = planned("ds_configs/cpu.json", 2, "cpu", 1000, model="vit_toy")
+    encoder = preset("vit_toy")
+    model = VisionTransformer(encoder, seed=0)
+    assert count_parameters(encoder) == sum(p.numel() for p in model.parameters())
+    memory = plan_memory(encoder, settings, config, num_classes=1001, world_size=2)
+    assert memory.weights == sum(p.numel() * p.element_size() for p in model.parameters())
+    assert memory.optimizer == memory.weights * 2 // 2  # two moments, split over two ranks at ZeRO 1
+    head = PartialFC(1001, encoder.embed_dim, Topology(0, 2, 0, 2, torch.device("cpu")))
+    assert memory.head == head.centers.numel() * 4 * 3 + len(head.centers) * 4
+    parts = (memory.weights, memory.gradients, memory.optimizer, memory.activations, memory.head, memory.head_step)
+    assert memory.total == sum(parts)
+
+
+@pytest.mark.parametrize(("file", "world_size", "model"), [
+    ("vit_b32_8gpu", 8, "vit_b32"), ("vit_l14_8gpu", 8, "vit_l14"), ("vit_l14_80gpu", 80, "vit_l14"),
+    ("vit_h14_zero3", 8, "vit_h14"),
+])  # fmt: skip
+def test_shipped_gpu_configs_fit_their_hardware_by_the_cards_estimate(file, world_size, model):
+    config, settings, _ = planned(f"ds_configs/{file}.json", world_size, "cuda", 400_000_000, model=model)
+    memory = plan_memory(preset(model), settings, config, num_classes=1_000_000, world_size=world_size)
+    assert memory.total < 80e9, memory
