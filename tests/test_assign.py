@@ -77,7 +77,7 @@ def test_threshold_keeps_only_near_centers(prepared):
 def test_finished_shards_stay(prepared):
     folder, *_ = prepared
     assign(folder)
-    times = {path.name: path.stat().st_mtime_ns for path in (folder / "l").iterdir()}
+    times = {path.name: path.stat().st_mtime_ns for path in (folder / "l").glob("*.parquet")}
     (folder / "l" / "00001.parquet").unlink()
     (folder / "l" / "00001.parquet.tmp").write_bytes(b"half")
     summary = assign(folder)
@@ -85,6 +85,25 @@ def test_finished_shards_stay(prepared):
     for name in ("00000.parquet", "00002.parquet"):
         assert (folder / "l" / name).stat().st_mtime_ns == times[name]
     assert len(read_label_shard(folder / "l" / "00001.parquet").keys) == 167
+
+
+def test_labels_of_another_threshold_are_not_mixed_in(prepared):
+    folder, *_ = prepared
+    assign(folder)
+    with pytest.raises(DataError, match=r"made with other settings .*'threshold': None.* then, .*'threshold': 0.3"):
+        assign(folder, threshold=0.3)
+
+
+def test_changed_centers_and_damaged_labels_are_refused(prepared):
+    folder, _, centers = prepared
+    assign(folder)
+    damaged = folder / "l" / "00001.parquet"
+    damaged.write_bytes(damaged.read_bytes()[:40])
+    with pytest.raises(DataError, match=r"00001.parquet cannot be read.*Remove that file first"):
+        assign(folder)
+    np.save(folder / "c" / "centers.npy", centers[::-1].copy())
+    with pytest.raises(DataError, match=r"centers.npy is not the file that centers.json beside it describes"):
+        assign(folder, output_dir=folder / "l2")
 
 
 def test_what_does_not_fit_is_refused(prepared):

@@ -2,6 +2,10 @@
 
 import io
 import json
+import resource
+import shutil
+import sys
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -11,10 +15,11 @@ import torch
 from data_factory import make_shards, picture
 from PIL import Image
 from processes import ROOT, run_script
+from safetensors.torch import load_file, save_file
 
 from mlcd_ds import checkpoint
 from mlcd_ds.clustering.builtin_patches import PatchDictionary, learn_dictionary
-from mlcd_ds.clustering.features import FeatureFolder, extract_features, load_extractor
+from mlcd_ds.clustering.features import OPEN_ARRAYS, FeatureFolder, extract_features, load_extractor
 from mlcd_ds.config import FeaturesConfig
 from mlcd_ds.data.decode import decode_image
 from mlcd_ds.data.tars import write_tar
@@ -36,6 +41,7 @@ def config(shards, output, **changes) -> FeaturesConfig:
 
 
 def extract(shards, output, **changes) -> dict:
+    """In one process."""
     return extract_features(config(shards, output, **changes), Topology.single())
 
 
@@ -88,6 +94,18 @@ def test_finished_shards_stay_and_unfinished_are_redone(tars, tmp_path):
     assert (found["images"], found["already"]) == (41, 2)
     assert redone.read_bytes() == before
     assert kept.stat().st_mtime_ns == kept_at
+
+
+def test_a_dictionary_learnt_with_other_settings_is_not_taken_quietly(tars, tmp_path):
+    extract(tars / "00000.tar", tmp_path / "f")
+    with pytest.raises(
+        DataError, match=r"patches.npz was learnt with other settings .*dictionary_size 16 then, 32 now"
+    ):
+        extract(tars / "*.tar", tmp_path / "f", dictionary_size=32)
+    file = tmp_path / "f" / "patches.npz"
+    file.write_bytes(file.read_bytes()[:200])
+    with pytest.raises(DataError, match=r"patches.npz is no patch dictionary .*remove the file"):
+        extract(tars / "*.tar", tmp_path / "f")
 
 
 def test_same_dictionary_serves_other_shards(tars, tmp_path):
@@ -204,6 +222,53 @@ def test_hf_mean_of_image_and_text(clip, tmp_path):
     np.testing.assert_allclose(stored[[0, 2]], texts.numpy(), atol=4e-3)
 
 
+def rewrite_json(file, **changes):
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def test_hf_crop_may_be_smaller_than_the_resized_side(clip, tmp_path):
+    _, model = clip
+    model.save_pretrained(tmp_path / "clip")
+    shutil.copy(clip[0] / "preprocessor_config.json", tmp_path / "clip")
+    rewrite_json(tmp_path / "clip" / "preprocessor_config.json", size={"shortest_edge": 30}, image_mean=[0.1, 0.2, 0.3])
+    make_shards(tmp_path / "tars", 1, 5, size=40)
+    extract(tmp_path / "tars" / "*.tar", tmp_path / "f", model=f"hf:{tmp_path / 'clip'}")
+    ours = np.load(tmp_path / "f" / "img_emb" / "img_emb_00000.npy")
+    np.testing.assert_allclose(ours, reference_image_features(tmp_path / "clip", model, range(5)).numpy(), atol=4e-3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"do_normalize": False}, "do_normalize false"),
+        ({"rescale_factor": 1.0}, "rescale_factor 1.0"),
+        ({"size": {"height": 24, "width": 24}}, "is not CLIP's"),
+        ({"size": {"shortest_edge": 20}}, "is not CLIP's"),
+    ],
+)
+def test_hf_preprocessing_that_we_do_not_do_is_refused(clip, tmp_path, changes, word):
+    shutil.copytree(clip[0], tmp_path / "clip")
+    rewrite_json(tmp_path / "clip" / "preprocessor_config.json", **changes)
+    with pytest.raises(DataError, match=word):
+        load_extractor(f"hf:{tmp_path / 'clip'}", CPU, "float32")
+
+
+def test_hf_models_that_lack_weights_are_refused(clip, tmp_path):
+    """transformers fills what is missing with random numbers."""
+    shutil.copytree(clip[0], tmp_path / "clip")
+    weights = load_file(tmp_path / "clip" / "model.safetensors")
+    del weights["visual_projection.weight"]
+    save_file(weights, tmp_path / "clip" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(DataError, match=r"lacks 1 of a CLIP model's weights, e.g. visual_projection.weight"):
+        load_extractor(f"hf:{tmp_path / 'clip'}", CPU, "float32")
+
+
+def test_hf_without_transformers_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ConfigError, match="pip install transformers"):
+        load_extractor("hf:anything", CPU, "float32")
+
+
 def test_hf_folder_that_is_none_is_named(tmp_path):
     with pytest.raises(DataError, match=r"cannot be loaded as a CLIP model.*preprocessor_config.json"):
         load_extractor(f"hf:{tmp_path}", CPU, "float32")
@@ -227,6 +292,10 @@ def test_broken_images_are_counted_and_too_many_are_fatal(tmp_path):
     assert len(keys) == 19 and "000000003" not in keys
     with pytest.raises(DataError, match=r"1 of 20 images could not be used.*--max_skipped_fraction.*00000/000000003"):
         extract(tmp_path / "00000.tar", tmp_path / "g", max_skipped_fraction=0.01)
+    # Starting again finds the shard finished, and still refuses.
+    with pytest.raises(DataError, match=r"1 of 20 images .*00000/000000003.*remove metadata/"):
+        extract(tmp_path / "00000.tar", tmp_path / "g", max_skipped_fraction=0.01)
+    assert extract(tmp_path / "00000.tar", tmp_path / "g", max_skipped_fraction=0.1)["already"] == 1
 
 
 def test_features_that_are_no_numbers_stop_with_shard_and_key(tars, tmp_path):
@@ -307,12 +376,54 @@ def no_floats(folder):
     return "int64", "expected floats"
 
 
+def unfinished(folder):
+    (folder / "metadata" / "metadata_1.parquet").unlink()
+    return "1 shard(s)", "img_emb_1.npy has no metadata_1.parquet yet"
+
+
+def cut_metadata(folder):
+    file = folder / "metadata" / "metadata_1.parquet"
+    file.write_bytes(file.read_bytes()[:50])
+    return "metadata_1.parquet is missing or damaged", "extract_features.py again"
+
+
+def cut_description(folder):
+    (folder / "features.json").write_text('{"model": "x')
+    return "features.json cannot be read", "Remove it"
+
+
+def description_without_model(folder):
+    (folder / "features.json").write_text("{}")
+    return "features.json cannot be read", "expected JSON with a field 'model'"
+
+
+def empty_array(folder):
+    (folder / "img_emb" / "img_emb_1.npy").write_bytes(b"")
+    return "img_emb_1.npy", "missing or cut"
+
+
 def pickled(folder):
     np.save(folder / "img_emb" / "img_emb_1.npy", np.array([{"a": 1}] * 5, dtype=object))
     return "img_emb_1.npy", "cannot be read"
 
 
-@pytest.mark.parametrize("spoil", [cut_array, missing_array, another_dimension, other_row_count, no_floats, pickled])
+SPOILERS = [cut_array, empty_array, missing_array, another_dimension, other_row_count, no_floats, pickled]
+SPOILERS += [unfinished, cut_metadata, cut_description, description_without_model]
+
+
+def test_more_shards_than_a_process_may_open_files(tmp_path):
+    folder = published(tmp_path / "f", count=150)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    in_use = len(list(Path("/proc/self/fd").iterdir()))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (in_use + OPEN_ARRAYS + 20, limits[1]))
+    try:
+        features = FeatureFolder(folder)
+        assert sum(len(features.unit_rows(name, 0, 5)) for name in features.names) == features.num_features == 750
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+@pytest.mark.parametrize("spoil", SPOILERS)
 def test_bad_feature_folders_are_named(tmp_path, spoil):
     folder = published(tmp_path / "f")
     words = spoil(folder)

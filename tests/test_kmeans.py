@@ -100,6 +100,14 @@ def test_duplicates_beyond_k_are_reported_not_hidden(tmp_path):
     assert result.reseeded[-1] == 4
 
 
+def test_members_that_cancel_out_leave_a_center_that_can_be_used(tmp_path):
+    rows = mixture(n=20)
+    features = write_features(tmp_path / "f", [np.concatenate([rows, -rows])])
+    for k in (1, 2):
+        centers = fit(features, k, iterations=3).centers_kd
+        np.testing.assert_allclose(np.linalg.norm(centers, axis=1), 1, atol=1e-5)
+
+
 def test_sample_is_uniform_over_shards(tmp_path):
     features = write_features(tmp_path / "f", np.array_split(mixture(n=3000), 3))
     kmeans = SphericalKMeans(10, 2, 60, 0)
@@ -140,6 +148,9 @@ def test_tool_writes_reuses_and_refuses(tmp_path):
     assert ended.code == 0 and "are there already" in ended.output
     (ended,) = cluster(tmp_path / "f", tmp_path / "c", "--max_points_per_center=25", "--seed=1")
     assert ended.code == 3 and "seed 0 then, 1 now" in ended.output
+    write_features(tmp_path / "g", np.array_split(mixture(n=1000), 4))  # as many features, of other shards
+    (ended,) = cluster(tmp_path / "g", tmp_path / "c", "--max_points_per_center=25")
+    assert ended.code == 3 and "holds other centers (features_fingerprint" in ended.output
     # Killed before centers.json: not taken for whole, and made again with the same bytes.
     (tmp_path / "c" / "centers.json").unlink()
     (tmp_path / "c" / "centers.npy").write_bytes(first[:50])

@@ -13,6 +13,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mlcd_ds import cli
+from mlcd_ds.clustering.assign import load_checked_centers
 from mlcd_ds.clustering.features import FeatureFolder
 from mlcd_ds.clustering.kmeans import SphericalKMeans
 from mlcd_ds.config import ClusterConfig
@@ -38,6 +39,7 @@ def main(config: ClusterConfig) -> None:
         "max_points_per_center": config.max_points_per_center,
         "feature_model": features.model,
         "num_features": features.num_features,
+        "features_fingerprint": features.fingerprint(),
     }
     before = read_description(folder)
     if before is not None:
@@ -48,6 +50,7 @@ def main(config: ClusterConfig) -> None:
             raise DataError(
                 f"{folder} holds other centers ({differs}). Choose another --output_dir, or remove that folder."
             )
+        load_checked_centers(folder)
         print(f"{folder}: these {config.k} centers are there already")
         return
     result = run(config, features)

@@ -3,7 +3,9 @@
 Shapes: n images of a shard, k centers, d dimensions, l labels an image.
 """
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
@@ -14,6 +16,7 @@ from mlcd_ds.config import AssignConfig
 from mlcd_ds.data.centers import Centers
 from mlcd_ds.data.labels import LabelsInfo, label_path, read_label_info, write_label_shard
 from mlcd_ds.errors import DataError
+from mlcd_ds.files import sha256, write_json
 from mlcd_ds.topology import Topology
 
 
@@ -32,9 +35,11 @@ class AssignSummary:
 def assign_labels(config: AssignConfig, topology: Topology) -> AssignSummary:
     """Writes the label shards of all features, each rank every W-th; finished ones are left as they are.
 
-    Raises DataError when features and centers are not of one model, or fewer centers are there than labels asked for.
+    `labels.json` in the folder says what all its shards were made with. Raises DataError when features and centers are
+    not of one model, the centers are damaged, fewer centers are there than labels asked for, or the folder holds labels of
+    other centers or settings.
     """
-    features, centers = FeatureFolder(config.features), Centers.load(config.centers)
+    features, centers = FeatureFolder(config.features), load_checked_centers(config.centers)
     if (features.model, features.dim) != (centers.feature_model, centers.array.shape[1]):
         raise DataError(
             f"the features in {config.features} are of {features.model!r} with {features.dim} dimensions, the centers in "
@@ -47,6 +52,7 @@ def assign_labels(config: AssignConfig, topology: Topology) -> AssignSummary:
     info = LabelsInfo(k, config.top, centers.hash, features.model)
     own = range(topology.rank, len(features.names), topology.world_size)
     todo = [i for i in own if not _is_finished(config.output_dir, features.names[i], info, features.rows[i])]
+    _claim(Path(config.output_dir), info, config, topology)
     index = _index(centers.array) if todo else None
     images, nearest, last, labels = 0, 0.0, 0.0, 0
     with tqdm(
@@ -70,12 +76,46 @@ def assign_labels(config: AssignConfig, topology: Topology) -> AssignSummary:
     return AssignSummary(images, len(own) - len(todo), nearest / count, last / count, labels / count)
 
 
+def load_checked_centers(path: str | Path) -> Centers:
+    """`Centers.load`; raises DataError also when centers.npy is not the file that centers.json was written for."""
+    centers = Centers.load(path)
+    file = Path(path) / "centers.npy"
+    if file.is_file() and sha256(file) != centers.hash:
+        raise DataError(
+            f"{file} is not the file that centers.json beside it describes (its SHA-256 differs): changed or damaged. "
+            "Remove the folder and cluster again."
+        )
+    return centers
+
+
+def _claim(folder: Path, info: LabelsInfo, config: AssignConfig, topology: Topology) -> None:
+    """A label file itself does not say which threshold it was made with; this file does."""
+    file = folder / "labels.json"
+    now = {"centers_hash": info.centers_hash, "feature_model": info.feature_model}
+    now |= {"top": config.top, "threshold": config.threshold}
+    try:
+        before = json.loads(file.read_text()) if file.exists() else None
+    except ValueError as error:
+        raise DataError(f"{file} cannot be read ({error}). Remove it if the labels beside it are yours.") from None
+    if before is not None and before != now:
+        raise DataError(
+            f"{folder} holds labels made with other settings ({before} then, {now} now). Choose another --output_dir, or "
+            "remove that folder."
+        )
+    if before is None and topology.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(file, now)
+
+
 def _is_finished(folder: str, name: str, info: LabelsInfo, rows: int) -> bool:
     """Raises DataError for labels of other centers: they are somebody's, and not to be mixed with these."""
     path = label_path(folder, name)
     if not path.exists():
         return False
-    found, found_rows = read_label_info(path)
+    try:
+        found, found_rows = read_label_info(path)
+    except DataError as error:
+        raise DataError(f"{error} Remove that file first: it is in the way.") from None
     if found != info:
         raise DataError(
             f"{path} holds labels of other centers or another --top ({found} there, {info} now). Choose another "

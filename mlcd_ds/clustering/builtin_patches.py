@@ -8,7 +8,9 @@ Shapes: n images, H their side, p the side of a patch, P = 3pp values of a patch
 side of the image, g cells along a side of the pooling grid, d features.
 """
 
-from dataclasses import dataclass, fields
+import json
+import zipfile
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +44,7 @@ IMAGES_AT_A_TIME = 4
 class PatchDictionary:
     """What is learnt: float32 arrays. Patches map to activations by `filters_PK` and `bias_K`, features by `pca_Fd`.
 
-    image_size: side in pixels of the images it was learnt on and takes.
+    image_size: side in pixels of the images it was learnt on and takes. learnt_with: see `learning_settings`.
     """
 
     image_size: int
@@ -52,6 +54,7 @@ class PatchDictionary:
     dictionary_KP: np.ndarray
     feature_mean_F: np.ndarray
     pca_Fd: np.ndarray
+    learnt_with: dict
 
     @property
     def dim(self) -> int:
@@ -60,7 +63,8 @@ class PatchDictionary:
 
     def save(self, path: Path) -> None:
         """Writes an .npz that `load` reads, under a temporary name first."""
-        write_bytes(path, lambda file: np.savez(file, **{f.name: getattr(self, f.name) for f in fields(self)}))
+        arrays = {f.name: getattr(self, f.name) for f in fields(self)} | {"learnt_with": json.dumps(self.learnt_with)}
+        write_bytes(path, lambda file: np.savez(file, **arrays))
 
     @staticmethod
     def load(path: Path) -> "PatchDictionary":
@@ -68,9 +72,13 @@ class PatchDictionary:
         try:
             with np.load(path, allow_pickle=False) as arrays:
                 values = {field.name: arrays[field.name] for field in fields(PatchDictionary)}
-        except (OSError, ValueError, KeyError) as error:
-            raise DataError(f"{path} is no patch dictionary of tools/extract_features.py: {error}") from None
-        values["image_size"], values["patch_size"] = int(values["image_size"]), int(values["patch_size"])
+            values["image_size"], values["patch_size"] = int(values["image_size"]), int(values["patch_size"])
+            values["learnt_with"] = json.loads(str(values["learnt_with"]))
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise DataError(
+                f"{path} is no patch dictionary of tools/extract_features.py, or is damaged: {error}. Give the patches.npz "
+                "of a features folder, or remove the file to learn it again."
+            ) from None
         return PatchDictionary(**values)
 
     def activations(self, images_n3HH: torch.Tensor) -> torch.Tensor:
@@ -103,6 +111,12 @@ def normalise_contrast(patches: torch.Tensor) -> torch.Tensor:
     """Zero mean and unit contrast of each patch, along the last axis of values 0..255."""
     centered = patches - patches.mean(-1, keepdim=True)
     return centered / (centered.square().mean(-1, keepdim=True) + CONTRAST_FLOOR).sqrt()
+
+
+def learning_settings(config: FeaturesConfig) -> dict:
+    """The settings that decide what is learnt."""
+    names = ("patch_size", "dictionary_size", "patch_features", "images_to_fit", "patches_to_fit", "seed")
+    return {name: getattr(config, name) for name in names}
 
 
 @torch.inference_mode()
@@ -140,11 +154,11 @@ def learn_dictionary(images_n3HH: np.ndarray, config: FeaturesConfig) -> PatchDi
     )
     kmeans.train(np.ascontiguousarray(z.numpy()))
     blank = np.zeros((1, 1), np.float32)
-    first = PatchDictionary(H, p, whitening_PP, mean_P.numpy(), kmeans.centroids.copy(), blank, blank)
+    first = PatchDictionary(H, p, whitening_PP, mean_P.numpy(), kmeans.centroids.copy(), blank, blank, {})
     parts = torch.from_numpy(np.ascontiguousarray(images_n3HH)).split(IMAGES_AT_A_TIME)
     features = torch.cat([first.activations(part) for part in parts])
     feature_mean_F, pca_Fd = _whitening_pca(features.numpy(), config.patch_features)
-    return PatchDictionary(H, p, first.whitening_PP, first.mean_P, first.dictionary_KP, feature_mean_F, pca_Fd)
+    return replace(first, feature_mean_F=feature_mean_F, pca_Fd=pca_Fd, learnt_with=learning_settings(config))
 
 
 def _whitening_pca(features_nF: np.ndarray, dim: int) -> tuple[np.ndarray, np.ndarray]:

@@ -3,17 +3,20 @@
     features/features.json                 which model, d
     features/img_emb/img_emb_00012.npy     float16 [n, d], one file per tar, its images in tar order
     features/text_emb/text_emb_00012.npy   the captions' embeddings, where --embedding mean asked for them
-    features/metadata/metadata_00012.parquet   column `key`; written last: a shard is finished when it is there
+    features/metadata/metadata_00012.parquet   column `key`; written last: a shard is finished when it is there. Its
+                                         schema's metadata counts the images that were skipped.
 
 Shapes: n images, d features, H the extractor's image side in pixels.
 """
 
+import hashlib
 import itertools
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +38,9 @@ FORMAT_VERSION = 1
 PATCHES_FILE = "patches.npz"
 MIN_IMAGES_TO_JUDGE = 1000
 """The share of unusable images is judged from this many on, and at the end."""
+OPEN_ARRAYS = 64
+"""Memory-mapped shards that one process keeps open: far below the usual limit of 1024 files."""
+_SKIPPED_KEY = b"mlcd_ds.skipped"
 
 Embed = Callable[[torch.Tensor], torch.Tensor]
 
@@ -119,8 +125,11 @@ def extract_features(config: FeaturesConfig, topology: Topology) -> dict:
     collectives.on_main(topology, _claim, folder, described)
     own = shards[topology.rank :: topology.world_size]
     todo = [shard for shard in own if not _metadata_file(folder, shard_name(shard)).exists()]
-    counts = {"images": 0, "skipped": 0, "without_text": 0}
+    counts = {"images": 0, "skipped": 0, "without_text": 0, "images_before": 0, "skipped_before": 0}
     names: list[str] = []
+    # Shards finished by an earlier start count too: starting again must not get round the allowed fraction.
+    for shard in own:
+        _count_finished(_metadata_file(folder, shard_name(shard)), counts, names)
     started = time.monotonic()
     with tqdm(total=len(own), desc="features", unit="shard", disable=not topology.is_main) as bar:
         bar.update(len(own) - len(todo))
@@ -135,11 +144,22 @@ def extract_features(config: FeaturesConfig, topology: Topology) -> dict:
 
 
 def _prepare_builtin(config: FeaturesConfig, shards: Sequence[str], folder: Path) -> None:
-    """Learns the patch dictionary of `folder` unless it is there."""
-    if config.model != "builtin:patches" or (folder / PATCHES_FILE).exists():
+    """Learns the patch dictionary of `folder` unless it is there; DataError when that was learnt with other settings."""
+    if config.model != "builtin:patches":
         return
-    from mlcd_ds.clustering.builtin_patches import MAX_SIDE, learn_dictionary
+    from mlcd_ds.clustering.builtin_patches import MAX_SIDE, PatchDictionary, learn_dictionary, learning_settings
 
+    file, now = folder / PATCHES_FILE, learning_settings(config)
+    if file.exists():
+        before = PatchDictionary.load(file).learnt_with
+        if before != now:
+            differs = ", ".join(f"{name} {before.get(name)!r} then, {value!r} now" for name, value in now.items()
+                                if before.get(name) != value)  # fmt: skip
+            raise DataError(
+                f"{file} was learnt with other settings ({differs}). Give those, take it as it is with --model "
+                f"builtin:{file}, or choose another --output_dir."
+            )
+        return
     generator = np.random.default_rng(config.seed)
     sampled = [shards[i] for i in np.sort(generator.permutation(len(shards))[:16])]
     per_shard = -(-config.images_to_fit // len(sampled))
@@ -152,13 +172,13 @@ def _prepare_builtin(config: FeaturesConfig, shards: Sequence[str], folder: Path
         images += [image for _, image, _ in itertools.islice(_decoded(shard, config, side), per_shard)]
     patches = learn_dictionary(np.stack(images).transpose(0, 3, 1, 2), config)
     folder.mkdir(parents=True, exist_ok=True)
-    patches.save(folder / PATCHES_FILE)
+    patches.save(file)
 
 
 def _claim(folder: Path, described: dict) -> None:
     file = folder / "features.json"
-    if file.exists():
-        before = json.loads(file.read_text())
+    before = _read_description(file)
+    if before is not None:
         if before != described:
             raise DataError(
                 f"{folder} holds features of {before.get('model')!r}, now asked for: {described['model']!r}. Choose another "
@@ -167,6 +187,42 @@ def _claim(folder: Path, described: dict) -> None:
         return
     folder.mkdir(parents=True, exist_ok=True)
     write_json(file, described)
+
+
+def _read_description(file: Path) -> dict | None:
+    """features.json; None where there is none. Raises DataError when it is damaged."""
+    if not file.exists():
+        return None
+    try:
+        described = json.loads(file.read_text())
+        described["model"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{file} cannot be read ({type(error).__name__}: {error}), expected JSON with a field 'model'. Remove it: "
+            "tools/extract_features.py writes it anew; without it the features count as of an unknown model."
+        ) from None
+    return described
+
+
+def _count_finished(file: Path, counts: dict, names: list[str]) -> None:
+    """Adds what a finished shard holds and what was skipped when it was made, from its footer."""
+    if not file.exists():
+        return
+    footer = _read_footer(file)
+    counts["images_before"] += footer.num_rows
+    skipped = json.loads((footer.metadata or {}).get(_SKIPPED_KEY, b"[0, []]"))
+    counts["skipped_before"] += skipped[0]
+    names += skipped[1][: max(0, 3 - len(names))]
+
+
+def _read_footer(file: Path) -> pq.FileMetaData:
+    try:
+        return pq.read_metadata(file)
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(
+            f"{file} is missing or damaged ({error}). Remove it and run tools/extract_features.py again: it redoes this "
+            "shard."
+        ) from None
 
 
 def _decoded(shard: str, config: FeaturesConfig, side: int | None) -> Iterator[tuple[str, np.ndarray, dict]]:
@@ -187,6 +243,7 @@ def _extract_shard(
     keys: list[str] = []
     images: list[torch.Tensor] = []
     texts: list[torch.Tensor] = []
+    skipped: list[str] = []
     wants_texts = extractor.embed_texts is not None
     for batch in batches_of_images(
         read_samples(local_shard(shard, config.shard_cache)),
@@ -195,14 +252,14 @@ def _extract_shard(
         config.workers,
         config.max_pixels,
     ):
-        counts["skipped"] += len(batch.skipped)
-        names += [f"{name}/{key}: {reason}" for key, reason in batch.skipped[: 1000 - len(names)]]
+        skipped += [f"{name}/{key}: {reason}" for key, reason in batch.skipped]
         if not batch.keys:
             continue
         features = extractor.embed_images(batch.images)
+        broken = ~torch.isfinite(features).all(dim=1)
         if wants_texts:
             texts.append(_text_features(extractor, batch, features, counts))
-        broken = ~torch.isfinite(features).all(dim=1)
+            broken |= ~torch.isfinite(texts[-1]).all(dim=1)
         if broken.any():
             key = batch.keys[int(broken.nonzero()[0])]
             raise DataError(
@@ -212,6 +269,8 @@ def _extract_shard(
         keys += batch.keys
         images.append(features)
     counts["images"] += len(keys)
+    counts["skipped"] += len(skipped)
+    names += skipped[: max(0, 3 - len(names))]
     image_features = torch.cat(images) if images else torch.zeros(0, extractor.dim)
     if wants_texts:
         text_features = torch.cat(texts) if texts else torch.zeros(0, extractor.dim)
@@ -220,7 +279,9 @@ def _extract_shard(
     _save(folder / "img_emb" / f"img_emb_{name}.npy", image_features)
     metadata = _metadata_file(folder, name)
     metadata.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes(metadata, lambda file: pq.write_table(pa.table({"key": pa.array(keys, pa.string())}), file))
+    table = pa.table({"key": pa.array(keys, pa.string())})
+    table = table.replace_schema_metadata({_SKIPPED_KEY: json.dumps([len(skipped), skipped[:3]])})
+    write_bytes(metadata, lambda file: pq.write_table(table, file))
 
 
 def _text_features(
@@ -241,11 +302,13 @@ def _save(path: Path, features: torch.Tensor) -> None:
 
 
 def _judge(counts: dict, names: Sequence[str], allowed: float, final: bool) -> None:
-    total = counts["images"] + counts["skipped"]
-    if counts["skipped"] > allowed * total and (final or total >= MIN_IMAGES_TO_JUDGE):
+    skipped = counts["skipped"] + counts["skipped_before"]
+    total = counts["images"] + counts["images_before"] + skipped
+    if skipped > allowed * total and (final or total >= MIN_IMAGES_TO_JUDGE):
         raise DataError(
-            f"{counts['skipped']} of {total} images could not be used, more than --max_skipped_fraction {allowed:g} allows. "
-            f"E.g. {'; '.join(names[:3])}. Mend or remove them, or raise the fraction."
+            f"{skipped} of {total} images could not be used, more than --max_skipped_fraction {allowed:g} allows. "
+            f"E.g. {'; '.join(names[:3])}. Mend or remove them and remove metadata/metadata_SHARD.parquet of their shards, "
+            "which are then done again; or raise the fraction."
         )
 
 
@@ -311,12 +374,13 @@ class FeatureFolder:
     """Features in clip-retrieval's layout, ours or published ones.
 
     model: from features.json; "unknown:FOLDER" where that is missing. dim: d. names: the finished shards', sorted.
-    rows: of each. Raises DataError naming the file for: no shard, an .npy that is missing, cut or not [n, d] floats,
-    rows that do not match the metadata, shards of different d.
+    rows: of each. Raises DataError naming the file for: no shard, an unfinished shard, an .npy that is missing, cut or not
+    [n, d] floats, rows that do not match the metadata, shards of different d, a damaged features.json.
     """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
+        self._opened = lru_cache(OPEN_ARRAYS)(self.array)
         files = sorted((self.path / "metadata").glob("metadata_*.parquet"))
         if not files:
             raise DataError(
@@ -324,17 +388,43 @@ class FeatureFolder:
                 "tools/extract_features.py and clip-retrieval write them"
             )
         self.names = tuple(file.stem.removeprefix("metadata_") for file in files)
-        described = self.path / "features.json"
-        self.model = json.loads(described.read_text())["model"] if described.exists() else f"unknown:{self.path.name}"
-        arrays = [self.array(name) for name in self.names]
-        self.dim = arrays[0].shape[1]
-        for name, array in zip(self.names, arrays, strict=True):
-            if array.shape[1] != self.dim:
+        self._refuse_unfinished()
+        described = _read_description(self.path / "features.json")
+        self.model = described["model"] if described else f"unknown:{self.path.name}"
+        shapes = [self._checked_shape(name) for name in self.names]
+        self.dim = shapes[0][1]
+        for name, (_, dim) in zip(self.names, shapes, strict=True):
+            if dim != self.dim:
                 raise DataError(
-                    f"{self._file(name)} has {array.shape[1]} dimensions, {self._file(self.names[0])} has {self.dim}: "
+                    f"{self._file(name)} has {dim} dimensions, {self._file(self.names[0])} has {self.dim}: "
                     "features of different models are mixed. Extract them again into an empty folder."
                 )
-        self.rows = tuple(len(array) for array in arrays)
+        self.rows = tuple(rows for rows, _ in shapes)
+
+    def _refuse_unfinished(self) -> None:
+        written = {file.stem.removeprefix("img_emb_") for file in (self.path / "img_emb").glob("img_emb_*.npy")}
+        unfinished = sorted(written - set(self.names))
+        if unfinished:
+            raise DataError(
+                f"{len(unfinished)} shard(s) in {self.path} are unfinished, e.g. {self._file(unfinished[0])} has no "
+                f"{_metadata_file(self.path, unfinished[0]).name} yet. Run tools/extract_features.py again, which redoes "
+                "them, or remove those files."
+            )
+
+    def _checked_shape(self, name: str) -> tuple[int, int]:
+        """(n, d) of a shard, whose file is not kept open."""
+        shape = self.array(name).shape
+        count = _read_footer(_metadata_file(self.path, name)).num_rows
+        if shape[0] != count:
+            raise DataError(
+                f"{self._file(name)} has {shape[0]} rows, {_metadata_file(self.path, name)} has {count}: remove both and "
+                "run tools/extract_features.py again"
+            )
+        return shape
+
+    def fingerprint(self) -> str:
+        """Changes with model, dimensions, shard names or their numbers of rows; 16 hexadecimal digits."""
+        return hashlib.sha256(repr((self.model, self.dim, self.names, self.rows)).encode()).hexdigest()[:16]
 
     @property
     def num_features(self) -> int:
@@ -346,19 +436,13 @@ class FeatureFolder:
         file = self._file(name)
         try:
             array = np.load(file, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, EOFError) as error:
             raise DataError(
                 f"the features {file} cannot be read ({error}): the file is missing or cut. Remove "
                 f"{_metadata_file(self.path, name)} and run tools/extract_features.py again: it redoes this shard."
             ) from None
         if array.ndim != 2 or array.dtype.kind != "f":
             raise DataError(f"{file} holds {array.dtype} {list(array.shape)}, expected floats [images, dimensions]")
-        count = pq.read_metadata(_metadata_file(self.path, name)).num_rows
-        if len(array) != count:
-            raise DataError(
-                f"{file} has {len(array)} rows, {_metadata_file(self.path, name)} has {count}: remove both and run "
-                "tools/extract_features.py again"
-            )
         return array
 
     def keys(self, name: str) -> list[str]:
@@ -375,7 +459,7 @@ class FeatureFolder:
         Raises DataError naming file and row for values that are no numbers and for rows of zeros.
         """
         selected = slice(start, stop) if rows is None else rows[start:stop]
-        values = np.asarray(self.array_of(name)[selected], dtype=np.float32)
+        values = np.asarray(self._opened(name)[selected], dtype=np.float32)
         lengths = np.linalg.norm(values, axis=1)
         bad = ~np.isfinite(lengths) | (lengths == 0)
         if bad.any():
@@ -387,14 +471,6 @@ class FeatureFolder:
                 "block. Extract this shard again, or take the image out of the tar."
             )
         return values / lengths[:, None]
-
-    def array_of(self, name: str) -> np.ndarray:
-        """`array`, opened once."""
-        if not hasattr(self, "_open"):
-            self._open: dict[str, np.ndarray] = {}
-        if name not in self._open:
-            self._open[name] = self.array(name)
-        return self._open[name]
 
     def _file(self, name: str) -> Path:
         return self.path / "img_emb" / f"img_emb_{name}.npy"

@@ -66,13 +66,14 @@ class SphericalKMeans:
         for iteration in range(self.iterations):
             total, sums_kd, sizes_k = self._assign(features, selected, centers_kd)
             objective.append(total / num_used)
-            centers_kd = sums_kd.numpy()
-            lengths = np.linalg.norm(centers_kd, axis=1, keepdims=True)
-            # Members that cancel out leave no direction: such a center is as good as empty.
-            centers_kd /= np.maximum(lengths, np.finfo(np.float32).tiny)
-            empty = int(((sizes_k == 0) | (lengths[:, 0] < 1e-6)).sum())
-            reseeded.append(split_largest(centers_kd, sizes_k, lengths[:, 0] < 1e-6))
-            tell(iteration, objective[-1], empty)
+            sums_kd = sums_kd.numpy()
+            lengths_k1 = np.linalg.norm(sums_kd, axis=1, keepdims=True)
+            # Members that cancel out leave no direction: such a center is as good as empty. Where no other cluster is
+            # left to be split, it stays where it is.
+            lost_k = lengths_k1[:, 0] < 1e-6
+            centers_kd = np.where(lost_k[:, None], centers_kd, sums_kd / np.where(lost_k[:, None], 1, lengths_k1))
+            reseeded.append(split_largest(centers_kd, sizes_k, lost_k))
+            tell(iteration, objective[-1], reseeded[-1])
         return KMeansResult(centers_kd, objective, sizes_k, reseeded, num_used)
 
     def _sample(self, features: FeatureFolder, generator) -> dict[str, np.ndarray] | None:
@@ -91,13 +92,13 @@ class SphericalKMeans:
             len(selected[name]) if selected else rows for name, rows in zip(features.names, features.rows, strict=True)
         ]
         chosen = np.sort(generator.choice(sum(counts), self.k, replace=False, shuffle=False))
-        centers, start = [], 0
-        for name, count in zip(features.names, counts, strict=True):
-            rows = chosen[(chosen >= start) & (chosen < start + count)] - start
+        starts = np.concatenate([[0], np.cumsum(counts)])
+        parts = np.split(chosen, np.searchsorted(chosen, starts[1:-1]))
+        centers = []
+        for name, start, part in zip(features.names, starts[:-1], parts, strict=True):
+            rows = selected[name][part - start] if selected else part - start
             if len(rows):
-                rows = selected[name][rows] if selected else rows
                 centers.append(features.unit_rows(name, 0, len(rows), rows))
-            start += count
         return np.concatenate(centers)
 
     def _assign(self, features: FeatureFolder, selected, centers_kd: np.ndarray):
@@ -127,14 +128,14 @@ def _blocks(features: FeatureFolder, selected: dict[str, np.ndarray] | None) -> 
 
 
 def split_largest(centers_kd: np.ndarray, sizes_k: np.ndarray, lost_k: np.ndarray) -> int:
-    """Gives each empty (or `lost`) cluster half of the largest one, in place; returns how many there were.
+    """Gives each empty (or `lost`) cluster half of the largest one, in place; returns how many (0 if all are lost).
 
     Sizes are halved in the books only: the next assignment counts anew.
     """
     import heapq
 
     empty = np.flatnonzero((sizes_k == 0) | lost_k)
-    if not len(empty):
+    if len(empty) in (0, len(sizes_k)):
         return 0
     taken = set(empty.tolist())
     heap = [(-int(size), center) for center, size in enumerate(sizes_k) if center not in taken]
