@@ -320,6 +320,23 @@ def test_builtin_is_deterministic_and_tells_images_apart():
     assert similarity.max() < 0.999
 
 
+def test_builtin_features_do_not_depend_on_the_number_of_threads():
+    images = np.stack([np.asarray(Image.open(io.BytesIO(picture(row)))) for row in range(30)]).transpose(0, 3, 1, 2)
+    patches, threads = learn_dictionary(images, config("x", "x")), torch.get_num_threads()
+    try:
+        found = []
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            found.append(patches.all_activations(torch.from_numpy(images)))
+            assert torch.get_num_threads() == count  # the workers' own setting stays theirs
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(*found)
+    with torch.inference_mode():
+        dense = torch.cat([patches.activations(torch.from_numpy(images[row : row + 1])) for row in range(30)])
+    torch.testing.assert_close(found[0], dense, rtol=1e-4, atol=1e-5)
+
+
 def test_two_ranks_share_the_shards(tars, tmp_path):
     arguments = [ROOT / "tools" / "extract_features.py", f"--shards={tars / '*.tar'}", f"--output_dir={tmp_path / 'f'}"]
     arguments += [f"--{name}={value}" for name, value in SMALL.items()]
