@@ -131,5 +131,6 @@ def test_two_ranks_share_the_shards(prepared):
     flags = [f"--features={folder / 'f'}", f"--centers={folder / 'c'}", f"--output_dir={folder / 'l2'}"]
     ended = run_script(2, [ROOT / "tools" / "assign_labels.py", *flags])
     assert [rank.code for rank in ended] == [0, 0], ended[0].output
+    assert "0 shards were finished before; 8.00 labels an image" in ended[0].output
     for path in (folder / "l").iterdir():
         assert (folder / "l2" / path.name).read_bytes() == path.read_bytes()
