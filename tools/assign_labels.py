@@ -22,8 +22,8 @@ def main(config: AssignConfig) -> None:
     summary = assign_labels(config, topology)
     if topology.is_main:
         figures = (
-            f"; {summary.labels_per_image:.2f} labels an image, mean cosine of the nearest {summary.nearest:.4f}, of the last "
-            f"{summary.last:.4f}"
+            f"; {summary.labels_per_image:.2f} labels an image, mean cosine of the nearest {summary.nearest:.4f}, of the "
+            f"last {summary.last:.4f}"
         )
         print(
             f"{config.output_dir}: this rank labelled {summary.images} images now, {summary.already} shards were finished "
