@@ -15,6 +15,7 @@ Whatever dies before the rename leaves a .tmp folder that nobody reads and the n
 same file system.
 """
 
+import itertools
 import json
 import shutil
 from collections.abc import Iterable
@@ -92,8 +93,8 @@ class CheckpointStore:
     def find(self, announce=print) -> Checkpoint | None:
         """The newest checkpoint that is whole, verified by rank 0 for all; None when there has never been one.
 
-        A damaged one is announced by name and the one before it taken. Raises CheckpointError, on every rank, when there
-        are checkpoints and none is whole.
+        A damaged one is announced by name, set aside as damaged_step_N, and the one before it taken. Raises
+        CheckpointError, on every rank, when there are checkpoints and none is whole.
         """
         verdict: Checkpoint | CheckpointError | None = None
         if self.topology.is_main:
@@ -104,7 +105,7 @@ class CheckpointStore:
         return verdict
 
     def _newest_whole(self, announce) -> Checkpoint | CheckpointError | None:
-        problems = []
+        problems, damaged = [], []
         for path in reversed(published(self.folder)):
             try:
                 verify(path)
@@ -112,7 +113,12 @@ class CheckpointStore:
             except CheckpointError as error:
                 problems.append(str(error))
                 announce(f"checkpoint {path.name} is not usable: {error}")
+                damaged.append(path)
                 continue
+            for path in damaged:
+                # Out of the way, by a name that nobody looks for: the run will come to this step again, and neither its
+                # new checkpoint nor the count of those to keep may meet the old one.
+                path.rename(_free_name(path))
             return checkpoint
         if problems:
             return CheckpointError(
@@ -123,6 +129,12 @@ class CheckpointStore:
     def _prune(self) -> None:
         for path in published(self.folder)[: -self.keep_last]:
             shutil.rmtree(path)
+
+
+def _free_name(path: Path) -> Path:
+    """damaged_step_N, or with a number behind it where that is taken."""
+    names = (path.with_name(f"damaged_{path.name}" + (f"_{n}" if n else "")) for n in itertools.count())
+    return next(name for name in names if not name.exists())
 
 
 def _name(step: int) -> str:

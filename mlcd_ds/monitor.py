@@ -33,7 +33,7 @@ class Monitor:
             kept = [line for line in lines if _step_of(line) is not None and _step_of(line) <= first_step]
             write_text(path, "".join(line + "\n" for line in kept))
         self._file = path.open("a" if first_step else "w")
-        if first_step and tensorboard is not None:
+        if tensorboard is not None:  # from scratch, too: an attempt may have died before its first checkpoint
             _purge_points_after(tensorboard, samples)
 
     def scalars(self, step: int, samples: int, values: dict[str, float | int | None]) -> None:

@@ -142,6 +142,8 @@ class PartialFC(nn.Module):
         dtype = self.centers.dtype
         e_bD = nn.functional.normalize(embeddings.to(dtype), dim=1, eps=NORM_FLOOR)
         missing = capacity - len(labels)
+        if missing < 0:
+            raise ConfigError(f"capacity {capacity} is less than this rank's {len(labels)} images")
         if missing:
             e_bD = nn.functional.pad(e_bD, (0, 0, 0, missing))
             labels = nn.functional.pad(labels, (0, 0, 0, missing), value=NO_IMAGE)

@@ -76,6 +76,11 @@ def test_damaged_part_is_named_and_the_one_before_is_taken(tmp_path, how, part):
     assert len(said) == 1
     assert str(damaged) in said[0]
     assert words in said[0]
+    # The run comes to that step again: its new checkpoint is published, found and kept.
+    assert (tmp_path / "checkpoints" / "damaged_step_000000002").is_dir()
+    write(tmp_path, 2, keep_last=1)
+    assert store(tmp_path).find(said.append).step == 2
+    assert [path.name for path in published(tmp_path / "checkpoints")] == ["step_000000002"]
 
 
 def test_manifest_missing_or_broken(tmp_path):
