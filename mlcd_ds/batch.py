@@ -30,11 +30,6 @@ class ImageLabelBatch:
     def __len__(self) -> int:
         return len(self.labels_BL)
 
-    @property
-    def num_images(self) -> int:
-        """Images that are really there."""
-        return int((self.labels_BL[:, 0] != NO_IMAGE).sum()) if len(self) else 0
-
     def split(self, rows: int) -> list["ImageLabelBatch"]:
         """Consecutive micro-batches of `rows` rows each (the last may be shorter)."""
         return [

@@ -3,6 +3,8 @@
 import math
 from dataclasses import dataclass
 
+import torch
+
 from mlcd_ds.config import RunConfig
 from mlcd_ds.ds_config import DeepSpeedSettings
 from mlcd_ds.models.vit import VisionTransformer, VitConfig
@@ -34,8 +36,6 @@ class MemoryPlan:
 
 def count_parameters(encoder: VitConfig) -> int:
     """Parameters of an encoder, without allocating them."""
-    import torch
-
     with torch.device("meta"):
         return sum(parameter.numel() for parameter in VisionTransformer(encoder).parameters())
 

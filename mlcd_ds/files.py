@@ -12,13 +12,19 @@ from safetensors.torch import save_file
 
 
 def write_bytes(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Replaces `path` by what `write(file)` writes, so that a reader or a crash sees the old file or the new one."""
+    """Replaces `path` by what `write(file)` writes, so that a reader or a crash sees the old file or the new one.
+
+    Nothing is left behind when `write` raises.
+    """
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
 
 

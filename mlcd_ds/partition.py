@@ -41,11 +41,3 @@ class ClassPartition:
     def max_size(self) -> int:
         """Rows of the largest shard."""
         return self.size(0)
-
-    def owner(self, row: int) -> int:
-        """The shard that holds global `row`."""
-        if not 0 <= row < self.num_classes:
-            raise IndexError(f"row {row} is outside 0..{self.num_classes - 1}")
-        base, extra = divmod(self.num_classes, self.num_shards)
-        head = extra * (base + 1)
-        return row // (base + 1) if row < head else extra + (row - head) // base

@@ -45,18 +45,19 @@ def train(config: RunConfig) -> None:
     if config.dry_run:
         return dry_run(config, topology)
     check_launch(config, topology)
-    batch = BatchSizes.resolve(load_deepspeed_config(config.deepspeed_config), topology.world_size)
+    raw = load_deepspeed_config(config.deepspeed_config)
+    batch = BatchSizes.resolve(raw, topology.world_size)
     topology.start(config.timeout_minutes)
     run = RunFolder(config.output_dir)
     try:
-        train_in(run, config, batch, topology)
+        train_in(run, config, raw, batch, topology)
     except UserError as error:
         run.fail(error)
         raise
     topology.stop()
 
 
-def train_in(run: RunFolder, config: RunConfig, batch: BatchSizes, topology: Topology) -> None:
+def train_in(run: RunFolder, config: RunConfig, raw: dict, batch: BatchSizes, topology: Topology) -> None:
     """The run, from its folder to its last checkpoint."""
     collectives.on_main(topology, run.open, config.resume == "auto")
     shards = collectives.on_main(topology, expand_shards, config.shards)
@@ -64,7 +65,7 @@ def train_in(run: RunFolder, config: RunConfig, batch: BatchSizes, topology: Top
         shards, config.labels, config.num_positives, config.max_skipped_fraction, config.shard_cache, topology
     )
     order = EpochPlan(config.seed, table.counts, batch.global_batch, config.shuffle_window)
-    plan = plan_run(config, batch, topology, table.num_samples, len(shards), table.labels_info)
+    plan = plan_run(config, raw, batch, topology, table.num_samples, len(shards), table.labels_info)
     if topology.is_main:
         print(plan.card, flush=True)
     collectives.on_main(topology, run.write_config, plan.record(config, table.fingerprint(), order.fingerprint()))
@@ -134,13 +135,19 @@ class RunPlan:
 
 
 def plan_run(
-    config: RunConfig, batch: BatchSizes, topology: Topology, num_samples: int, num_shards: int, labels: LabelsInfo
+    config: RunConfig,
+    raw: dict,
+    batch: BatchSizes,
+    topology: Topology,
+    num_samples: int,
+    num_shards: int,
+    labels: LabelsInfo,
 ) -> RunPlan:
-    """Resolves what the run is. Raises ConfigError or DataError for what does not fit together."""
+    """Resolves what the run is. raw: the DeepSpeed JSON. Raises ConfigError or DataError for what does not fit together."""
     encoder = preset(config.model, config.image_size)
     length = resolve_run_length(config, samples_per_epoch=num_samples, global_batch=batch.global_batch)
     settings = resolve_deepspeed_config(
-        load_deepspeed_config(config.deepspeed_config),
+        raw,
         batch=batch,
         total_steps=length.total_steps,
         warmup_steps=length.warmup_steps,
@@ -174,9 +181,10 @@ def dry_run(config: RunConfig, topology: Topology) -> None:
     planned = Topology(0, world_size, 0, topology.local_world_size, topology.device)
     shards = expand_shards(config.shards)
     labels, rows = check_label_folder(config.labels, [shard_name(shard) for shard in shards], config.num_positives)
-    batch = BatchSizes.resolve(load_deepspeed_config(config.deepspeed_config), world_size)
+    raw = load_deepspeed_config(config.deepspeed_config)
+    batch = BatchSizes.resolve(raw, world_size)
     if topology.is_main:
-        print(plan_run(config, batch, planned, sum(rows), len(shards), labels).card)
+        print(plan_run(config, raw, batch, planned, sum(rows), len(shards), labels).card)
 
 
 def check_launch(config: RunConfig, topology: Topology) -> None:

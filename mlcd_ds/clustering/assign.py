@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from mlcd_ds.batch import NO_LABEL
 from mlcd_ds.clustering.features import FeatureFolder
+from mlcd_ds.clustering.kmeans import index_of
 from mlcd_ds.config import AssignConfig
 from mlcd_ds.data.centers import Centers
 from mlcd_ds.data.labels import LabelsInfo, label_path, read_label_info, write_label_shard
@@ -53,7 +54,7 @@ def assign_labels(config: AssignConfig, topology: Topology) -> AssignSummary:
     own = range(topology.rank, len(features.names), topology.world_size)
     todo = [i for i in own if not _is_finished(config.output_dir, features.names[i], info, features.rows[i])]
     _claim(Path(config.output_dir), info, config, topology)
-    index = _index(centers.array) if todo else None
+    index = index_of(centers.array) if todo else None
     images, nearest, last, labels = 0, 0.0, 0.0, 0
     with tqdm(
         total=sum(features.rows[i] for i in own), desc="labels", unit="image", disable=not topology.is_main
@@ -122,14 +123,6 @@ def _is_finished(folder: str, name: str, info: LabelsInfo, rows: int) -> bool:
             "--output_dir, or remove that folder."
         )
     return found_rows == rows
-
-
-def _index(centers_kd: np.ndarray):
-    import faiss
-
-    index = faiss.IndexFlatIP(centers_kd.shape[1])
-    index.add(np.ascontiguousarray(centers_kd))
-    return index
 
 
 def _search(features: FeatureFolder, name: str, rows: int, index, config: AssignConfig, bar):

@@ -103,10 +103,7 @@ class SphericalKMeans:
 
     def _assign(self, features: FeatureFolder, selected, centers_kd: np.ndarray):
         """(sum of cosines, sums of the members [k, d], members [k]) of the assignment to `centers_kd`."""
-        import faiss
-
-        index = faiss.IndexFlatIP(centers_kd.shape[1])
-        index.add(centers_kd)
+        index = index_of(centers_kd)
         sums_kd = torch.zeros(centers_kd.shape)
         sizes_k = np.zeros(self.k, np.int64)
         total = 0.0
@@ -117,6 +114,15 @@ class SphericalKMeans:
             sums_kd.index_add_(0, torch.from_numpy(nearest_b), torch.from_numpy(block_bd))
             sizes_k += np.bincount(nearest_b, minlength=self.k)
         return total, sums_kd, sizes_k
+
+
+def index_of(centers_kd: np.ndarray):
+    """faiss's exact index of centers [k, d] float32 under the inner product."""
+    import faiss  # a second of import time that only clustering needs
+
+    index = faiss.IndexFlatIP(centers_kd.shape[1])
+    index.add(np.ascontiguousarray(centers_kd))
+    return index
 
 
 def _blocks(features: FeatureFolder, selected: dict[str, np.ndarray] | None) -> Iterator[np.ndarray]:

@@ -7,7 +7,6 @@ Shapes: n images of a shard, l labels stored per image.
 """
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ import pyarrow.parquet as pq
 
 from mlcd_ds.batch import NO_LABEL
 from mlcd_ds.errors import DataError
+from mlcd_ds.files import write_bytes
 
 FORMAT_VERSION = 1
 _METADATA_KEY = b"mlcd_ds.labels"
@@ -96,15 +96,7 @@ def write_label_shard(
     ]
     table = pa.Table.from_arrays(columns, schema=_SCHEMA.with_metadata({_METADATA_KEY: info.to_json().encode()}))
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("wb") as file:
-            pq.write_table(table, file, compression="zstd")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_bytes(path, lambda file: pq.write_table(table, file, compression="zstd"))
 
 
 def read_label_shard(path: str | Path) -> LabelShard:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlcd_ds.errors import DataError
+from mlcd_ds.files import write_bytes, write_text
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 """Extensions (any case) that make a sample an image; the first of them that a sample has is its image."""
@@ -387,19 +388,15 @@ def write_tar(path: str | Path, samples: Iterable[tuple[str, dict[str, bytes]]])
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("wb") as file:
-            count = _write(path, file, samples)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    count = 0
+
+    def write(file) -> None:
+        nonlocal count
+        count = _write(path, file, samples)
+
+    write_bytes(path, write)
     stats = path.with_name(path.name.removesuffix(".tar") + "_stats.json")
-    temporary = stats.with_name(stats.name + ".tmp")
-    temporary.write_text(json.dumps({"count": count, "successes": count}) + "\n", encoding="utf-8")
-    temporary.replace(stats)
+    write_text(stats, json.dumps({"count": count, "successes": count}) + "\n")
     return count
 
 

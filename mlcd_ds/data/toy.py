@@ -18,6 +18,7 @@ from tqdm import tqdm
 from mlcd_ds.config import ToyShardsConfig
 from mlcd_ds.data.tars import write_tar
 from mlcd_ds.errors import DataError
+from mlcd_ds.files import write_json
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SPLITS = ("train", "test")
@@ -209,6 +210,4 @@ def _read_marker(root: Path, settings: dict) -> bool:
 
 
 def _write_marker(root: Path, settings: dict, finished: bool) -> None:
-    temporary = root / (MARKER + ".tmp")
-    temporary.write_text(json.dumps({"settings": settings, "finished": finished}, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(root / MARKER)
+    write_json(root / MARKER, {"settings": settings, "finished": finished})
