@@ -1,6 +1,7 @@
 """The startup card: what a run is about to do, every number with its reason; before anything is started."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +20,7 @@ scaled_dot_product_attention no [T, T] matrix is among them."""
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes on one rank, by part; estimates from shapes, not measurements."""
+    """Bytes on one rank, by part; estimates from shapes, not measurements. host: what offloading puts beside the GPU."""
 
     weights: int
     gradients: int
@@ -27,10 +28,11 @@ class MemoryPlan:
     activations: int
     head: int
     head_step: int
+    host: int = 0
 
     @property
     def total(self) -> int:
-        """All parts."""
+        """All parts on the device."""
         return self.weights + self.gradients + self.optimizer + self.activations + self.head + self.head_step
 
 
@@ -58,15 +60,28 @@ def plan_memory(
     rows = ClassPartition(num_classes, world_size).max_size
     sampled = sampled_rows(config, settings.micro_batch * world_size, num_classes, world_size)
     gathered = settings.micro_batch * world_size
+    # Micro-steps draw different rows: the sum of their gradients has them all, and is copied once to grow.
+    merged = math.ceil(rows * (1 - (1 - sampled / rows) ** settings.accumulation)) if settings.accumulation > 1 else 0
+    weights = parameters * size // (ranks if stage == 3 else 1)
+    optimizer = parameters * (8 + master) // (ranks if stage >= 1 else 1)
+    offloaded = {key for key in ("offload_param", "offload_optimizer") if key in settings.json["zero_optimization"]}
     return MemoryPlan(
-        weights=parameters * size // (ranks if stage == 3 else 1),
+        weights=0 if "offload_param" in offloaded else weights,
         gradients=parameters * 4 // (ranks if stage >= 2 else 1),
-        optimizer=parameters * (8 + master) // (ranks if stage >= 1 else 1),
+        optimizer=0 if "offload_optimizer" in offloaded else optimizer,
         activations=kept * block,
         head=rows * (encoder.embed_dim * 12 + 4),
-        head_step=(3 * sampled + 2 * gathered) * encoder.embed_dim * 4
+        head_step=(3 * sampled + 2 * merged + 2 * gathered) * encoder.embed_dim * 4
         + min(config.workspace_mb * 2**20, gathered * sampled * 4),
+        host=weights * ("offload_param" in offloaded) + optimizer * ("offload_optimizer" in offloaded),
     )
+
+
+def head_precision(config: RunConfig, settings: DeepSpeedSettings, device_type: str) -> str:
+    """ "float32" or "bfloat16": of the factors of the head's products."""
+    if config.head_precision != "auto":
+        return config.head_precision
+    return settings.precision if device_type == "cuda" else "float32"
 
 
 def sampled_rows(config: RunConfig, images: int, num_classes: int, world_size: int) -> int:
@@ -90,8 +105,9 @@ def startup_card(
     num_classes: int,
     world_size: int,
     device: str,
+    unused: Sequence[str] = (),
 ) -> str:
-    """The card as text."""
+    """The card as text. unused: what of the tars takes no part in the run (ShardTable.unused)."""
     memory = plan_memory(encoder, settings, config, num_classes, world_size)
     partition = ClassPartition(num_classes, world_size)
     sampled = sampled_rows(config, settings.micro_batch * world_size, num_classes, world_size)
@@ -105,6 +121,7 @@ def startup_card(
             f"accumulated x {world_size} ranks",
         ),
         ("data", f"{num_samples:,} images in {num_shards:,} shards an epoch"),
+        *[("unused", text) for text in unused],
         ("length", f"{length.total_steps:,} steps = {length.samples:,} samples = {length.epochs:.4g} epochs"),
         (
             "learning rate",
@@ -118,14 +135,16 @@ def startup_card(
         (
             "head",
             f"{config.objective}, {num_classes:,} classes, l={config.num_positives}, r={config.sample_rate:g}, "
-            f"S={config.scale:g}, {config.margin_type} margin {config.margin:g} ({config.margin_gradient})",
+            f"S={config.scale:g}, {config.margin_type} margin {config.margin:g} ({config.margin_gradient}), "
+            f"{head_precision(config, settings, device)} products",
         ),
         ("rows a rank", f"{partition.max_size:,} centers, about {sampled:,} sampled a micro-step"),
         (
             "memory a rank",
             f"{_gb(memory.total)} (estimate): weights {_gb(memory.weights)}, gradients {_gb(memory.gradients)}, optimizer "
             f"{_gb(memory.optimizer)}, activations {_gb(memory.activations)}, centers with moments {_gb(memory.head)}, "
-            f"head's step {_gb(memory.head_step)}",
+            f"head's step {_gb(memory.head_step)}"
+            + (f"; beside it {_gb(memory.host)} of host memory" if memory.host else ""),
         ),
         ("output", config.output_dir),
     ]

@@ -69,19 +69,20 @@ class CheckpointStore:
         """Makes the staged checkpoint the newest one. Every rank calls it after writing its parts."""
         staging, final = self.folder / f"{_name(step)}.tmp", self.folder / _name(step)
         collectives.barrier(self.topology)  # every part is written
-        files = sorted(path for path in staging.rglob("*") if path.is_file())
-        own = files[self.topology.rank :: self.topology.world_size]
+        # One rank lists: on a network file system the others may see a part later than its writer does.
+        files = collectives.on_main(self.topology, _parts, staging, self.topology.world_size)
         hashed = {}
-        for path in own:
+        for name in files[self.topology.rank :: self.topology.world_size]:
+            path = staging / name
             sync_file(path)
-            hashed[str(path.relative_to(staging))] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+            hashed[name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
         everything = {}
         for part in collectives.gather_objects(hashed, self.topology):
             everything.update(part)
         if self.topology.is_main:
             manifest = {"format_version": FORMAT_VERSION, "step": step, "files": dict(sorted(everything.items()))}
             write_json(staging / MANIFEST, manifest)
-            for folder in sorted({path.parent for path in files}):
+            for folder in sorted({(staging / name).parent for name in files}):
                 sync_folder(folder)
             staging.rename(final)
             sync_folder(self.folder)
@@ -91,40 +92,41 @@ class CheckpointStore:
         return final
 
     def find(self, announce=print) -> Checkpoint | None:
-        """The newest checkpoint that is whole, verified by rank 0 for all; None when there has never been one.
+        """The newest checkpoint that is whole, verified by all ranks, a share of its files each; None when there is none.
 
         A damaged one is announced by name, set aside as damaged_step_N, and the one before it taken. Raises
         CheckpointError, on every rank, when there are checkpoints and none is whole.
         """
-        verdict: Checkpoint | CheckpointError | None = None
-        if self.topology.is_main:
-            verdict = self._newest_whole(announce)
-        verdict = collectives.gather_objects(verdict, self.topology)[0]
-        if isinstance(verdict, CheckpointError):
-            raise verdict
-        return verdict
-
-    def _newest_whole(self, announce) -> Checkpoint | CheckpointError | None:
         problems, damaged = [], []
-        for path in reversed(published(self.folder)):
-            try:
-                verify(path)
-                checkpoint = read_state(path)
-            except CheckpointError as error:
-                problems.append(str(error))
-                announce(f"checkpoint {path.name} is not usable: {error}")
-                damaged.append(path)
-                continue
-            for path in damaged:
+        for path in collectives.on_main(self.topology, published, self.folder)[::-1]:
+            problem = self._problem(path)
+            if problem is None:
                 # Out of the way, by a name that nobody looks for: the run will come to this step again, and neither its
                 # new checkpoint nor the count of those to keep may meet the old one.
-                path.rename(_free_name(path))
-            return checkpoint
+                if self.topology.is_main:
+                    for other in damaged:
+                        other.rename(_free_name(other))
+                return collectives.on_main(self.topology, read_state, path)
+            problems.append(problem)
+            damaged.append(path)
+            if self.topology.is_main:
+                announce(f"checkpoint {path.name} is not usable: {problem}")
         if problems:
-            return CheckpointError(
+            raise CheckpointError(
                 f"no checkpoint in {self.folder} is whole: {problems[0]}. To start anew, choose another --output_dir."
             )
         return None
+
+    def _problem(self, path: Path) -> str | None:
+        """What is wrong with a published checkpoint, the same on every rank; None where nothing is."""
+        found = None
+        try:
+            verify(path, self.topology.rank, self.topology.world_size)
+            if self.topology.is_main:
+                read_state(path)
+        except CheckpointError as error:
+            found = str(error)
+        return next((problem for problem in collectives.gather_objects(found, self.topology) if problem), None)
 
     def _prune(self) -> None:
         for path in published(self.folder)[: -self.keep_last]:
@@ -146,8 +148,31 @@ def published(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step_*") if path.suffix != ".tmp" and path.is_dir())
 
 
-def verify(path: Path) -> None:
-    """Compares every file with the manifest. Raises CheckpointError naming the first that is missing or changed."""
+def _parts(staging: Path, world_size: int) -> list[str]:
+    """All files of a staged checkpoint, relative to it. Raises CheckpointError where a rank's part is not among them."""
+    names = sorted(str(path.relative_to(staging)) for path in staging.rglob("*") if path.is_file())
+    missing = [f"ranks/{rank_file(rank)}" for rank in range(world_size) if f"ranks/{rank_file(rank)}" not in names]
+    heads = [name for name in names if name.startswith("head/")]
+    if len(heads) != world_size:
+        missing.append(f"{world_size - len(heads)} of the {world_size} files in head/")
+    if missing:
+        raise CheckpointError(
+            f"{staging} lacks {missing[0]}, though every rank has written its own: do all hosts see the same file system "
+            "under --output_dir? Give a folder that they share."
+        )
+    return names
+
+
+def rank_file(rank: int) -> str:
+    """Name of a rank's own part."""
+    return f"rank_{rank:05d}.safetensors"
+
+
+def verify(path: Path, part: int = 0, parts: int = 1) -> None:
+    """Compares every file (or every `parts`-th, from `part` on) with the manifest.
+
+    Raises CheckpointError naming the first that is missing or changed.
+    """
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         version, files = manifest["format_version"], manifest["files"]
@@ -157,7 +182,7 @@ def verify(path: Path) -> None:
         raise CheckpointError(f"{path / MANIFEST} cannot be read ({error}): the checkpoint is damaged") from None
     if version != FORMAT_VERSION:
         raise CheckpointError(f"{path} has format version {version}, this program reads {FORMAT_VERSION}")
-    for name, expected in files.items():
+    for name, expected in list(files.items())[part::parts]:
         file = path / name
         if not file.is_file():
             raise CheckpointError(f"{file} is missing")

@@ -17,6 +17,7 @@ from typing import get_args
 
 from pydantic import ValidationError
 
+from mlcd_ds import errors
 from mlcd_ds.config import Settings
 from mlcd_ds.errors import ConfigError, UserError
 from mlcd_ds.topology import Topology
@@ -203,10 +204,6 @@ def run(fire: Callable, function: Callable[[Settings], object], settings: type[S
         os._exit(1)
 
 
-SECONDS_FOR_RANK_0 = 5.0
-"""So long the other ranks hold back their message: most errors are everybody's, and are to be read once."""
-
-
 def fail(error: UserError) -> None:
     """Prints `error` as the last word of this process and ends it, without waiting for other ranks or threads.
 
@@ -218,7 +215,7 @@ def fail(error: UserError) -> None:
     except ConfigError:  # the environment is what is wrong
         rank = 0
     if rank > 0:
-        time.sleep(SECONDS_FOR_RANK_0)
+        time.sleep(errors.SECONDS_FOR_RANK_0)
     print(f"error: {error}" if rank == 0 else f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
     sys.stdout.flush()
     # os._exit: a rank that leaves through the interpreter's shutdown may wait for peers inside a process group.

@@ -35,7 +35,12 @@ class HeadConfig(Settings):
     num_positives: int = Field(8, ge=1, description="l: positives per image, the nearest centers of its label list")
     sample_rate: float = Field(0.1, gt=0, le=1, description="r: share of the classes that take part in a step")
     scale: Finite = Field(64.0, gt=0, le=256, description="S: logits are S times a cosine")
-    margin: Finite = Field(0.3, ge=0, lt=3.1, description="m: margin on the positives (radians for arc)")
+    margin: Finite = Field(
+        0.3,
+        ge=0,
+        le=2.3,
+        description="m: margin on the positives (radians for arc, whose fallback rises again above 2.33)",
+    )
     margin_type: MarginType = Field("arc", description="arc: cos(theta+m); cos: cos(theta)-m; none")
     margin_gradient: MarginGradient = Field("straight_through", description="straight_through or exact")
     negative_filter: Finite | None = Field(None, gt=-1, le=1, description="ignore negatives with cosine above this")
@@ -43,6 +48,9 @@ class HeadConfig(Settings):
     head_weight_decay: Finite | None = Field(None, ge=0, description="weight decay of the centers; none: the JSON's")
     head_grad_clip: Finite = Field(
         1.0, ge=0, description="norm, over all shards, to clip the centers' gradient at; 0: off"
+    )
+    head_precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="of the head's products; auto: bfloat16 on GPUs where the JSON enables bf16"
     )
     workspace_mb: int = Field(256, ge=1, description="bytes (MB) of logits that exist at one time")
 
@@ -82,6 +90,7 @@ class RunConfig(HeadConfig):
     timeout_minutes: Finite = Field(10.0, gt=0, description="longest wait for another rank")
     world_size: int | None = Field(None, ge=1, description="with --dry_run: the number of ranks to plan for")
     dry_run: bool = Field(False, description="print the startup card and stop")
+    device: Literal["cpu", "cuda"] | None = Field(None, description="with --dry_run: what to plan for; none: as here")
     expect_world_size: int | None = Field(None, ge=1, description="refuse to start with another number of ranks")
 
     @model_validator(mode="after")
@@ -91,6 +100,8 @@ class RunConfig(HeadConfig):
             raise ValueError(f"--{' and --'.join(given)} all say how long the run is: give one of them")
         if self.world_size is not None and not self.dry_run:
             raise ValueError("--world_size only means something with --dry_run; a run takes it from the launcher")
+        if self.device is not None and not self.dry_run:
+            raise ValueError("--device only means something with --dry_run; a run takes a GPU where there is one")
         return self
 
 

@@ -256,7 +256,7 @@ def resolve_scheduler(
         # DeepSpeed refuses 0. With 1 it takes 2, which a start at the full rate makes harmless.
         params["warmup_num_steps"] = 1
         params.update({"warmup_min_ratio": 1.0} if "warmup_min_ratio" in known else {"warmup_min_lr": lr})
-        notes.append("no warm-up: the learning rate starts at its full value")
+        notes.append("no warm-up: the full learning rate at once (with WarmupCosineLR from the second step on)")
     elif params.get("warmup_min_lr") == AUTO:
         params["warmup_min_lr"] = 0.0
 

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from mlcd_ds import checkpoint, collectives
-from mlcd_ds.batch import ImageLabelBatch
+from mlcd_ds.batch import NO_IMAGE, ImageLabelBatch
 from mlcd_ds.config import HeadConfig
 from mlcd_ds.ds_config import DeepSpeedSettings
 from mlcd_ds.errors import CheckpointError, NonFiniteError
@@ -41,14 +41,14 @@ def _quieten() -> None:
 class StepResult:
     """What one optimizer step was.
 
-    loss, grad_norm, head_grad_norm: scalars; the norms before clipping, over all ranks. applied: False when the engine
-    skipped the step for a gradient that is no number, and the head with it. stats: the head's, of the last micro-batch,
-    empty unless asked for. learning_rate, head_learning_rate: of this step.
+    loss, grad_norm, head_grad_norm: the norms before clipping, over all ranks. applied: False when the engine
+    skipped the step for a gradient that is no number, and the head with it. stats: the head's, averaged over the
+    micro-batches by their images, empty unless asked for. learning_rate, head_learning_rate: of this step.
     """
 
     loss: float
     grad_norm: float
-    head_grad_norm: torch.Tensor
+    head_grad_norm: float
     learning_rate: float
     head_learning_rate: float
     applied: bool
@@ -102,41 +102,70 @@ class TrainEngine:
     def train_step(self, batch: ImageLabelBatch, step: int, collect_stats: bool = False) -> StepResult:
         """One optimizer step on this rank's images of the step, in micro-batches.
 
-        Raises NonFiniteError, on every rank and before anything moves, when the loss is no number.
+        Raises NonFiniteError, on every rank and before anything moves, when the loss or the norm of the centers' gradient
+        is no number.
         """
         micro_batches = batch.split(self.settings.micro_batch)
-        losses, stats, broken = [], {}, []
+        weights = self._weights(micro_batches)
+        losses, stats, broken, gradients = [], [], [], []
         for index, micro in enumerate(micro_batches):
             micro = micro.to(self.topology.device)
-            last = index == len(micro_batches) - 1
             embeddings = self.engine(micro.images_BCHH)
             out = self.head(
                 embeddings,
                 micro.labels_BL,
                 step=step * self.settings.accumulation + index,
                 capacity=self.settings.micro_batch,
-                collect_stats=collect_stats and last,
+                collect_stats=collect_stats,
             )
-            self.engine.backward(out.loss)
-            losses.append(out.loss.detach())
+            loss = out.loss * weights[index]
+            self.engine.backward(loss)
+            gradients = [merge_gradients([*gradients, *self.head.take_gradients()])]
+            losses.append(loss.detach())
             broken.append(~torch.isfinite(embeddings.detach()).all())
-            stats = out.stats
-            if not last:
+            stats.append(out.stats)
+            if index < len(micro_batches) - 1:
                 self.engine.step()
-        # The one wait for the device in a step: whether the step may be taken must be known before it is taken.
-        loss = torch.stack(losses).mean().item()
+        (gradient,) = gradients
+        head_norm = sharded_norm(gradient.values_SD, self.topology)
+        # Whether the step may be taken must be known before it is taken: here the host waits for the device.
+        loss, head_norm_value = torch.stack([torch.stack(losses).mean(), head_norm]).tolist()
         if not math.isfinite(loss):
             self._stop_on_bad_loss(loss, step, torch.stack(broken).any().item())
+        if not math.isfinite(head_norm_value):
+            raise _bad_gradient(step, "centers'", head_norm_value)
         plain_norm = self._norm_without_zero(step)
         learning_rate = self.engine.get_lr()[0]
         self.engine.step()
         applied = bool(self.engine.was_step_applied())
-        head_norm = self._step_head(learning_rate * self.config.head_lr_scale, applied)
+        if applied:
+            self._step_head(gradient, head_norm, learning_rate * self.config.head_lr_scale)
+        else:
+            self.skipped_steps += 1
         norm = self.engine.get_global_grad_norm() if plain_norm is None else plain_norm
-        norm = math.nan if norm is None else float(norm)
         return StepResult(
-            loss, norm, head_norm, learning_rate, learning_rate * self.config.head_lr_scale, applied, stats
+            loss=loss,
+            grad_norm=math.nan if norm is None else float(norm),
+            head_grad_norm=head_norm_value,
+            learning_rate=learning_rate,
+            head_learning_rate=learning_rate * self.config.head_lr_scale,
+            applied=applied,
+            stats=_averaged(stats, weights) if collect_stats else {},
         )
+
+    def _weights(self, micro_batches: list[ImageLabelBatch]) -> torch.Tensor:
+        """[A] float32: by how much each of the A micro-batches counts, 1 on average.
+
+        The head's loss is the mean over the images of one micro-batch of all ranks, and the engine takes the plain mean of
+        the A losses. Slots without an image make the micro-batches uneven: weighted by their images, the step's loss is
+        the mean over all images of the step. One all-reduce of A numbers where A > 1.
+        """
+        counts = [(micro.labels_BL[:, 0] != NO_IMAGE).sum() for micro in micro_batches]
+        counts_A = torch.stack(counts).to(self.topology.device, torch.float32)
+        if len(micro_batches) == 1:
+            return torch.ones_like(counts_A)
+        collectives.sum_(counts_A, self.topology)
+        return counts_A * len(counts_A) / counts_A.sum().clamp_min(1)
 
     def _norm_without_zero(self, step: int) -> float | None:
         """At stage 0 in float32 DeepSpeed neither reports the norm nor skips a step of NaNs; else None: it does both."""
@@ -145,25 +174,15 @@ class TrainEngine:
         gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients).item()
         if not math.isfinite(norm):
-            raise NonFiniteError(
-                f"step {step}: the norm of the encoder's gradient is {norm}. Nothing was changed by this step. Resume from "
-                "the last checkpoint (--resume auto) with a lower learning rate; with ZeRO stage 1 such steps are skipped."
-            )
+            raise _bad_gradient(step, "encoder's", norm, "; with ZeRO stage 1 such steps are skipped")
         return norm
 
-    def _step_head(self, learning_rate: float, applied: bool) -> torch.Tensor:
-        """Steps the centers if the encoder has stepped; returns their gradient's norm over all shards."""
-        gradients = self.head.take_gradients()
-        if not applied:
-            self.skipped_steps += 1
-            return torch.tensor(math.nan)
-        gradient = merge_gradients(gradients)
-        norm = sharded_norm(gradient.values_SD, self.topology)
+    def _step_head(self, gradient: RowGradient, norm: torch.Tensor, learning_rate: float) -> None:
+        """Steps the centers. norm: of their gradient, over all shards."""
         if self.config.head_grad_clip > 0:
             factor = (self.config.head_grad_clip / (norm + 1e-6)).clamp(max=1)
-            gradient = RowGradient(gradient.rows_S, gradient.values_SD * factor)
+            gradient.values_SD.mul_(factor)
         self.head_optimizer.step(gradient, learning_rate)
-        return norm
 
     def _stop_on_bad_loss(self, loss: float, step: int, embeddings_broken: bool) -> None:
         flags = collectives.gather_objects(embeddings_broken, self.topology)
@@ -214,4 +233,19 @@ class TrainEngine:
             torch.cuda.set_rng_state(random_states["cuda"])
 
     def _rank_file(self, folder: Path) -> Path:
-        return folder / "ranks" / f"rank_{self.topology.rank:05d}.safetensors"
+        return folder / "ranks" / checkpoint.rank_file(self.topology.rank)
+
+
+def _averaged(stats: list[dict[str, torch.Tensor]], weights_A: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Mean over the micro-batches of each of the head's statistics."""
+    return {
+        name: sum(micro[name] * weight for micro, weight in zip(stats, weights_A, strict=True)) / len(stats)
+        for name in stats[0]
+    }
+
+
+def _bad_gradient(step: int, whose: str, norm: float, hint: str = "") -> NonFiniteError:
+    return NonFiniteError(
+        f"step {step}: the norm of the {whose} gradient is {norm}. Nothing was changed by this step. Resume from the last "
+        f"checkpoint (--resume auto) with a lower learning rate{hint}."
+    )

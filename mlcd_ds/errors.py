@@ -3,6 +3,9 @@
 A message says what was found, where, what was expected, and what to do.
 """
 
+SECONDS_FOR_RANK_0 = 5.0
+"""So long the other ranks hold back their message: most errors are everybody's, and are to be read once."""
+
 
 class UserError(Exception):
     """Base of every error whose cause lies in the user's input, not in this program."""

@@ -4,6 +4,7 @@ Tags follow DeepSpeed's: `Train/Samples/NAME`, the x-axis in samples. Only rank 
 """
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -37,10 +38,14 @@ class Monitor:
             _purge_points_after(tensorboard, samples)
 
     def scalars(self, step: int, samples: int, values: dict[str, float | int | None]) -> None:
-        """One line of metrics.jsonl with all values, and one event for each; None values are left out."""
+        """One line of metrics.jsonl with all values, and one event for each; None values are left out.
+
+        A number that is none (a skipped step's gradient norm) is null in the file, which else would be no JSON.
+        """
         values = {name: value for name, value in values.items() if value is not None}
-        line = {"step": step, "samples": samples, "time": round(time.time(), 3), **values}
-        self._file.write(json.dumps(line) + "\n")
+        written = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in values.items()}
+        line = {"step": step, "samples": samples, "time": round(time.time(), 3), **written}
+        self._file.write(json.dumps(line, allow_nan=False) + "\n")
         self._file.flush()
         numbers = [(TAG + name, value, samples) for name, value in values.items() if not isinstance(value, str)]
         self.write_events(numbers)

@@ -13,10 +13,17 @@ from mlcd_ds.topology import Topology
 
 
 def merge_gradients(gradients: Sequence[RowGradient]) -> RowGradient:
-    """Sum of several micro-steps' gradients, each row once. Raises ValueError for an empty list."""
+    """Sum of several micro-steps' gradients, each row once. Raises ValueError for an empty list.
+
+    Merged after each micro-step, no more than two gradients and their sum are ever alive. May reuse the first one's memory.
+    """
     if not gradients:
-        raise ValueError("no gradients to merge: call after backward, once per optimizer step")
+        raise ValueError("no gradients to merge: call after backward")
     if len(gradients) == 1:
+        return gradients[0]
+    if all(g.is_whole for g in gradients):
+        for other in gradients[1:]:
+            gradients[0].values_SD.add_(other.values_SD)
         return gradients[0]
     rows, position = torch.cat([g.rows_S for g in gradients]).unique(return_inverse=True)
     values = torch.cat([g.values_SD for g in gradients])

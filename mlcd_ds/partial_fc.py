@@ -48,10 +48,14 @@ class HeadOutput:
 
 @dataclass(frozen=True)
 class RowGradient:
-    """Gradient of some rows of the shard. rows_S: int64 local rows, distinct; values_SD: their gradients."""
+    """Gradient of some rows of the shard.
+
+    rows_S: int64 local rows, distinct; values_SD: their gradients. is_whole: the rows are all rows of the shard, in order.
+    """
 
     rows_S: torch.Tensor
     values_SD: torch.Tensor
+    is_whole: bool = False
 
 
 class PartialFC(nn.Module):
@@ -67,8 +71,9 @@ class PartialFC(nn.Module):
     of a short vector; without `capacity` one more all-gather of one number (and a host round trip) to learn the sizes.
 
     num_classes: K. embed_dim: D. init_centers: float [c, D], this shard's rows, or None for random rows that depend on
-    (seed, global row) only. dtype: of the centers, and of all sums; the products run in bfloat16 with float32
-    accumulation on GPUs. The other arguments are those of config.HeadConfig.
+    (seed, global row) only. dtype: of the centers, and of all sums. precision: of the factors of the three products,
+    "float32" (the centers' dtype) or "bfloat16", accumulated in float32 either way. The other arguments are those of
+    config.HeadConfig.
     Raises ConfigError for fewer classes than ranks, an unknown objective, or centers of another shape.
     """
 
@@ -94,12 +99,14 @@ class PartialFC(nn.Module):
         seed: int = 0,
         init_centers: torch.Tensor | None = None,
         dtype: torch.dtype = torch.float32,
+        precision: str = "float32",
     ):
         super().__init__()
         self.topology = topology or Topology.single()
         self.partition = ClassPartition(num_classes, self.topology.world_size)
         self.embed_dim = embed_dim
         self.spec = LossSpec(objective, scale, margin, margin_type, margin_gradient, negative_filter)
+        self.products = {"float32": _Products, "bfloat16": _BFloat16Products}[precision]()
         self.workspace_bytes = int(workspace_mb * 2**20)
         shard = self.topology.rank
         self.start, self.stop = self.partition.start(shard), self.partition.stop(shard)
@@ -167,10 +174,7 @@ class PartialFC(nn.Module):
             centers_SD,
             columns_GL,
             counts_G,
-            self.spec,
-            self.topology,
-            chunk_rows,
-            needs_shift,
+            _Walk(self.spec, self.topology, self.products, chunk_rows, needs_shift),
             collect_stats,
         )
         if centers_SD.requires_grad:
@@ -180,7 +184,11 @@ class PartialFC(nn.Module):
     def take_gradients(self) -> list[RowGradient]:
         """The gradients made since the last call, one item per backward, and forgets them."""
         pending, self._pending = self._pending, []
-        return [RowGradient(rows_S, rows.grad) for rows_S, rows in pending if rows.grad is not None]
+        return [
+            RowGradient(rows_S, rows.grad, is_whole=len(rows_S) == len(self.centers))
+            for rows_S, rows in pending
+            if rows.grad is not None
+        ]
 
     def _needs_shift(self, labels_per_image: int) -> bool:
         """Whether a sum of exponentials may leave the dtype's range, so that sums are kept relative to a maximum.
@@ -234,6 +242,48 @@ def random_rows(start: int, stop: int, num_classes: int, dim: int, seed: int) ->
     return torch.cat(rows)
 
 
+class _Products:
+    """The three matrix products, in the dtype of their factors."""
+
+    def put(self, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
+        """out = a @ b."""
+        torch.mm(a, b, out=out)
+
+    def add(self, a: torch.Tensor, b: torch.Tensor, into: torch.Tensor) -> None:
+        """into += a @ b."""
+        into.addmm_(a, b)
+
+
+class _BFloat16Products(_Products):
+    """Factors rounded to bfloat16, products accumulated and returned in float32.
+
+    On a CPU the rounded factors are multiplied in float32: the same numbers, and faster than its bfloat16 products.
+    """
+
+    def put(self, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
+        a, b = a.bfloat16(), b.bfloat16()
+        if out.is_cuda:
+            torch.mm(a, b, out_dtype=out.dtype, out=out)
+        else:
+            torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
+
+    def add(self, a: torch.Tensor, b: torch.Tensor, into: torch.Tensor) -> None:
+        product = torch.empty_like(into)
+        self.put(a, b, product)
+        into += product
+
+
+@dataclass(frozen=True)
+class _Walk:
+    """How a shard's matrix is walked over: what all chunks share. shift: see PartialFC._needs_shift."""
+
+    spec: LossSpec
+    topology: Topology
+    products: _Products
+    chunk_rows: int
+    shift: bool
+
+
 class _ShardedLoss(torch.autograd.Function):
     """Loss and both gradients in one walk over row chunks; see the head of this file.
 
@@ -242,7 +292,7 @@ class _ShardedLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, e_GD, centers_SD, columns_GL, counts_G, spec, topology, chunk_rows, shift, collect_stats):
+    def forward(ctx, e_GD, centers_SD, columns_GL, counts_G, walk, collect_stats):
         S, D = centers_SD.shape
         norm_S = centers_SD.norm(dim=1).clamp_min(NORM_FLOOR)
         # One zero row more: it is what "no positive here" points at, so no index needs a host round trip to be filtered.
@@ -251,24 +301,13 @@ class _ShardedLoss(torch.autograd.Function):
         d_w_TD = torch.zeros_like(w_TD)
         d_e_GD = torch.zeros_like(e_GD)
         weight_G = counts_G.to(e_GD.dtype) / counts_G.sum().clamp_min(1)
-        workspace = e_GD.new_empty(min(chunk_rows, len(e_GD)) * (S + 1))
-        stats = _Statistics(e_GD, spec) if collect_stats else None
+        workspace = e_GD.new_empty(min(walk.chunk_rows, len(e_GD)) * (S + 1))
+        stats = _Statistics(e_GD, walk.spec) if collect_stats else None
         loss = e_GD.new_zeros(2)
-        for first in range(0, len(e_GD), chunk_rows):
-            rows = slice(first, min(first + chunk_rows, len(e_GD)))
-            loss += _chunk(
-                e_GD[rows],
-                w_TD,
-                columns_GL[rows],
-                weight_G[rows],
-                d_e_GD[rows],
-                d_w_TD,
-                workspace,
-                spec,
-                topology,
-                shift,
-                stats,
-            )
+        for first in range(0, len(e_GD), walk.chunk_rows):
+            rows = slice(first, min(first + walk.chunk_rows, len(e_GD)))
+            part = e_GD[rows], columns_GL[rows], weight_G[rows], d_e_GD[rows]
+            loss += _chunk(*part, w_TD, d_w_TD, workspace, walk, stats)
         # Through w = c / |c|: the part of the gradient along w does not move the direction.
         w_SD, d_w_SD = w_TD[:S], d_w_TD[:S]
         along_S = torch.linalg.vecdot(w_SD, d_w_SD)
@@ -284,15 +323,16 @@ class _ShardedLoss(torch.autograd.Function):
         if ctx.gradients is None:
             raise RuntimeError("the head's gradients are used up by the first backward: run its forward again")
         (d_e_GD, d_w_SD), ctx.gradients = ctx.gradients, None
-        return d_e_GD.mul_(grad_loss), d_w_SD.mul_(grad_loss), *[None] * 7
+        return d_e_GD.mul_(grad_loss), d_w_SD.mul_(grad_loss), *[None] * 4
 
 
-def _chunk(e_nD, w_TD, columns_nL, weight_n, d_e_nD, d_w_TD, workspace, spec, topology, shift, stats) -> torch.Tensor:
+def _chunk(e_nD, columns_nL, weight_n, d_e_nD, w_TD, d_w_TD, workspace, walk: _Walk, stats) -> torch.Tensor:
     """One row chunk: adds its gradients into d_e_nD and d_w_TD, returns its [positive, negative] part of the mean loss."""
+    spec, topology, shift = walk.spec, walk.topology, walk.shift
     n, T = len(e_nD), len(w_TD)
     none_here = T - 1
     logits_nT = workspace[: n * T].view(n, T)
-    _product(e_nD * spec.scale, w_TD.T, out=logits_nT)
+    walk.products.put(e_nD * spec.scale, w_TD.T, logits_nT)
     cosine_nL = logits_nT.gather(1, columns_nL) / spec.scale
     here_nL = columns_nL != none_here
     if stats is not None:
@@ -321,7 +361,7 @@ def _chunk(e_nD, w_TD, columns_nL, weight_n, d_e_nD, d_w_TD, workspace, spec, to
         common_2n.masked_fill_(common_2n == -torch.inf, 0)
         sums_2n.mul_((own_2n - common_2n).exp())
     summing = collectives.start_sum(sums_2n, topology)
-    _product(exp_nT, w_TD, out=d_e_nD)
+    walk.products.put(exp_nT, w_TD, d_e_nD)
     summing.wait()
 
     log_2n = sums_2n.log() + common_2n
@@ -334,27 +374,11 @@ def _chunk(e_nD, w_TD, columns_nL, weight_n, d_e_nD, d_w_TD, workspace, spec, to
     if spec.margin_gradient == "exact":
         positive_nL = positive_nL * slope_nL
     d_e_nD.mul_(negative_n[:, None])
-    _add_product(exp_nT.T, e_nD * negative_n[:, None], into=d_w_TD)
+    walk.products.add(exp_nT.T, e_nD * negative_n[:, None], d_w_TD)
     for columns_n, positive_n in zip(columns_nL.T, positive_nL.T, strict=True):
         d_e_nD.addcmul_(w_TD[columns_n], positive_n[:, None])
         d_w_TD.index_add_(0, columns_n, e_nD * positive_n[:, None])
     return torch.stack([two.positive_G @ weight_n, two.negative_G @ weight_n])
-
-
-def _product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
-    """out = a @ b; on GPUs in bfloat16 with float32 accumulation and a float32 result."""
-    if out.is_cuda and out.dtype == torch.float32:
-        torch.mm(a.bfloat16(), b.bfloat16(), out_dtype=torch.float32, out=out)
-    else:
-        torch.mm(a, b, out=out)
-
-
-def _add_product(a: torch.Tensor, b: torch.Tensor, into: torch.Tensor) -> None:
-    """into += a @ b, in the arithmetic of `_product`."""
-    if into.is_cuda and into.dtype == torch.float32:
-        into += torch.mm(a.bfloat16(), b.bfloat16(), out_dtype=torch.float32)
-    else:
-        into.addmm_(a, b)
 
 
 class _Statistics:

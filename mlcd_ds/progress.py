@@ -82,7 +82,7 @@ class Progress:
             "lr_encoder": result.learning_rate,  # not "lr": DeepSpeed writes that tag itself, one step ahead
             "lr_head": result.head_learning_rate,
             "grad_norm": result.grad_norm,
-            "head_grad_norm": float(result.head_grad_norm),
+            "head_grad_norm": result.head_grad_norm,
             "skipped_steps": skipped_steps,
             "samples_per_second": steps * self.global_batch / seconds,
             "data_wait_fraction": waited / (seconds * ranks),

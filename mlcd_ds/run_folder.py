@@ -8,9 +8,11 @@ import fcntl
 import json
 import os
 import socket
+import time
 from pathlib import Path
 from typing import Any
 
+from mlcd_ds import errors
 from mlcd_ds.errors import CheckpointError, UserError
 from mlcd_ds.files import write_json
 
@@ -18,7 +20,18 @@ FREE_TO_CHANGE = frozenset(
     "resume workers prefetch save_every_steps keep_last log_every_steps histogram_every_steps timeout_minutes shard_cache "
     "max_skipped_fraction expect_world_size workspace_mb output_dir deepspeed_config init_from centers".split()
 )
-"""Settings that a resumed run may change: they do not enter the numbers (init_from, centers: only the first start)."""
+"""Settings that a resumed run may change: they do not enter the mathematics (init_from, centers: only the first start;
+workspace_mb: only the order of sums)."""
+
+JSON_FREE_TO_CHANGE = frozenset(
+    "tensorboard csv_monitor wandb comet steps_per_print wall_clock_breakdown dump_state memory_breakdown flops_profiler "
+    "comms_logger checkpoint train_micro_batch_size_per_gpu gradient_accumulation_steps reduce_bucket_size "
+    "allgather_bucket_size overlap_comm contiguous_gradients stage3_prefetch_bucket_size stage3_max_live_parameters "
+    "stage3_max_reuse_distance stage3_param_persistence_threshold sub_group_size pin_memory buffer_count "
+    "activation_checkpointing log_level disable_python_gc".split()
+)
+"""Keys of the DeepSpeed JSON, at any depth, that a resumed run may change: monitors, logs, and how the same step is cut
+into buffers and micro-batches (another cut draws other negatives; the global batch is compared)."""
 
 
 class RunFolder:
@@ -28,8 +41,9 @@ class RunFolder:
         self.path = Path(path)
         self.step = 0
         """Steps finished so far, for the status of a run that fails."""
+        self.is_ours = False
+        """Whether this run has taken the folder: set on every rank once `write_config` has passed."""
         self._lock = None
-        self._is_ours = False
 
     def open(self, resume: bool) -> None:
         """Takes the folder. Raises CheckpointError when another process has it, or it holds a run and resume is off."""
@@ -60,16 +74,23 @@ class RunFolder:
         """Compares `config` with that of the run that is being resumed, if any, and writes it.
 
         config: {"settings": flags, "facts": what follows from data and JSON, ...}. Raises CheckpointError naming each
-        setting or fact that differs and may not.
+        setting, fact or key of the DeepSpeed JSON that differs and may not.
         """
         path = self.path / "config.json"
         if path.exists():
             before = json.loads(path.read_text())
+            config_now = json.loads(json.dumps(config))
             changed = [
                 f"{name}: {before[part].get(name)!r} then, {value!r} now"
                 for part in ("settings", "facts")
-                for name, value in json.loads(json.dumps(config[part])).items()
+                for name, value in config_now[part].items()
                 if before[part].get(name) != value and name not in FREE_TO_CHANGE
+            ]
+            then, now = _leaves(before.get("deepspeed", {})), _leaves(config_now.get("deepspeed", {}))
+            changed += [
+                f"{name} of the DeepSpeed JSON: {then.get(name, 'absent')!r} then, {now.get(name, 'absent')!r} now"
+                for name in sorted(then.keys() | now.keys())
+                if then.get(name) != now.get(name)
             ]
             if changed:
                 raise CheckpointError(
@@ -77,13 +98,33 @@ class RunFolder:
                     "started with, or another --output_dir."
                 )
         write_json(path, config)
-        self._is_ours = True
+        self.status("running", self.step)
 
     def status(self, state: str, step: int, reason: str = "") -> None:
         """Writes status.json: the launcher may hide exit codes, this file does not."""
         write_json(self.path / "status.json", {"state": state, "step": step, "reason": reason})
 
-    def fail(self, error: UserError) -> None:
-        """Notes an error that ends the run; not one that kept it from starting, which may be about another's run."""
-        if self._is_ours:
-            self.status("failed", self.step, str(error))
+    def fail(self, error: Exception, rank: int) -> None:
+        """Notes an error that ends the run; not one that kept it from starting, which may be about another's run.
+
+        The first word stays: an error makes the other ranks fail, too. Rank 0 may speak at once, the others wait as long
+        as with their message (errors.SECONDS_FOR_RANK_0).
+        """
+        if not self.is_ours:
+            return
+        reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        if rank > 0:
+            time.sleep(errors.SECONDS_FOR_RANK_0)
+            reason = f"rank {rank}: {reason}"
+        if json.loads((self.path / "status.json").read_text())["state"] == "running":
+            self.status("failed", self.step, reason)
+
+
+def _leaves(section: dict[str, Any], path: str = "") -> dict[str, Any]:
+    """{dotted name: value} of a JSON object, without what a resumed run may change."""
+    found: dict[str, Any] = {}
+    for name, value in section.items():
+        if name in JSON_FREE_TO_CHANGE:
+            continue
+        found |= _leaves(value, f"{path}{name}.") if isinstance(value, dict) and value else {path + name: value}
+    return found

@@ -1,13 +1,15 @@
 """Which classes take part in a step: every positive of the global batch, and random others (partial FC's sampling).
 
 The draw is a function of (seed, step, global block of classes): classes are cut in blocks of BLOCK consecutive rows, and
-in each block the rows with the smallest hash of (seed, step, row) join the positives until ceil(r * rows of the block)
-are there (more, if the positives alone are more). A shard that holds a part of a block draws the whole block and keeps
-its part, so neither the number of ranks nor the borders of the shards change who is drawn.
+in each block the rows with the smallest hash of (seed, step, row) join the positives until the block's share is there
+(more, if the positives alone are more). The blocks' shares are whole numbers that sum to r * K, rounded. A shard that
+holds a part of a block draws the whole block and keeps its part, so neither the number of ranks nor the borders of the
+shards change who is drawn.
 
 c classes of this shard, S sampled rows, G images, L labels.
 """
 
+import itertools
 import math
 
 import torch
@@ -18,15 +20,28 @@ BLOCK = 1024
 """Rows of a block. Part of what a draw means: changing it changes every run's negatives."""
 
 _MASK_31 = (1 << 31) - 1
+_MASK_64 = (1 << 64) - 1
+_GOLDEN = 0x9E3779B97F4A7C15
 
 
 def hash_rows(rows: torch.Tensor, seed: int, step: int) -> torch.Tensor:
-    """A 31-bit hash [n] int64 of (seed, step, row): the finaliser of SplitMix64, in wrapping int64 arithmetic."""
-    key = (seed * 0x9E3779B97F4A7C15 + step * 0xD1B54A32D192ED03 + 0x632BE59BD9B4E019) & ((1 << 64) - 1)
-    x = rows * _signed(0x9E3779B97F4A7C15) + _signed(key)
+    """A 31-bit hash [n] int64 of (seed, step, row): the finaliser of SplitMix64, in wrapping int64 arithmetic.
+
+    Seed and step are mixed before the row is added: else neighbouring seeds would draw the same rows, shifted.
+    """
+    key = _mix(_mix(seed * _GOLDEN + 0x632BE59BD9B4E019) + step * _GOLDEN)
+    x = rows * _signed(_GOLDEN) + _signed(key)
     x = (x ^ _shift_right(x, 30)) * _signed(0xBF58476D1CE4E5B9)
     x = (x ^ _shift_right(x, 27)) * _signed(0x94D049BB133111EB)
     return _shift_right(x ^ _shift_right(x, 31), 33)
+
+
+def _mix(x: int) -> int:
+    """SplitMix64's finaliser of one number."""
+    x &= _MASK_64
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & _MASK_64
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB & _MASK_64
+    return x ^ (x >> 31)
 
 
 def _signed(value: int) -> int:
@@ -56,7 +71,9 @@ class ClassSampler:
             min(BLOCK, partition.num_classes - block * BLOCK)
             for block in range(self.first_block, self.first_block + self.num_blocks)
         ]
-        self._budget_per_block = [math.ceil(sample_rate * rows) for rows in self._rows_per_block]
+        ends = [min((self.first_block + i) * BLOCK, partition.num_classes) for i in range(self.num_blocks + 1)]
+        up_to = [math.floor(sample_rate * end + 0.5) for end in ends]
+        self._budget_per_block = [stop - start for start, stop in itertools.pairwise(up_to)]
 
     def max_rows(self, num_labels: int) -> int:
         """Most rows that any shard may draw when the global batch names `num_labels` positives."""

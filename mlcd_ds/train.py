@@ -5,6 +5,7 @@ deepspeed [--hostfile hosts] mlcd_ds/train.py --deepspeed_config ds_configs/vit_
 """
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,8 +15,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mlcd_ds import checkpoint, cli, collectives
-from mlcd_ds.card import startup_card
-from mlcd_ds.checkpoint import CheckpointStore
+from mlcd_ds.card import head_precision, startup_card
+from mlcd_ds.checkpoint import Checkpoint, CheckpointStore
 from mlcd_ds.config import DeepSpeedDefaults, RunConfig
 from mlcd_ds.data.centers import Centers, load_center_rows
 from mlcd_ds.data.labels import LabelsInfo, check_label_folder
@@ -24,7 +25,7 @@ from mlcd_ds.data.plan import EpochPlan
 from mlcd_ds.data.tars import expand_shards, shard_name
 from mlcd_ds.ds_config import BatchSizes, DeepSpeedSettings, load_deepspeed_config, resolve_deepspeed_config
 from mlcd_ds.engine import TrainEngine
-from mlcd_ds.errors import CheckpointError, ConfigError, DataError, UserError
+from mlcd_ds.errors import CheckpointError, ConfigError, DataError
 from mlcd_ds.files import write_json
 from mlcd_ds.models.vit import VisionTransformer, VitConfig, preset
 from mlcd_ds.monitor import Monitor
@@ -51,8 +52,8 @@ def train(config: RunConfig) -> None:
     run = RunFolder(config.output_dir)
     try:
         train_in(run, config, raw, batch, topology)
-    except UserError as error:
-        run.fail(error)
+    except Exception as error:
+        run.fail(error, topology.rank)
         raise
     topology.stop()
 
@@ -65,15 +66,19 @@ def train_in(run: RunFolder, config: RunConfig, raw: dict, batch: BatchSizes, to
         shards, config.labels, config.num_positives, config.max_skipped_fraction, config.shard_cache, topology
     )
     order = EpochPlan(config.seed, table.counts, batch.global_batch, config.shuffle_window)
-    plan = plan_run(config, raw, batch, topology, table.num_samples, len(shards), table.labels_info)
+    plan = plan_run(config, raw, batch, topology, table.num_samples, len(shards), table.labels_info, table.unused())
     if topology.is_main:
         print(plan.card, flush=True)
     collectives.on_main(topology, run.write_config, plan.record(config, table.fingerprint(), order.fingerprint()))
+    run.is_ours = True
 
-    loader = ImageLabelLoader(config, table, order, plan.encoder.image_size, topology)
-    engine = build_engine(config, plan, topology)
     store = CheckpointStore(run.path, topology, config.keep_last)
-    step = resume(config, plan, store, engine, topology)
+    found = store.find() if config.resume == "auto" else None
+    if found is None:
+        collectives.on_main(topology, check_centers, config, table.labels_info)
+    loader = ImageLabelLoader(config, table, order, plan.encoder.image_size, topology)
+    engine = build_engine(config, plan, topology, from_scratch=found is None)
+    step = 0 if found is None else resume(found, plan, engine, topology)
     monitor = open_monitor(run, engine, step, plan, topology)
     progress = Progress(
         monitor,
@@ -142,8 +147,12 @@ def plan_run(
     num_samples: int,
     num_shards: int,
     labels: LabelsInfo,
+    unused: Sequence[str] = (),
 ) -> RunPlan:
-    """Resolves what the run is. raw: the DeepSpeed JSON. Raises ConfigError or DataError for what does not fit together."""
+    """Resolves what the run is. raw: the DeepSpeed JSON. unused: see `startup_card`.
+
+    Raises ConfigError or DataError for what does not fit together.
+    """
     encoder = preset(config.model, config.image_size)
     length = resolve_run_length(config, samples_per_epoch=num_samples, global_batch=batch.global_batch)
     settings = resolve_deepspeed_config(
@@ -156,11 +165,6 @@ def plan_run(
         defaults=DeepSpeedDefaults(),
     )
     ClassPartition(labels.num_classes, topology.world_size)  # refuses more ranks than classes
-    if config.centers is not None and Centers.load(config.centers).hash != labels.centers_hash:
-        raise DataError(
-            f"--centers {config.centers} are not the centers that the labels in {config.labels} were made with. Give those, "
-            "or leave --centers out to start the head from random centers."
-        )
     card = startup_card(
         config,
         settings,
@@ -171,6 +175,7 @@ def plan_run(
         num_classes=labels.num_classes,
         world_size=topology.world_size,
         device=topology.device.type,
+        unused=unused,
     )
     return RunPlan(settings, encoder, length, labels, topology.world_size, card)
 
@@ -178,13 +183,24 @@ def plan_run(
 def dry_run(config: RunConfig, topology: Topology) -> None:
     """Prints the card for --world_size ranks; reads the labels' footers only, and starts nothing."""
     world_size = config.world_size or topology.world_size
-    planned = Topology(0, world_size, 0, topology.local_world_size, topology.device)
+    device = torch.device(config.device) if config.device else topology.device
+    planned = Topology(0, world_size, 0, topology.local_world_size, device)
     shards = expand_shards(config.shards)
     labels, rows = check_label_folder(config.labels, [shard_name(shard) for shard in shards], config.num_positives)
     raw = load_deepspeed_config(config.deepspeed_config)
     batch = BatchSizes.resolve(raw, world_size)
+    check_centers(config, labels)
     if topology.is_main:
         print(plan_run(config, raw, batch, planned, sum(rows), len(shards), labels).card)
+
+
+def check_centers(config: RunConfig, labels: LabelsInfo) -> None:
+    """Refuses --centers that are not those of the labels: row i must be class i."""
+    if config.centers is not None and Centers.load(config.centers).hash != labels.centers_hash:
+        raise DataError(
+            f"--centers {config.centers} are not the centers that the labels in {config.labels} were made with. Give those, "
+            "or leave --centers out to start the head from random centers."
+        )
 
 
 def check_launch(config: RunConfig, topology: Topology) -> None:
@@ -196,29 +212,28 @@ def check_launch(config: RunConfig, topology: Topology) -> None:
         )
 
 
-def build_engine(config: RunConfig, plan: RunPlan, topology: Topology) -> TrainEngine:
-    """Encoder, this rank's part of the head, and the engine that steps both."""
+def build_engine(config: RunConfig, plan: RunPlan, topology: Topology, from_scratch: bool) -> TrainEngine:
+    """Encoder, this rank's part of the head, and the engine that steps both.
+
+    from_scratch: False where a checkpoint is about to be loaded, which makes --init_from and --centers superfluous.
+    """
     topology.seed_torch(config.seed)
     model = VisionTransformer(plan.encoder, seed=config.seed)
-    if config.init_from is not None:
+    if config.init_from is not None and from_scratch:
         checkpoint.load_weights(model, checkpoint.find_encoder(config.init_from))
     partition = ClassPartition(plan.labels.num_classes, topology.world_size)
     rows = partition.start(topology.rank), partition.stop(topology.rank)
     centers = None
-    if config.centers is not None:
+    if config.centers is not None and from_scratch:
         centers = load_center_rows(Centers.load(config.centers), *rows, plan.labels.num_classes, plan.encoder.embed_dim)
     options = {name: getattr(config, name) for name in PartialFC.SETTINGS}
-    head = PartialFC(
-        plan.labels.num_classes, plan.encoder.embed_dim, topology, seed=config.seed, init_centers=centers, **options
-    )
+    options |= {"precision": head_precision(config, plan.settings, topology.device.type), "init_centers": centers}
+    head = PartialFC(plan.labels.num_classes, plan.encoder.embed_dim, topology, seed=config.seed, **options)
     return TrainEngine(model, head, plan.settings, config, topology, config.timeout_minutes)
 
 
-def resume(config: RunConfig, plan: RunPlan, store: CheckpointStore, engine: TrainEngine, topology: Topology) -> int:
-    """The step to go on from: that of the newest whole checkpoint under --resume auto, else 0."""
-    found = store.find() if config.resume == "auto" else None
-    if found is None:
-        return 0
+def resume(found: Checkpoint, plan: RunPlan, engine: TrainEngine, topology: Topology) -> int:
+    """Loads a checkpoint; the step to go on from."""
     if found.state["world_size"] != topology.world_size:
         raise CheckpointError(
             f"{found.path} was written by {found.state['world_size']} ranks, this run has {topology.world_size}. Start as "
@@ -235,7 +250,6 @@ def open_monitor(run: RunFolder, engine: TrainEngine, step: int, plan: RunPlan, 
     """Rank 0's monitor; the others have none."""
     if not topology.is_main:
         return None
-    run.status("running", step)
     return Monitor(run.path, engine.monitor_events, engine.tensorboard, step, step * plan.settings.global_batch)
 
 

@@ -10,6 +10,7 @@ from mlcd_ds.batch import NO_IMAGE, ImageLabelBatch
 from mlcd_ds.config import DeepSpeedDefaults, HeadConfig
 from mlcd_ds.ds_config import BatchSizes, resolve_deepspeed_config
 from mlcd_ds.engine import TrainEngine
+from mlcd_ds.errors import NonFiniteError
 from mlcd_ds.models.vit import VisionTransformer, VitConfig
 from mlcd_ds.partial_fc import PartialFC
 from mlcd_ds.topology import Topology
@@ -81,7 +82,7 @@ def captured_step(engine: TrainEngine, batch: ImageLabelBatch, step: int = 0) ->
     engine.engine.step, engine.head_optimizer.step = capture_encoder, capture_head
     result = engine.train_step(batch, step)
     engine.engine.step, engine.head_optimizer.step = deepspeed_step, head_step
-    captured |= {"loss": result.loss, "grad_norm": result.grad_norm, "head_norm": float(result.head_grad_norm)}
+    captured |= {"loss": result.loss, "grad_norm": result.grad_norm, "head_norm": result.head_grad_norm}
     return captured | {"applied": result.applied, "learning_rates": (result.learning_rate, result.head_learning_rate)}
 
 
@@ -110,6 +111,28 @@ def poison(engine: TrainEngine, topology: Topology) -> dict:
     }
 
 
+def poison_head(engine: TrainEngine, topology: Topology) -> dict:
+    """A gradient of the centers that is no number on the last rank alone, under a finite loss."""
+    weights, centers = engine.encoder_weights(), engine.head.centers.detach().clone()
+    take = engine.head.take_gradients
+
+    def nan_gradients():
+        gradients = take()
+        if topology.rank == topology.world_size - 1:
+            gradients[0].values_SD[0, 0] = torch.nan
+        return gradients
+
+    engine.head.take_gradients = nan_gradients
+    try:
+        engine.train_step(own_part(global_batch(), topology), step=1)
+        message = "no error"
+    except NonFiniteError as error:
+        message = str(error)
+    after = engine.encoder_weights()
+    moved = any(not torch.equal(weights[name], after[name]) for name in weights)
+    return {"message": message, "moved": moved or not torch.equal(centers, engine.head.centers)}
+
+
 def main(folder: Path) -> None:
     topology = Topology.from_environment().start(timeout_minutes=1.0)
     results = {}
@@ -121,6 +144,9 @@ def main(folder: Path) -> None:
                 results[f"poison,{accumulation}"] = poison(engine, topology)
     engine = build(topology, 1, 1, False, {})
     results["missing"] = captured_step(engine, own_part(global_batch(missing=(0, 7, 8)), topology))
+    engine = build(topology, 1, 3, False, {})
+    results["missing,3"] = captured_step(engine, own_part(global_batch(missing=(0, 1, 7)), topology))
+    results["poisoned head"] = poison_head(engine, topology)
     engine = build(topology, 1, 1, False, {"head_grad_clip": 0.5})
     results["clipped"] = captured_step(engine, own_part(global_batch(), topology))
     torch.save(results, folder / f"world{topology.world_size}_rank{topology.rank}.pt")

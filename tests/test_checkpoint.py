@@ -6,7 +6,7 @@ import torch
 from mlcd_ds import checkpoint
 from mlcd_ds.checkpoint import CheckpointStore, load_rows, published, save_rows
 from mlcd_ds.errors import CheckpointError
-from mlcd_ds.files import write_json
+from mlcd_ds.files import save_tensors, write_json
 from mlcd_ds.models.vit import VisionTransformer, VitConfig
 from mlcd_ds.partition import ClassPartition
 from mlcd_ds.topology import Topology
@@ -25,6 +25,7 @@ def write(folder, step, keep_last=3):
     writer = store(folder, keep_last)
     staging = writer.stage(step)
     save_rows(staging / "head", 0, 5, 5, {"centers": torch.full((5, 2), float(step))})
+    save_tensors(staging / "ranks" / checkpoint.rank_file(0), {"torch": torch.get_rng_state()})
     write_json(staging / "state.json", {"step": step})
     return writer.publish(step)
 
@@ -49,6 +50,59 @@ def test_staged_checkpoint_is_never_found_and_goes_with_the_next_save(tmp_path):
     assert store(tmp_path).find().step == 1
     write(tmp_path, 3)
     assert not staging.exists()
+
+
+@pytest.mark.parametrize(("part", "words"), [("head", "1 of the 1 files in head/"), ("ranks", "ranks/rank_00000")])
+def test_part_that_rank_0_does_not_see_is_not_published(tmp_path, part, words):
+    """As where the hosts of a run have different disks under the same path."""
+    writer = store(tmp_path)
+    staging = writer.stage(1)
+    if part != "head":
+        save_rows(staging / "head", 0, 5, 5, {"centers": torch.zeros(5, 2)})
+    if part != "ranks":
+        save_tensors(staging / "ranks" / checkpoint.rank_file(0), {"torch": torch.get_rng_state()})
+    with pytest.raises(CheckpointError, match=f"lacks {words}.*same file system"):
+        writer.publish(1)
+    assert published(tmp_path / "checkpoints") == []
+
+
+def test_kill_anywhere_inside_publish_leaves_the_old_or_the_new_checkpoint(tmp_path, monkeypatch):
+    """Each step of publishing in turn is where the process ends; nothing after it happens."""
+
+    class Killed(BaseException):
+        pass
+
+    steps = ["sync_file", "sha256", "write_json", "sync_folder", "write_text"]
+    seen = set()
+    for name in steps:
+        for call in range(1, 6):
+            folder = tmp_path / f"{name}{call}"
+            write(folder, 1)
+            writer, calls = store(folder), 0
+            original = getattr(checkpoint, name)
+
+            def dying(*arguments, original=original, call=call):
+                nonlocal calls
+                calls += 1
+                if calls == call:
+                    raise Killed
+                return original(*arguments)
+
+            staging = writer.stage(2)
+            save_rows(staging / "head", 0, 5, 5, {"centers": torch.zeros(5, 2)})
+            save_tensors(staging / "ranks" / checkpoint.rank_file(0), {"torch": torch.get_rng_state()})
+            write_json(staging / "state.json", {"step": 2})
+            with monkeypatch.context() as patch:
+                patch.setattr(checkpoint, name, dying)
+                try:
+                    writer.publish(2)
+                except Killed:
+                    seen.add(name)
+            found = store(folder).find(lambda text: pytest.fail(text))
+            assert found.step in (1, 2)
+            write(folder, 3)
+            assert store(folder).find().step == 3
+    assert seen == set(steps)
 
 
 def damage_bit(path):
@@ -130,6 +184,8 @@ def test_encoder_comes_back_bit_for_bit_from_every_kind_of_folder(tmp_path):
     model = VisionTransformer(TINY, seed=3)
     writer = store(tmp_path)
     staging = writer.stage(1)
+    save_rows(staging / "head", 0, 5, 5, {"centers": torch.zeros(5, 2)})
+    save_tensors(staging / "ranks" / checkpoint.rank_file(0), {"torch": torch.get_rng_state()})
     checkpoint.save_encoder(staging / "encoder", "tiny", TINY, model.state_dict())
     write_json(staging / "state.json", {"step": 1})
     folder = writer.publish(1)

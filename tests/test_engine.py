@@ -72,6 +72,20 @@ def test_slots_without_an_image_do_not_count(results, world_size):
     assert_matches_reference([rank["missing"] for rank in results[world_size]], missing=(0, 7, 8))
 
 
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_micro_batches_count_by_their_images(results, world_size):
+    """Missing images make the three micro-batches uneven; the step is still the mean over all images that are there."""
+    assert_matches_reference([rank["missing,3"] for rank in results[world_size]], missing=(0, 1, 7))
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_bad_gradient_of_the_centers_alone_stops_everybody_before_anything_moves(results, world_size):
+    for rank in results[world_size]:
+        found = rank["poisoned head"]
+        assert "step 1: the norm of the centers' gradient is nan. Nothing was changed" in found["message"]
+        assert not found["moved"]
+
+
 def test_engine_leaves_the_shards_alone(results):
     """Neither broadcast at the start, nor averaged or moved by the engine's step; the two shards differ."""
     whole = random_rows(0, CLASSES, CLASSES, 8, seed=1)

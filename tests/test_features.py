@@ -62,6 +62,7 @@ def test_layout_is_clip_retrievals(tars, tmp_path):
     found = extract(tars / "*.tar", tmp_path / "f")
     assert (found["images"], found["skipped"], found["shards"], found["dim"]) == (123, 0, 3, 12)
     described = json.loads((tmp_path / "f" / "features.json").read_text())
+    assert described["shards"] == ["00000", "00001", "00002"]
     assert described["dim"] == 12 and described["model"].startswith("builtin:patches:")
     for shard in range(3):
         array = np.load(tmp_path / "f" / "img_emb" / f"img_emb_{shard:05d}.npy")
@@ -88,6 +89,8 @@ def test_finished_shards_stay_and_unfinished_are_redone(tars, tmp_path):
     kept_at = kept.stat().st_mtime_ns
     # Killed before the metadata was written, in the middle of the array.
     (tmp_path / "f" / "metadata" / "metadata_00001.parquet").unlink()
+    with pytest.raises(DataError, match="1 of the 3 shards .* have no features yet, e.g. 00001"):
+        FeatureFolder(tmp_path / "f")
     redone.write_bytes(before[:100])
     redone.with_name(redone.name + ".tmp").write_bytes(b"half")
     found = extract(tars / "*.tar", tmp_path / "f")
@@ -424,8 +427,14 @@ def pickled(folder):
     return "img_emb_1.npy", "cannot be read"
 
 
+def not_all_extracted(folder):
+    """Extraction was stopped before it began the third shard."""
+    (folder / "features.json").write_text('{"model": "x", "shards": ["0", "1", "2"]}')
+    return "1 of the 3 shards", "e.g. 2", "extract_features.py again"
+
+
 SPOILERS = [cut_array, empty_array, missing_array, another_dimension, other_row_count, no_floats, pickled]
-SPOILERS += [unfinished, cut_metadata, cut_description, description_without_model]
+SPOILERS += [unfinished, not_all_extracted, cut_metadata, cut_description, description_without_model]
 
 
 def test_more_shards_than_a_process_may_open_files(tmp_path):

@@ -63,6 +63,8 @@ def test_micro_steps_are_summed_row_by_row():
     merged = merge_gradients([a, b])
     assert merged.rows_S.tolist() == [0, 1, 4]
     assert merged.values_SD.flatten().tolist() == [10.0, 1.0, 22.0]
+    whole = [RowGradient(torch.arange(2), torch.full((2, 1), value), is_whole=True) for value in (1.0, 2.0, 4.0)]
+    assert merge_gradients(whole).values_SD.flatten().tolist() == [7.0, 7.0]
     with pytest.raises(ValueError, match="no gradients"):
         merge_gradients([])
 

@@ -32,7 +32,14 @@ def test_positives_are_always_drawn_and_count_towards_the_budget():
     labels = torch.tensor([[5, 2000], [-1, 2999]])
     rows = draw(3000, 2, labels)
     assert set(labels.flatten().tolist()) - {-1} <= set(rows.tolist())
-    assert len(rows) == 2 * math.ceil(0.1 * BLOCK) + math.ceil(0.1 * (3000 - 2 * BLOCK))
+    assert len(rows) == 300
+
+
+@pytest.mark.parametrize("rate", [0.0003, 0.001, 0.05, 0.1, 0.37])
+@pytest.mark.parametrize("num_classes", [999, 20_000, 50_001])
+def test_total_is_the_rate_however_small_the_share_of_a_block(rate, num_classes):
+    rows = draw(num_classes, 3, torch.tensor([[-1]]), rate=rate)
+    assert len(rows) == math.floor(rate * num_classes + 0.5)
 
 
 def test_more_positives_than_budget_are_all_kept():
@@ -46,6 +53,14 @@ def test_step_and_seed_change_the_draw_and_repeat_it():
     assert torch.equal(first, draw(5000, 1, none))
     assert not torch.equal(first, draw(5000, 1, none, step=1))
     assert not torch.equal(first, draw(5000, 1, none, seed=1))
+
+
+def test_neighbouring_seeds_and_steps_are_not_each_others_draws_shifted():
+    rows = torch.arange(2000)
+    first = hash_rows(rows, seed=5, step=7)
+    for seed, step in ((6, 7), (5, 8), (4, 7), (7, 5)):
+        other = hash_rows(rows, seed=seed, step=step)
+        assert len(set(first.tolist()) & set(other.tolist())) <= 2
 
 
 def test_rate_one_takes_every_row():

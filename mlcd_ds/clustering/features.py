@@ -1,6 +1,6 @@
 """Images to features, and the folder they lie in (clip-retrieval's layout, so that published embeddings work as they are).
 
-    features/features.json                 which model, d
+    features/features.json                 which model, d, and the names of all shards that were asked for
     features/img_emb/img_emb_00012.npy     float16 [n, d], one file per tar, its images in tar order
     features/text_emb/text_emb_00012.npy   the captions' embeddings, where --embedding mean asked for them
     features/metadata/metadata_00012.parquet   column `key`; written last: a shard is finished when it is there. Its
@@ -122,7 +122,7 @@ def extract_features(config: FeaturesConfig, topology: Topology) -> dict:
         "dim": extractor.dim,
         "normalised": True,
     }
-    collectives.on_main(topology, _claim, folder, described)
+    collectives.on_main(topology, _claim, folder, described, [shard_name(shard) for shard in shards])
     own = shards[topology.rank :: topology.world_size]
     todo = [shard for shard in own if not _metadata_file(folder, shard_name(shard)).exists()]
     counts = {"images": 0, "skipped": 0, "without_text": 0, "images_before": 0, "skipped_before": 0}
@@ -175,18 +175,19 @@ def _prepare_builtin(config: FeaturesConfig, shards: Sequence[str], folder: Path
     patches.save(file)
 
 
-def _claim(folder: Path, described: dict) -> None:
+def _claim(folder: Path, described: dict, names: Sequence[str]) -> None:
+    """Notes what the folder is going to hold; shards of earlier calls stay on the list."""
     file = folder / "features.json"
-    before = _read_description(file)
-    if before is not None:
-        if before != described:
-            raise DataError(
-                f"{folder} holds features of {before.get('model')!r}, now asked for: {described['model']!r}. Choose another "
-                "--output_dir, or remove that folder."
-            )
-        return
+    before = _read_description(file) or described
+    if {name: before.get(name) for name in described} != described:
+        raise DataError(
+            f"{folder} holds features of {before.get('model')!r}, now asked for: {described['model']!r}. Choose another "
+            "--output_dir, or remove that folder."
+        )
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(file, described)
+    now = described | {"shards": sorted({*before.get("shards", []), *names})}
+    if now != before:
+        write_json(file, now)
 
 
 def _read_description(file: Path) -> dict | None:
@@ -388,8 +389,8 @@ class FeatureFolder:
                 "tools/extract_features.py and clip-retrieval write them"
             )
         self.names = tuple(file.stem.removeprefix("metadata_") for file in files)
-        self._refuse_unfinished()
         described = _read_description(self.path / "features.json")
+        self._refuse_unfinished((described or {}).get("shards", []))
         self.model = described["model"] if described else f"unknown:{self.path.name}"
         shapes = [self._checked_shape(name) for name in self.names]
         self.dim = shapes[0][1]
@@ -401,7 +402,14 @@ class FeatureFolder:
                 )
         self.rows = tuple(rows for rows, _ in shapes)
 
-    def _refuse_unfinished(self) -> None:
+    def _refuse_unfinished(self, asked_for: Sequence[str]) -> None:
+        lacking = sorted(set(asked_for) - set(self.names))
+        if lacking:
+            raise DataError(
+                f"{len(lacking)} of the {len(asked_for)} shards that {self.path / 'features.json'} lists have no features "
+                f"yet, e.g. {lacking[0]}. Run tools/extract_features.py again, which goes on where it was stopped; or take "
+                "them off the list to go on without them."
+            )
         written = {file.stem.removeprefix("img_emb_") for file in (self.path / "img_emb").glob("img_emb_*.npy")}
         unfinished = sorted(written - set(self.names))
         if unfinished:

@@ -83,6 +83,16 @@ class ShardTable:
         """Images of one epoch."""
         return sum(self.counts)
 
+    def unused(self) -> tuple[str, ...]:
+        """Sentences for people: what of the tars takes no part in the run, and how many of it; empty where all does."""
+        sentences = (
+            (self.without_label, "images have no label: they are skipped, and counted, in every epoch"),
+            (self.duplicates, "members repeat a name of their tar: the first one counts"),
+            (self.without_image, "samples have no image"),
+            (self.ignored, "members are not part of a sample (no extension, or not a file)"),
+        )
+        return tuple(f"{count:,} {text}" for count, text in sentences if count)
+
     def fingerprint(self) -> str:
         """Changes with names, counts or labels: for a checkpoint to compare."""
         text = repr((self.names, self.counts, self.labels_info, self.num_positives))
