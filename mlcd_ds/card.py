@@ -70,28 +70,33 @@ def plan_memory(
         gradients=parameters * 4 // (ranks if stage >= 2 else 1),
         optimizer=0 if "offload_optimizer" in offloaded else optimizer,
         activations=kept * block,
-        head=rows * (encoder.embed_dim * 12 + 4),
+        head=rows * (encoder.embed_dim * (8 if config.head_moments == "bfloat16" else 12) + 4),
         head_step=(3 * sampled + 2 * merged + 2 * gathered) * encoder.embed_dim * 4
         + min(config.workspace_mb * 2**20, gathered * sampled * 4),
         host=weights * ("offload_param" in offloaded) + optimizer * ("offload_optimizer" in offloaded),
     )
 
 
-def head_precision(config: RunConfig, settings: DeepSpeedSettings, device_type: str) -> str:
-    """ "float32" or "bfloat16": of the factors of the head's products."""
+def head_precisions(config: RunConfig, settings: DeepSpeedSettings, device_type: str) -> tuple[str, str]:
+    """Dtype names: of the factors of the head's products, and of the embeddings that ranks send each other."""
+    products = settings.precision if device_type == "cuda" else "float32"
     if config.head_precision != "auto":
-        return config.head_precision
-    return settings.precision if device_type == "cuda" else "float32"
+        products = config.head_precision
+    return products, products if config.gather_precision == "auto" else config.gather_precision
 
 
 def sampled_rows(config: RunConfig, images: int, num_classes: int, world_size: int) -> int:
-    """Rows of one shard in one micro-step: r of them, or the expected number of distinct positives if that is more.
+    """Rows of one shard in one micro-step, as expected: the distinct positives P, and negatives by --sample_budget.
 
-    Distinct positives of `images` images with l uniform labels each: K (1 - exp(-images l / K)).
+    P of `images` images with l uniform labels each: K (1 - exp(-images l / K)).
     """
     labels = 1 if config.objective == "cd" else config.num_positives
     positives = num_classes * -math.expm1(-images * labels / num_classes)
-    return math.ceil(max(config.sample_rate * num_classes, positives) / world_size)
+    if config.sample_budget == "total":
+        rows = max(config.sample_rate * num_classes, positives)
+    else:
+        rows = positives + config.sample_rate * (num_classes - positives)
+    return math.ceil(rows / world_size)
 
 
 def startup_card(
@@ -111,6 +116,7 @@ def startup_card(
     memory = plan_memory(encoder, settings, config, num_classes, world_size)
     partition = ClassPartition(num_classes, world_size)
     sampled = sampled_rows(config, settings.micro_batch * world_size, num_classes, world_size)
+    products, gather = head_precisions(config, settings, device)
     parameters = count_parameters(encoder)
     patches = (encoder.image_size // encoder.patch_size) ** 2
     rows = [
@@ -136,7 +142,7 @@ def startup_card(
             "head",
             f"{config.objective}, {num_classes:,} classes, l={config.num_positives}, r={config.sample_rate:g}, "
             f"S={config.scale:g}, {config.margin_type} margin {config.margin:g} ({config.margin_gradient}), "
-            f"{head_precision(config, settings, device)} products",
+            f"{products} products, {gather} gather",
         ),
         ("rows a rank", f"{partition.max_size:,} centers, about {sampled:,} sampled a micro-step"),
         (

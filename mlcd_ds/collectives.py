@@ -67,9 +67,11 @@ def max_(tensor: torch.Tensor, topology: Topology) -> torch.Tensor:
 
 class _GatherRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows_bD, topology):
+    def forward(ctx, rows_bD, topology, dtype):
         ctx.topology = topology
-        return all_gather(rows_bD, topology) if topology.is_distributed else rows_bD.view_as(rows_bD)
+        sent_bD = rows_bD.to(dtype)
+        gathered_GD = all_gather(sent_bD, topology) if topology.is_distributed else sent_bD.view_as(sent_bD)
+        return gathered_GD.to(rows_bD.dtype)
 
     @staticmethod
     def backward(ctx, grad_GD):
@@ -79,16 +81,17 @@ class _GatherRows(torch.autograd.Function):
         # rank's backward then makes J_r^T g_r, and the engine, taking every rank's loss for a local mean, AVERAGES
         # these over the W ranks: (1/W) sum_r J_r^T g_r. Multiplying g_r by W undoes exactly that division.
         grad_bD = reduce_scatter(grad_GD, ctx.topology)
-        return (grad_bD * ctx.topology.world_size if ctx.topology.is_distributed else grad_bD), None
+        return (grad_bD * ctx.topology.world_size if ctx.topology.is_distributed else grad_bD), None, None
 
 
-def gather_rows(rows_bD: torch.Tensor, topology: Topology) -> torch.Tensor:
+def gather_rows(rows_bD: torch.Tensor, topology: Topology, dtype: torch.dtype | None = None) -> torch.Tensor:
     """Differentiable all-gather for a loss that every rank computes as the mean over the GLOBAL batch.
 
     Forward: one all-gather, [b, D] -> [G, D]. Backward: one reduce-scatter (sum), times W, because the data-parallel
     engine will average gradients over the ranks (the derivation stands in the code). At world size 1 both are free.
+    dtype: what the rows are rounded to on their way, at every world size; None: their own. The gradient is not rounded.
     """
-    return _GatherRows.apply(rows_bD, topology)
+    return _GatherRows.apply(rows_bD, topology, dtype or rows_bD.dtype)
 
 
 def gather_objects(item: T, topology: Topology) -> list[T]:

@@ -34,6 +34,9 @@ class HeadConfig(Settings):
     objective: Objective = Field("mlcd", description="mlcd (eq. 5), mlc (eq. 4) or cd (eq. 3, nearest center alone)")
     num_positives: int = Field(8, ge=1, description="l: positives per image, the nearest centers of its label list")
     sample_rate: float = Field(0.1, gt=0, le=1, description="r: share of the classes that take part in a step")
+    sample_budget: Literal["negatives", "total"] = Field(
+        "negatives", description="r of the negatives beside all positives (the paper's |N'| = r|N|), or of all classes"
+    )
     scale: Finite = Field(64.0, gt=0, le=256, description="S: logits are S times a cosine")
     margin: Finite = Field(
         0.3,
@@ -51,6 +54,12 @@ class HeadConfig(Settings):
     )
     head_precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="of the head's products; auto: bfloat16 on GPUs where the JSON enables bf16"
+    )
+    gather_precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="of the embeddings that ranks send each other; auto: as head_precision"
+    )
+    head_moments: Literal["float32", "bfloat16"] = Field(
+        "float32", description="dtype of the centers' AdamW moments; bfloat16 is rounded stochastically"
     )
     workspace_mb: int = Field(256, ge=1, description="bytes (MB) of logits that exist at one time")
 

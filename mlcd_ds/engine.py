@@ -86,7 +86,10 @@ class TrainEngine:
             model.set_checkpointing(deepspeed.checkpointing.checkpoint)
         set_timeout_of_every_group(timeout_minutes)
         decay = settings.weight_decay if config.head_weight_decay is None else config.head_weight_decay
-        self.head_optimizer = RowAdamW(head.centers.data, settings.betas, settings.eps, decay)
+        moments = {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.head_moments]
+        self.head_optimizer = RowAdamW(
+            head.centers.data, settings.betas, settings.eps, decay, moments=moments, seed=topology.rank
+        )
         self.skipped_steps = 0
 
     @property
@@ -107,17 +110,20 @@ class TrainEngine:
         """
         micro_batches = batch.split(self.settings.micro_batch)
         weights = self._weights(micro_batches)
-        losses, stats, broken, gradients = [], [], [], []
-        for index, micro in enumerate(micro_batches):
-            micro = micro.to(self.topology.device)
-            embeddings = self.engine(micro.images_BCHH)
-            out = self.head(
-                embeddings,
+        # All draws first: the host learns how many rows each has while the device has nothing else to do.
+        draws = [
+            self.head.draw(
                 micro.labels_BL,
                 step=step * self.settings.accumulation + index,
                 capacity=self.settings.micro_batch,
-                collect_stats=collect_stats,
             )
+            for index, micro in enumerate(micro_batches)
+        ]
+        losses, stats, broken, gradients = [], [], [], []
+        for index, (micro, draw) in enumerate(zip(micro_batches, draws, strict=True)):
+            micro = micro.to(self.topology.device)
+            embeddings = self.engine(micro.images_BCHH)
+            out = self.head(embeddings, draw, collect_stats=collect_stats)
             loss = out.loss * weights[index]
             self.engine.backward(loss)
             gradients = [merge_gradients([*gradients, *self.head.take_gradients()])]
@@ -139,7 +145,7 @@ class TrainEngine:
         self.engine.step()
         applied = bool(self.engine.was_step_applied())
         if applied:
-            self._step_head(gradient, head_norm, learning_rate * self.config.head_lr_scale)
+            self._step_head(gradient, head_norm, learning_rate * self.config.head_lr_scale, step)
         else:
             self.skipped_steps += 1
         norm = self.engine.get_global_grad_norm() if plain_norm is None else plain_norm
@@ -177,12 +183,12 @@ class TrainEngine:
             raise _bad_gradient(step, "encoder's", norm, "; with ZeRO stage 1 such steps are skipped")
         return norm
 
-    def _step_head(self, gradient: RowGradient, norm: torch.Tensor, learning_rate: float) -> None:
+    def _step_head(self, gradient: RowGradient, norm: torch.Tensor, learning_rate: float, step: int) -> None:
         """Steps the centers. norm: of their gradient, over all shards."""
         if self.config.head_grad_clip > 0:
             factor = (self.config.head_grad_clip / (norm + 1e-6)).clamp(max=1)
             gradient.values_SD.mul_(factor)
-        self.head_optimizer.step(gradient, learning_rate)
+        self.head_optimizer.step(gradient, learning_rate, step)
 
     def _stop_on_bad_loss(self, loss: float, step: int, embeddings_broken: bool) -> None:
         flags = collectives.gather_objects(embeddings_broken, self.topology)

@@ -11,6 +11,9 @@ from mlcd_ds import collectives
 from mlcd_ds.partial_fc import RowGradient
 from mlcd_ds.topology import Topology
 
+BLOCK_BYTES = {"cpu": 1 << 20, "cuda": 1 << 26}
+"""Bytes of rows that are updated at a time: what stays in a CPU's cache, and on a GPU what bounds the temporaries."""
+
 
 def merge_gradients(gradients: Sequence[RowGradient]) -> RowGradient:
     """Sum of several micro-steps' gradients, each row once. Raises ValueError for an empty list.
@@ -26,55 +29,90 @@ def merge_gradients(gradients: Sequence[RowGradient]) -> RowGradient:
             gradients[0].values_SD.add_(other.values_SD)
         return gradients[0]
     rows, position = torch.cat([g.rows_S for g in gradients]).unique(return_inverse=True)
-    values = torch.cat([g.values_SD for g in gradients])
-    merged = values.new_zeros(len(rows), values.shape[1])
-    return RowGradient(rows, merged.index_add_(0, position, values))
+    merged = gradients[0].values_SD.new_zeros(len(rows), gradients[0].values_SD.shape[1])
+    for gradient, at in zip(gradients, position.split([len(g.rows_S) for g in gradients]), strict=True):
+        merged.index_add_(0, at, gradient.values_SD)
+    return RowGradient(rows, merged)
 
 
 def sharded_norm(values: torch.Tensor, topology: Topology) -> torch.Tensor:
     """Euclidean norm, a scalar tensor, of a matrix whose rows lie on all ranks. One all-reduce of one number."""
-    return collectives.sum_(values.square().sum(), topology).sqrt()
+    own = torch.linalg.vector_norm(values)
+    return collectives.sum_(own.square(), topology).sqrt()
 
 
 class RowAdamW:
     """Decoupled AdamW (Loshchilov and Hutter, 2019, algorithm 2) that reads and writes sampled rows only.
 
     A row that was not sampled neither moves nor decays, and its moments wait; each row counts its own steps for the bias
-    correction. With every row in every step this is torch.optim.AdamW. State per row: two rows of moments in the dtype
-    of the centers, and a count.
+    correction. With every row in every step this is torch.optim.AdamW. State per row: two rows of moments, and a count.
+    The sampled rows are gathered, updated and scattered a block at a time: no temporary has the size of the shard.
 
-    centers_cD: the parameter to change, in place.
+    centers_cD: the parameter to change, in place. moments: dtype of both moments; None: that of the centers. bfloat16
+    halves their memory; they are then rounded stochastically, by (seed, step), so that small changes are not lost: the
+    second moment moves by a thousandth of itself, which rounding to the nearest of bfloat16's 8 bits would drop.
     """
 
-    def __init__(self, centers_cD: torch.Tensor, betas: tuple[float, float], eps: float, weight_decay: float):
+    def __init__(
+        self,
+        centers_cD: torch.Tensor,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+        moments: torch.dtype | None = None,
+        seed: int = 0,
+    ):
         self.centers_cD = centers_cD
         self.betas = betas
         self.eps = eps
         self.weight_decay = weight_decay
-        self.exp_avg_cD = torch.zeros_like(centers_cD)
-        self.exp_avg_sq_cD = torch.zeros_like(centers_cD)
+        self.seed = seed
+        self.exp_avg_cD = torch.zeros_like(centers_cD, dtype=moments)
+        self.exp_avg_sq_cD = torch.zeros_like(centers_cD, dtype=moments)
         self.steps_c = torch.zeros(len(centers_cD), dtype=torch.int32, device=centers_cD.device)
 
     @torch.no_grad()
-    def step(self, gradient: RowGradient, learning_rate: float) -> None:
-        """One step of the rows in `gradient`, which must be distinct."""
-        rows_S, g_SD = gradient.rows_S, gradient.values_SD
+    def step(self, gradient: RowGradient, learning_rate: float, step: int = 0) -> None:
+        """One step of the rows in `gradient`, which must be distinct. step: of the run; it seeds stochastic rounding."""
+        generator = None
+        if self.exp_avg_cD.dtype != self.centers_cD.dtype:
+            generator = torch.Generator(self.centers_cD.device).manual_seed((self.seed * 0x9E3779B1 + step) % (1 << 63))
+        size = BLOCK_BYTES[self.centers_cD.device.type] // (self.centers_cD.shape[1] * self.centers_cD.element_size())
+        size = max(1, size)
+        for first in range(0, len(gradient.rows_S), size):
+            block = slice(first, min(first + size, len(gradient.rows_S)))
+            rows = slice(block.start, block.stop) if gradient.is_whole else gradient.rows_S[block]
+            self._step_block(rows, gradient.values_SD[block], learning_rate, generator)
+
+    def _step_block(self, rows, g_nD: torch.Tensor, learning_rate: float, generator) -> None:
+        """rows: a slice (the update is then in place) or int64 [n]."""
         beta1, beta2 = self.betas
-        centers_SD = self.centers_cD[rows_S]
-        m_SD = self.exp_avg_cD[rows_S].lerp_(g_SD, 1 - beta1)
-        v_SD = self.exp_avg_sq_cD[rows_S].mul_(beta2).addcmul_(g_SD, g_SD, value=1 - beta2)
-        steps_S = self.steps_c[rows_S] + 1
+        dtype = self.centers_cD.dtype
+        centers_nD = self.centers_cD[rows]
+        m_nD = self.exp_avg_cD[rows].to(dtype).lerp_(g_nD, 1 - beta1)
+        v_nD = self.exp_avg_sq_cD[rows].to(dtype).mul_(beta2).addcmul_(g_nD, g_nD, value=1 - beta2)
+        steps_n = self.steps_c[rows] + 1
         # Powers in float64: 1 - 0.999^t loses digits in float32 while t is small.
-        count_S1 = steps_S.double()[:, None]
-        step_size_S1 = (learning_rate / (1 - beta1**count_S1)).to(m_SD.dtype)
-        root_S1 = (1 - beta2**count_S1).sqrt().to(m_SD.dtype)
-        centers_SD.mul_(1 - learning_rate * self.weight_decay)
-        centers_SD.sub_(step_size_S1 * m_SD / (v_SD.sqrt() / root_S1 + self.eps))
-        self.exp_avg_cD[rows_S] = m_SD
-        self.exp_avg_sq_cD[rows_S] = v_SD
-        self.steps_c[rows_S] = steps_S
-        self.centers_cD[rows_S] = centers_SD
+        count_n1 = steps_n.double()[:, None]
+        step_size_n1 = (learning_rate / (1 - beta1**count_n1)).to(dtype)
+        root_n1 = (1 - beta2**count_n1).sqrt().to(dtype)
+        change_nD = v_nD.sqrt().div_(root_n1).add_(self.eps).reciprocal_().mul_(m_nD).mul_(step_size_n1)
+        centers_nD.mul_(1 - learning_rate * self.weight_decay).sub_(change_nD)
+        self.steps_c[rows] = steps_n
+        if generator is not None:
+            m_nD, v_nD = round_stochastically(m_nD, generator), round_stochastically(v_nD, generator)
+        self.exp_avg_cD[rows] = m_nD
+        self.exp_avg_sq_cD[rows] = v_nD
+        self.centers_cD[rows] = centers_nD
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The moments and step counts of this shard's rows, by name."""
         return {"exp_avg": self.exp_avg_cD, "exp_avg_sq": self.exp_avg_sq_cD, "steps": self.steps_c}
+
+
+def round_stochastically(values: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """float32 to bfloat16, up or down with probabilities that make the expectation exact; finite values stay finite."""
+    noise = torch.randint(0, 1 << 16, values.shape, dtype=torch.int32, device=values.device, generator=generator)
+    bits = noise.add_(values.view(torch.int32)).bitwise_and_(-(1 << 16))
+    rounded = bits.view(torch.float32)
+    return torch.where(rounded.isfinite(), rounded, values).bfloat16()

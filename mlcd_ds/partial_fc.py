@@ -26,13 +26,22 @@ from mlcd_ds.config import HeadConfig
 from mlcd_ds.errors import ConfigError
 from mlcd_ds.losses import NORM_FLOOR, LossSpec, apply_margin, labels_for, loss_from_sums
 from mlcd_ds.partition import ClassPartition
-from mlcd_ds.sampling import BLOCK, ClassSampler
+from mlcd_ds.sampling import ClassSampler
 from mlcd_ds.topology import Topology
 
 _DEFAULTS = HeadConfig()
 
 HISTOGRAM_BINS = 100
 """Bins of the cosine histograms, over [-1, 1]."""
+
+INIT_BLOCK = 1024
+"""Rows that one generator makes: part of what (seed, global row) means."""
+
+ALIGNMENT = 16
+"""Columns of the workspace are rounded up to a multiple of this: products run a third slower on rows of odd length."""
+
+CACHED_BYTES = 1 << 20
+"""Bytes of rows that a CPU normalises or projects at a time, so that each is read from memory once."""
 
 INIT_STD = 0.01
 """Standard deviation of the elements of random initial centers, as in the published PartialFC."""
@@ -44,6 +53,23 @@ class HeadOutput:
 
     loss: torch.Tensor
     stats: dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Which images and classes meet in a micro-step, see PartialFC.draw.
+
+    labels_GL: int64, what is positive for each image of the global batch. counts_G: bool, false in rows that are no image.
+    rows_S: int64, the sampled rows of this shard. columns_GL: where each label stands among them, S where it does not (no
+    label, or another shard's). here_GL: bool, whether a label is this shard's. capacity: images a rank, padding included.
+    """
+
+    labels_GL: torch.Tensor
+    counts_G: torch.Tensor
+    rows_S: torch.Tensor
+    columns_GL: torch.Tensor
+    here_GL: torch.Tensor
+    capacity: int
 
 
 @dataclass(frozen=True)
@@ -65,21 +91,24 @@ class PartialFC(nn.Module):
     gradients. After `loss.backward()` (or `engine.backward(loss)`) `take_gradients()` hands over the sampled rows'
     gradients, one item per backward; `optim.RowAdamW` applies them.
 
-    Collectives of a step: one all-gather of the embeddings (G*D elements), one of the labels (G*L int32), one all-reduce
-    of [2, n] partial sums per row chunk (two, one of them a max, where scale + log(K) leaves the dtype's range), and on
-    the way back one reduce-scatter of the embeddings' gradient (G*D elements). With `collect_stats` one more all-reduce
-    of a short vector; without `capacity` one more all-gather of one number (and a host round trip) to learn the sizes.
+    Collectives of a micro-step, whose number and bytes a rank do not depend on the number of ranks (G images, D columns, L
+    labels): one all-gather of the labels (4 G L bytes), one of the embeddings (4 G D bytes, 2 G D in bfloat16), one
+    all-reduce of [2, n] partial sums per row chunk (8 G bytes over all chunks; twice that where scale + log(K) leaves
+    float32's range, for the maxima), and on the way back one reduce-scatter of the embeddings' gradient (4 G D bytes). With
+    `collect_stats` one more all-reduce of a short vector; without `capacity` one more all-gather of one number (and a host
+    round trip) to learn the sizes.
 
     num_classes: K. embed_dim: D. init_centers: float [c, D], this shard's rows, or None for random rows that depend on
     (seed, global row) only. dtype: of the centers, and of all sums. precision: of the factors of the three products,
-    "float32" (the centers' dtype) or "bfloat16", accumulated in float32 either way. The other arguments are those of
+    "float32" (the centers' dtype) or "bfloat16", accumulated in float32 either way. gather_precision: of the embeddings on
+    their way to the other ranks; their gradient comes back in the centers' dtype. The other arguments are those of
     config.HeadConfig.
     Raises ConfigError for fewer classes than ranks, an unknown objective, or centers of another shape.
     """
 
     SETTINGS = (
-        *("objective", "sample_rate", "scale", "margin", "margin_type", "margin_gradient", "negative_filter"),
-        "workspace_mb",
+        *("objective", "sample_rate", "sample_budget", "scale", "margin", "margin_type", "margin_gradient"),
+        *("negative_filter", "workspace_mb"),
     )
     """The arguments that are fields of config.HeadConfig."""
 
@@ -90,6 +119,7 @@ class PartialFC(nn.Module):
         topology: Topology | None = None,
         objective: str = _DEFAULTS.objective,
         sample_rate: float = _DEFAULTS.sample_rate,
+        sample_budget: str = _DEFAULTS.sample_budget,
         scale: float = _DEFAULTS.scale,
         margin: float = _DEFAULTS.margin,
         margin_type: str = _DEFAULTS.margin_type,
@@ -100,6 +130,7 @@ class PartialFC(nn.Module):
         init_centers: torch.Tensor | None = None,
         dtype: torch.dtype = torch.float32,
         precision: str = "float32",
+        gather_precision: str = "float32",
     ):
         super().__init__()
         self.topology = topology or Topology.single()
@@ -107,10 +138,11 @@ class PartialFC(nn.Module):
         self.embed_dim = embed_dim
         self.spec = LossSpec(objective, scale, margin, margin_type, margin_gradient, negative_filter)
         self.products = {"float32": _Products, "bfloat16": _BFloat16Products}[precision]()
+        self.gather_dtype = {"float32": dtype, "bfloat16": torch.bfloat16}[gather_precision]
         self.workspace_bytes = int(workspace_mb * 2**20)
         shard = self.topology.rank
         self.start, self.stop = self.partition.start(shard), self.partition.stop(shard)
-        self.sampler = ClassSampler(self.partition, shard, sample_rate, seed)
+        self.sampler = ClassSampler(self.partition, shard, sample_rate, seed, sample_budget)
         if init_centers is None:
             init_centers = random_rows(self.start, self.stop, num_classes, embed_dim, seed)
         elif tuple(init_centers.shape) != (self.stop - self.start, embed_dim):
@@ -119,76 +151,84 @@ class PartialFC(nn.Module):
                 f"and the encoder's embedding need {(self.stop - self.start, embed_dim)}"
             )
         self.centers = nn.Parameter(init_centers.to(self.topology.device, dtype), requires_grad=False)
-        self._pending: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._gradients: list[RowGradient] = []
 
     def extra_repr(self) -> str:
         return f"rows {self.start}..{self.stop} of {self.partition.num_classes}, D={self.embed_dim}, {self.spec}"
 
+    def draw(self, labels: torch.Tensor, *, step: int, capacity: int | None = None) -> Draw:
+        """Gathers the labels of a micro-step and draws its classes; needs no embeddings.
+
+        So it can run before the encoder does, for all micro-steps of a step at once, when the device has nothing else to
+        do: `nonzero` makes the host wait for the number of rows, and nothing later does. Arguments as for `forward`.
+        """
+        labels = labels.to(self.centers.device, non_blocking=True)
+        capacity = self._largest_batch(len(labels)) if capacity is None else capacity
+        missing = capacity - len(labels)
+        if missing < 0:
+            raise ConfigError(f"capacity {capacity} is less than this rank's {len(labels)} images")
+        if missing:
+            labels = nn.functional.pad(labels, (0, 0, 0, missing), value=NO_IMAGE)
+        labels_GL = collectives.all_gather(labels.to(torch.int32), self.topology).long()
+        counts_G = labels_GL[:, 0] != NO_IMAGE
+        labels_GL = labels_for(self.spec.objective, labels_GL)
+        rows_S = self.sampler.draw(labels_GL, step)
+        position_c = torch.full((self.stop - self.start + 1,), len(rows_S), device=rows_S.device)
+        position_c[rows_S] = torch.arange(len(rows_S), device=rows_S.device)
+        here_GL = (labels_GL >= self.start) & (labels_GL < self.stop)
+        columns_GL = position_c[torch.where(here_GL, labels_GL - self.start, self.stop - self.start)]
+        return Draw(labels_GL, counts_G, rows_S, columns_GL, here_GL, capacity)
+
     def forward(
         self,
         embeddings: torch.Tensor,
-        labels: torch.Tensor,
+        labels: torch.Tensor | Draw,
         *,
-        step: int,
+        step: int | None = None,
         capacity: int | None = None,
         collect_stats: bool = False,
     ) -> HeadOutput:
         """Loss of the global batch.
 
         embeddings: [b, D] of this rank, any floating dtype, not normalised. labels: int64 [b, L], global classes, nearest
-        first, NO_LABEL where there is none; rows that begin with NO_IMAGE take no part in anything. step: selects the
-        negatives. capacity: the same number >= b on every rank (usually the micro-batch), or None to ask the others.
+        first, NO_LABEL where there is none; rows that begin with NO_IMAGE take no part in anything. Or the `draw` made of
+        them, which holds the other arguments. step: selects the negatives. capacity: the same number >= b on every rank
+        (usually the micro-batch), or None to ask the others.
         Raises ConfigError when shapes do not fit. Labels >= K are the loader's to refuse: here they would need a host
         round trip in every step, and are ignored.
         """
-        if embeddings.shape != (len(labels), self.embed_dim):
+        rows = labels.capacity if isinstance(labels, Draw) else len(labels)
+        if embeddings.dim() != 2 or embeddings.shape[1] != self.embed_dim or len(embeddings) > rows:
             raise ConfigError(
-                f"embeddings {tuple(embeddings.shape)} do not fit {len(labels)} label rows and D={self.embed_dim}"
+                f"embeddings {tuple(embeddings.shape)} do not fit {rows} label rows and D={self.embed_dim}"
             )
-        capacity = self._largest_batch(len(labels)) if capacity is None else capacity
-        dtype = self.centers.dtype
-        e_bD = nn.functional.normalize(embeddings.to(dtype), dim=1, eps=NORM_FLOOR)
-        missing = capacity - len(labels)
-        if missing < 0:
-            raise ConfigError(f"capacity {capacity} is less than this rank's {len(labels)} images")
-        if missing:
-            e_bD = nn.functional.pad(e_bD, (0, 0, 0, missing))
-            labels = nn.functional.pad(labels, (0, 0, 0, missing), value=NO_IMAGE)
-        e_GD = collectives.gather_rows(e_bD, self.topology)
-        labels_GL = collectives.all_gather(labels.to(torch.int32), self.topology).long()
-        counts_G = labels_GL[:, 0] != NO_IMAGE
-        labels_GL = labels_for(self.spec.objective, labels_GL)
-
-        rows_S = self.sampler.draw(labels_GL, step)
-        centers_SD = self.centers.detach()[rows_S].requires_grad_(torch.is_grad_enabled())
-        # Where each label stands among the sampled rows; S where it does not (no label, or another shard's).
-        position_c = torch.full((self.stop - self.start + 1,), len(rows_S), device=rows_S.device)
-        position_c[rows_S] = torch.arange(len(rows_S), device=rows_S.device)
-        here_GL = (labels_GL >= self.start) & (labels_GL < self.stop)
-        columns_GL = position_c[torch.where(here_GL, labels_GL - self.start, self.stop - self.start)]
-
-        chunk_rows = self._chunk_rows(labels_GL.numel())
-        needs_shift = self._needs_shift(labels_GL.shape[1])
-        loss, stats = _ShardedLoss.apply(
-            e_GD,
-            centers_SD,
-            columns_GL,
-            counts_G,
-            _Walk(self.spec, self.topology, self.products, chunk_rows, needs_shift),
-            collect_stats,
+        if not isinstance(labels, Draw):
+            if len(embeddings) != rows:
+                raise ConfigError(f"{len(embeddings)} embeddings do not fit {rows} label rows")
+            labels = self.draw(labels, step=step, capacity=capacity)
+        draw = labels
+        e_bD = nn.functional.normalize(embeddings.to(self.centers.dtype), dim=1, eps=NORM_FLOOR)
+        e_bD = nn.functional.pad(e_bD, (0, 0, 0, draw.capacity - len(e_bD)))
+        e_GD = collectives.gather_rows(e_bD, self.topology, self.gather_dtype)
+        walk = _Walk(
+            self.spec,
+            self.topology,
+            self.products,
+            self._chunk_rows(draw.labels_GL.numel()),
+            self._needs_shift(draw.labels_GL.shape[1]),
         )
-        if centers_SD.requires_grad:
-            self._pending.append((rows_S, centers_SD))
-        return HeadOutput(loss, self._name_stats(stats, rows_S, here_GL, labels_GL) if collect_stats else {})
+        # Backward must run even where the embeddings come from a frozen encoder: the centers always learn.
+        anchor = e_GD.new_zeros((), requires_grad=torch.is_grad_enabled())
+        loss, stats = _ShardedLoss.apply(
+            e_GD, anchor, self.centers.detach(), draw, walk, collect_stats, self._gradients
+        )
+        return HeadOutput(loss, self._name_stats(stats, draw) if collect_stats else {})
 
     def take_gradients(self) -> list[RowGradient]:
         """The gradients made since the last call, one item per backward, and forgets them."""
-        pending, self._pending = self._pending, []
-        return [
-            RowGradient(rows_S, rows.grad, is_whole=len(rows_S) == len(self.centers))
-            for rows_S, rows in pending
-            if rows.grad is not None
-        ]
+        gradients = list(self._gradients)
+        self._gradients.clear()
+        return gradients
 
     def _needs_shift(self, labels_per_image: int) -> bool:
         """Whether a sum of exponentials may leave the dtype's range, so that sums are kept relative to a maximum.
@@ -208,14 +248,16 @@ class PartialFC(nn.Module):
 
     def _chunk_rows(self, num_labels: int) -> int:
         """Images per chunk so that the logits stay within the workspace; from numbers that all ranks share."""
-        row_bytes = (self.sampler.max_rows(num_labels) + 1) * self.centers.element_size()
+        row_bytes = (self.sampler.likely_rows(num_labels) + ALIGNMENT) * self.products.bytes_per_logit(self.centers)
         return max(1, self.workspace_bytes // row_bytes)
 
-    def _name_stats(self, stats, rows_S, here_GL, labels_GL) -> dict[str, torch.Tensor]:
+    def _name_stats(self, stats, draw: Draw) -> dict[str, torch.Tensor]:
         """One all-reduce makes the shards' statistics those of the whole head."""
-        own = torch.zeros(self.stop - self.start + 1, dtype=torch.bool, device=rows_S.device)
-        own[torch.where(here_GL, labels_GL - self.start, self.stop - self.start)] = True
-        counts = torch.stack([torch.tensor(len(rows_S), device=rows_S.device), own[:-1].sum()])
+        S, device = len(draw.rows_S), draw.rows_S.device
+        is_positive = torch.zeros(S + 1, dtype=torch.bool, device=device).index_fill_(
+            0, draw.columns_GL.flatten(), True
+        )
+        counts = torch.stack([torch.tensor(S, device=device), is_positive[:S].sum()])
         summed = collectives.sum_(torch.cat([stats["summed"], counts.to(stats["summed"].dtype)]), self.topology)
         bins = HISTOGRAM_BINS
         positive, negative, pairs_p, pairs_n = summed[:4]
@@ -234,23 +276,31 @@ class PartialFC(nn.Module):
 def random_rows(start: int, stop: int, num_classes: int, dim: int, seed: int) -> torch.Tensor:
     """Initial centers [stop-start, D] float32: a function of (seed, global row), so every world size starts alike."""
     rows = []
-    for block in range(start // BLOCK, -(-stop // BLOCK)):
-        first = block * BLOCK
+    for block in range(start // INIT_BLOCK, -(-stop // INIT_BLOCK)):
+        first = block * INIT_BLOCK
         generator = torch.Generator().manual_seed(seed * 1_000_003 + block)
-        values = torch.randn(min(BLOCK, num_classes - first), dim, generator=generator) * INIT_STD
+        values = torch.randn(min(INIT_BLOCK, num_classes - first), dim, generator=generator) * INIT_STD
         rows.append(values[max(start - first, 0) : stop - first])
     return torch.cat(rows)
 
 
 class _Products:
-    """The three matrix products, in the dtype of their factors."""
+    """The three matrix products, with factors in the dtype of the centers."""
+
+    def factor(self, tensor: torch.Tensor) -> torch.Tensor:
+        """`tensor` as a factor of a product."""
+        return tensor
+
+    def bytes_per_logit(self, centers: torch.Tensor) -> int:
+        """What one entry of the workspace takes, with the copy of it that the products need."""
+        return centers.element_size()
 
     def put(self, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
-        """out = a @ b."""
+        """out = a @ b, of factors."""
         torch.mm(a, b, out=out)
 
     def add(self, a: torch.Tensor, b: torch.Tensor, into: torch.Tensor) -> None:
-        """into += a @ b."""
+        """into += a @ b, of factors."""
         into.addmm_(a, b)
 
 
@@ -260,17 +310,28 @@ class _BFloat16Products(_Products):
     On a CPU the rounded factors are multiplied in float32: the same numbers, and faster than its bfloat16 products.
     """
 
+    BLOCK = 1 << 24
+    """Elements of a sum that are made at a time."""
+
+    def factor(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.bfloat16()
+
+    def bytes_per_logit(self, centers: torch.Tensor) -> int:
+        return centers.element_size() + 2
+
     def put(self, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
-        a, b = a.bfloat16(), b.bfloat16()
         if out.is_cuda:
             torch.mm(a, b, out_dtype=out.dtype, out=out)
         else:
             torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
 
     def add(self, a: torch.Tensor, b: torch.Tensor, into: torch.Tensor) -> None:
-        product = torch.empty_like(into)
-        self.put(a, b, product)
-        into += product
+        rows = max(1, self.BLOCK // into.shape[1])
+        product = into.new_empty(min(rows, len(into)), into.shape[1])
+        for first in range(0, len(into), rows):
+            block = into[first : first + rows]
+            self.put(a[first : first + rows], b, product[: len(block)])
+            block += product[: len(block)]
 
 
 @dataclass(frozen=True)
@@ -287,61 +348,102 @@ class _Walk:
 class _ShardedLoss(torch.autograd.Function):
     """Loss and both gradients in one walk over row chunks; see the head of this file.
 
-    e_GD: unit rows. centers_SD: raw rows, normalised here. columns_GL: the column of each positive, S for none here.
-    counts_G: bool, false for rows that are no image.
+    e_GD: unit rows. anchor: a scalar whose gradient nobody reads. centers_cD: raw rows of the shard. gradients: the list
+    to which backward appends the centers' RowGradient.
     """
 
     @staticmethod
-    def forward(ctx, e_GD, centers_SD, columns_GL, counts_G, walk, collect_stats):
-        S, D = centers_SD.shape
-        norm_S = centers_SD.norm(dim=1).clamp_min(NORM_FLOOR)
-        # One zero row more: it is what "no positive here" points at, so no index needs a host round trip to be filtered.
-        w_TD = centers_SD.new_zeros(S + 1, D)
-        torch.div(centers_SD, norm_S[:, None], out=w_TD[:S])
-        d_w_TD = torch.zeros_like(w_TD)
-        d_e_GD = torch.zeros_like(e_GD)
-        weight_G = counts_G.to(e_GD.dtype) / counts_G.sum().clamp_min(1)
-        workspace = e_GD.new_empty(min(walk.chunk_rows, len(e_GD)) * (S + 1))
+    def forward(ctx, e_GD, anchor, centers_cD, draw, walk, collect_stats, gradients):
+        w_TD, norm_S = _unit_rows(centers_cD, draw.rows_S)
+        factor_TD = walk.products.factor(w_TD)
+        d_w_TD = torch.empty_like(w_TD)
+        d_e_GD = torch.empty_like(e_GD)
+        weight_G = draw.counts_G.to(e_GD.dtype) / draw.counts_G.sum().clamp_min(1)
+        workspace = e_GD.new_empty(min(walk.chunk_rows, len(e_GD)) * len(w_TD))
         stats = _Statistics(e_GD, walk.spec) if collect_stats else None
         loss = e_GD.new_zeros(2)
+        if len(e_GD) == 0:
+            d_w_TD.zero_()
         for first in range(0, len(e_GD), walk.chunk_rows):
             rows = slice(first, min(first + walk.chunk_rows, len(e_GD)))
-            part = e_GD[rows], columns_GL[rows], weight_G[rows], d_e_GD[rows]
-            loss += _chunk(*part, w_TD, d_w_TD, workspace, walk, stats)
-        # Through w = c / |c|: the part of the gradient along w does not move the direction.
-        w_SD, d_w_SD = w_TD[:S], d_w_TD[:S]
-        along_S = torch.linalg.vecdot(w_SD, d_w_SD)
-        d_w_SD.addcmul_(w_SD, along_S[:, None], value=-1).div_(norm_S[:, None])
-        ctx.gradients = d_e_GD, d_w_SD
+            part = e_GD[rows], draw.columns_GL[rows], weight_G[rows], d_e_GD[rows]
+            loss += _chunk(*part, w_TD, factor_TD, d_w_TD, first == 0, workspace, walk, len(draw.rows_S), stats)
         named = {"loss_positive": loss[0], "loss_negative": loss[1]}
+        S = len(draw.rows_S)
         if stats is not None:
-            named["summed"] = stats.finish(e_GD, w_SD, columns_GL, counts_G)
+            named["summed"] = stats.finish(e_GD, w_TD[:S], draw.columns_GL, draw.counts_G)
+        d_w_SD = d_w_TD[:S]
+        _project(d_w_SD, w_TD[:S], norm_S)
+        ctx.made = d_e_GD, RowGradient(draw.rows_S, d_w_SD, is_whole=S == len(centers_cD))
+        ctx.gradients = gradients
         return loss.sum(), named
 
     @staticmethod
     def backward(ctx, grad_loss, _):
-        if ctx.gradients is None:
+        if ctx.made is None:
             raise RuntimeError("the head's gradients are used up by the first backward: run its forward again")
-        (d_e_GD, d_w_SD), ctx.gradients = ctx.gradients, None
-        return d_e_GD.mul_(grad_loss), d_w_SD.mul_(grad_loss), *[None] * 4
+        (d_e_GD, of_centers), ctx.made = ctx.made, None
+        of_centers.values_SD.mul_(grad_loss)
+        ctx.gradients.append(of_centers)
+        return d_e_GD.mul_(grad_loss), torch.zeros_like(grad_loss), *[None] * 5
 
 
-def _chunk(e_nD, columns_nL, weight_n, d_e_nD, w_TD, d_w_TD, workspace, walk: _Walk, stats) -> torch.Tensor:
-    """One row chunk: adds its gradients into d_e_nD and d_w_TD, returns its [positive, negative] part of the mean loss."""
-    spec, topology, shift = walk.spec, walk.topology, walk.shift
+def _row_blocks(rows: torch.Tensor) -> list[slice]:
+    """Blocks of rows that stay in a CPU's cache; one for all on a GPU, where each is a launch."""
+    size = max(1, len(rows))
+    if rows.device.type == "cpu":
+        size = max(1, CACHED_BYTES // (rows.shape[1] * rows.element_size()))
+    return [slice(first, min(first + size, len(rows))) for first in range(0, len(rows), size)]
+
+
+def _unit_rows(centers_cD: torch.Tensor, rows_S: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sampled rows at unit length [T, D], and their lengths [S].
+
+    T: S and at least one more, aligned. The rows from S on are zero: "no positive here" points at row S, so that no index
+    needs a host round trip to be filtered.
+    """
+    S, D = len(rows_S), centers_cD.shape[1]
+    w_TD = centers_cD.new_empty(_aligned(S + 1), D)
+    w_TD[S:] = 0
+    norm_S = centers_cD.new_empty(S)
+    whole = S == len(centers_cD)
+    for block in _row_blocks(w_TD[:S]):
+        w_nD, norm_n = w_TD[block], norm_S[block]
+        raw_nD = centers_cD[block] if whole else torch.index_select(centers_cD, 0, rows_S[block], out=w_nD)
+        torch.linalg.vector_norm(raw_nD, dim=1, out=norm_n).clamp_min_(NORM_FLOOR)
+        torch.div(raw_nD, norm_n[:, None], out=w_nD)
+    return w_TD, norm_S
+
+
+def _aligned(columns: int) -> int:
+    return -(-columns // ALIGNMENT) * ALIGNMENT
+
+
+def _project(d_w_SD: torch.Tensor, w_SD: torch.Tensor, norm_S: torch.Tensor) -> None:
+    """Through w = c / |c|, in place: the part of the gradient along w does not move the direction."""
+    for block in _row_blocks(d_w_SD):
+        d_nD, w_nD = d_w_SD[block], w_SD[block]
+        along_n = torch.linalg.vecdot(w_nD, d_nD)
+        d_nD.addcmul_(w_nD, along_n[:, None], value=-1).div_(norm_S[block, None])
+
+
+def _chunk(
+    e_nD, columns_nL, weight_n, d_e_nD, w_TD, factor_TD, d_w_TD, is_first: bool, workspace, walk: _Walk, S: int, stats
+) -> torch.Tensor:
+    """One row chunk: puts its gradient into d_e_nD, adds to d_w_TD, returns its [positive, negative] part of the loss."""
+    spec, topology, shift, products = walk.spec, walk.topology, walk.shift, walk.products
     n, T = len(e_nD), len(w_TD)
-    none_here = T - 1
     logits_nT = workspace[: n * T].view(n, T)
-    walk.products.put(e_nD * spec.scale, w_TD.T, logits_nT)
+    products.put(products.factor(e_nD * spec.scale), factor_TD.T, logits_nT)
     cosine_nL = logits_nT.gather(1, columns_nL) / spec.scale
-    here_nL = columns_nL != none_here
+    here_nL = columns_nL != S
     if stats is not None:
-        stats.add(logits_nT, cosine_nL, columns_nL, here_nL, weight_n)
+        stats.add(logits_nT[:, : S + 1], cosine_nL, columns_nL, here_nL, weight_n)
     if spec.negative_filter is not None:
         logits_nT.masked_fill_(logits_nT > spec.scale * spec.negative_filter, -torch.inf)
-    # The positives leave the negative sum before it is summed (exp(-inf) = 0), never by subtraction; so does the zero row.
+    # The positives leave the negative sum before it is summed (exp(-inf) = 0), never by subtraction; so do the zero rows.
     logits_nT.scatter_(1, columns_nL, -torch.inf)
-    logits_nT[:, none_here] = -torch.inf
+    logits_nT[:, S:] = -torch.inf
 
     value_nL, slope_nL = apply_margin(cosine_nL, spec)
     minus_s_nL = torch.where(here_nL, -spec.scale * value_nL, -torch.inf)
@@ -361,7 +463,8 @@ def _chunk(e_nD, columns_nL, weight_n, d_e_nD, w_TD, d_w_TD, workspace, walk: _W
         common_2n.masked_fill_(common_2n == -torch.inf, 0)
         sums_2n.mul_((own_2n - common_2n).exp())
     summing = collectives.start_sum(sums_2n, topology)
-    walk.products.put(exp_nT, w_TD, d_e_nD)
+    factor_nT = products.factor(exp_nT)
+    products.put(factor_nT, factor_TD, d_e_nD)
     summing.wait()
 
     log_2n = sums_2n.log() + common_2n
@@ -374,7 +477,8 @@ def _chunk(e_nD, columns_nL, weight_n, d_e_nD, w_TD, d_w_TD, workspace, walk: _W
     if spec.margin_gradient == "exact":
         positive_nL = positive_nL * slope_nL
     d_e_nD.mul_(negative_n[:, None])
-    walk.products.add(exp_nT.T, e_nD * negative_n[:, None], d_w_TD)
+    make = products.put if is_first else products.add
+    make(factor_nT.T, products.factor(e_nD * negative_n[:, None]), d_w_TD)
     for columns_n, positive_n in zip(columns_nL.T, positive_nL.T, strict=True):
         d_e_nD.addcmul_(w_TD[columns_n], positive_n[:, None])
         d_w_TD.index_add_(0, columns_n, e_nD * positive_n[:, None])

@@ -1,39 +1,54 @@
-"""Which classes take part in a step: every positive of the global batch, and random others (partial FC's sampling).
+"""Which classes take part in a micro-step: every positive of the global batch, and random others (partial FC's sampling).
 
-The draw is a function of (seed, step, global block of classes): classes are cut in blocks of BLOCK consecutive rows, and
-in each block the rows with the smallest hash of (seed, step, row) join the positives until the block's share is there
-(more, if the positives alone are more). The blocks' shares are whole numbers that sum to r * K, rounded. A shard that
-holds a part of a block draws the whole block and keeps its part, so neither the number of ranks nor the borders of the
-shards change who is drawn.
+Each class that is nobody's positive is drawn with the same probability, by comparing a hash of (seed, step, global row)
+with a threshold. Nothing else enters: neither the number of ranks nor the borders of the shards change who is drawn, no
+two shards need to talk, and there is no sorting. The number of negatives is thus binomial, round its mean; its spread is
+sqrt(r (1-r) K), 300 of 100,000.
+
+How many, by `sample_budget` (P distinct positives of K classes, sample rate r):
+
+    negatives   r (K - P) negatives beside the P positives: the paper's text, |N'| = r |N| (section 3), whatever the batch.
+    total       r K classes with the positives among them, as the published partial FC code does. Where P > r K no negative
+                but other images' positives is left: at the paper's batch of 32,800 with 8 labels, P is about 231,000 of a
+                million, and r = 0.1 quietly means no random negatives at all.
 
 c classes of this shard, S sampled rows, G images, L labels.
 """
 
-import itertools
 import math
 
 import torch
 
 from mlcd_ds.partition import ClassPartition
 
-BLOCK = 1024
-"""Rows of a block. Part of what a draw means: changing it changes every run's negatives."""
-
-_MASK_31 = (1 << 31) - 1
 _MASK_64 = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
+_HASH_BITS = 31
 
 
-def hash_rows(rows: torch.Tensor, seed: int, step: int) -> torch.Tensor:
-    """A 31-bit hash [n] int64 of (seed, step, row): the finaliser of SplitMix64, in wrapping int64 arithmetic.
+def hash_rows(first: int, stop: int, seed: int, step: int, device: torch.device | str = "cpu") -> torch.Tensor:
+    """31-bit hashes of (seed, step, row) for rows first..stop, int32 [stop - first].
 
-    Seed and step are mixed before the row is added: else neighbouring seeds would draw the same rows, shifted.
+    Two multiply-and-shift rounds in wrapping int32 arithmetic (vectorised everywhere, a quarter of int64's cost), with half
+    of a 64-bit key of (seed, step) before each: neighbouring seeds or steps share nothing, not even shifted.
     """
     key = _mix(_mix(seed * _GOLDEN + 0x632BE59BD9B4E019) + step * _GOLDEN)
-    x = rows * _signed(_GOLDEN) + _signed(key)
-    x = (x ^ _shift_right(x, 30)) * _signed(0xBF58476D1CE4E5B9)
-    x = (x ^ _shift_right(x, 27)) * _signed(0x94D049BB133111EB)
-    return _shift_right(x ^ _shift_right(x, 31), 33)
+    x = torch.arange(first, stop, dtype=torch.int32, device=device)
+    shifted = torch.empty_like(x)
+
+    def fold(bits: int) -> None:
+        """x ^= x >> bits, a logical shift: torch's copies the sign."""
+        torch.bitwise_right_shift(x, bits, out=shifted)
+        x.bitwise_xor_(shifted.bitwise_and_((1 << (32 - bits)) - 1))
+
+    x += _signed_32(key)
+    fold(16)
+    x *= _signed_32(0x7FEB352D)
+    x ^= _signed_32(key >> 32)
+    fold(15)
+    x *= _signed_32(0x846CA68B)
+    fold(16)
+    return x.bitwise_and_(0x7FFFFFFF)
 
 
 def _mix(x: int) -> int:
@@ -44,70 +59,67 @@ def _mix(x: int) -> int:
     return x ^ (x >> 31)
 
 
-def _signed(value: int) -> int:
-    """The int64 with the same 64 bits as an unsigned number."""
-    return value - (1 << 64) if value >= 1 << 63 else value
-
-
-def _shift_right(x: torch.Tensor, bits: int) -> torch.Tensor:
-    """Logical shift: torch's >> on int64 copies the sign."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
+def _signed_32(value: int) -> int:
+    """The int32 with the same bits as the lowest 32 of an unsigned number."""
+    value &= 0xFFFFFFFF
+    return value - (1 << 32) if value >= 1 << 31 else value
 
 
 class ClassSampler:
-    """Draws this shard's rows of a step.
+    """Draws this shard's rows of a micro-step.
 
-    max_rows(G*L): an upper bound of what `draw` returns on ANY shard, known to all ranks without asking.
+    budget: "negatives" or "total", see the head of this file.
     """
 
-    def __init__(self, partition: ClassPartition, shard: int, sample_rate: float, seed: int):
+    def __init__(self, partition: ClassPartition, shard: int, sample_rate: float, seed: int, budget: str = "negatives"):
         self.partition = partition
         self.start, self.stop = partition.start(shard), partition.stop(shard)
         self.sample_rate = sample_rate
         self.seed = seed
-        self.first_block = self.start // BLOCK
-        self.num_blocks = -(-self.stop // BLOCK) - self.first_block
-        self._rows_per_block = [
-            min(BLOCK, partition.num_classes - block * BLOCK)
-            for block in range(self.first_block, self.first_block + self.num_blocks)
-        ]
-        ends = [min((self.first_block + i) * BLOCK, partition.num_classes) for i in range(self.num_blocks + 1)]
-        up_to = [math.floor(sample_rate * end + 0.5) for end in ends]
-        self._budget_per_block = [stop - start for start, stop in itertools.pairwise(up_to)]
+        self.budget = budget
 
-    def max_rows(self, num_labels: int) -> int:
-        """Most rows that any shard may draw when the global batch names `num_labels` positives."""
-        largest = self.partition.max_size
-        if self.sample_rate >= 1:
+    def likely_rows(self, num_labels: int) -> int:
+        """More than any shard draws, but with a probability below 1e-9, when the global batch names `num_labels` positives.
+
+        All ranks know it without asking. Six deviations above the mean of the negatives, with all positives in one shard.
+        """
+        largest, r = self.partition.max_size, self.sample_rate
+        if r >= 1:
             return largest
-        blocks = largest // BLOCK + 2
-        return min(largest, blocks * math.ceil(self.sample_rate * BLOCK) + num_labels)
+        negatives = r * largest + 6 * math.sqrt(r * (1 - r) * largest) + 1
+        return min(largest, math.ceil(negatives) + num_labels)
 
     def draw(self, labels: torch.Tensor, step: int) -> torch.Tensor:
-        """Sorted LOCAL rows [S] int64 of this step.
+        """Sorted LOCAL rows [S] int64 of this micro-step.
 
-        labels: int64, any shape, the positives of the global batch as global rows; negative entries are ignored.
+        labels: int64, any shape, the positives of the global batch as global rows; entries outside 0..K-1 are ignored.
+        The host waits for S on a GPU, as nothing can be allocated without it; everything else stays on the device.
         """
         device = labels.device
         if self.sample_rate >= 1:
             return torch.arange(self.stop - self.start, device=device)
-        first = self.first_block * BLOCK
-        width = self.num_blocks * BLOCK
-        offset = labels.flatten() - first
-        inside = (offset >= 0) & (offset < width) & (labels.flatten() >= 0)
-        # One slot more than the blocks have: what lies outside is written there and dropped, without a host round trip.
-        positive = torch.zeros(width + 1, dtype=torch.bool, device=device)
-        positive[torch.where(inside, offset, width)] = True
-        positive = positive[:width]
+        if self.budget == "total":
+            positive_K = _marked(labels, 0, self.partition.num_classes)
+            positive = positive_K[self.start : self.stop]
+            missing = self.sample_rate * self.partition.num_classes - positive_K.sum()
+            share = missing / (self.partition.num_classes - positive_K.sum()).clamp_min(1)
+            threshold = (share.double().clamp_min(0) * (1 << _HASH_BITS)).to(torch.int32)
+        else:
+            positive = _marked(labels, self.start, self.stop)
+            threshold = int(self.sample_rate * (1 << _HASH_BITS))
+        # In pieces that stay in a CPU's cache; on a GPU in one, for each piece is a dozen kernels there.
+        piece = 1 << 16 if device.type == "cpu" else self.stop - self.start
+        for first in range(self.start, self.stop, piece):
+            stop = min(first + piece, self.stop)
+            drawn = hash_rows(first, stop, self.seed, step, device) < threshold
+            positive[first - self.start : stop - self.start].logical_or_(drawn)
+        return positive.nonzero().squeeze(1)
 
-        score = hash_rows(torch.arange(first, first + width, device=device), self.seed, step)
-        score = score.masked_fill(positive, -1).view(self.num_blocks, BLOCK)
-        rows_in_block = torch.tensor(self._rows_per_block, device=device)
-        exists = torch.arange(BLOCK, device=device) < rows_in_block[:, None]
-        score = score.masked_fill(~exists, _MASK_31 + 1)
-        budget = torch.tensor(self._budget_per_block, device=device)
-        drawn = score.topk(max(self._budget_per_block), dim=1, largest=False, sorted=True).indices
-        within = torch.arange(drawn.shape[1], device=device) < budget[:, None]
-        chosen = torch.zeros_like(exists).scatter_(1, drawn, within)
-        chosen = chosen.flatten() | positive
-        return chosen[self.start - first : self.stop - first].nonzero().squeeze(1)
+
+def _marked(labels: torch.Tensor, first: int, stop: int) -> torch.Tensor:
+    """bool [stop - first]: whether a row is among the labels."""
+    offset = labels.flatten() - first
+    # One slot more than there are rows: what lies outside is written there and dropped, without a host round trip.
+    offset = torch.where((offset >= 0) & (offset < stop - first), offset, stop - first)
+    marked = torch.zeros(stop - first + 1, dtype=torch.bool, device=labels.device)
+    return marked.index_fill_(0, offset, True)[:-1]

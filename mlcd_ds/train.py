@@ -15,7 +15,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mlcd_ds import checkpoint, cli, collectives
-from mlcd_ds.card import head_precision, startup_card
+from mlcd_ds.card import head_precisions, startup_card
 from mlcd_ds.checkpoint import Checkpoint, CheckpointStore
 from mlcd_ds.config import DeepSpeedDefaults, RunConfig
 from mlcd_ds.data.centers import Centers, load_center_rows
@@ -227,7 +227,8 @@ def build_engine(config: RunConfig, plan: RunPlan, topology: Topology, from_scra
     if config.centers is not None and from_scratch:
         centers = load_center_rows(Centers.load(config.centers), *rows, plan.labels.num_classes, plan.encoder.embed_dim)
     options = {name: getattr(config, name) for name in PartialFC.SETTINGS}
-    options |= {"precision": head_precision(config, plan.settings, topology.device.type), "init_centers": centers}
+    precision, gather_precision = head_precisions(config, plan.settings, topology.device.type)
+    options |= {"precision": precision, "gather_precision": gather_precision, "init_centers": centers}
     head = PartialFC(plan.labels.num_classes, plan.encoder.embed_dim, topology, seed=config.seed, **options)
     return TrainEngine(model, head, plan.settings, config, topology, config.timeout_minutes)
 

@@ -73,11 +73,11 @@ def captured_step(engine: TrainEngine, batch: ImageLabelBatch, step: int = 0) ->
         deepspeed_step()
         captured["centers_after_engine"] = engine.head.centers.detach().clone()
 
-    def capture_head(gradient, learning_rate):
+    def capture_head(gradient, learning_rate, step):
         dense = torch.zeros_like(engine.head.centers)
         dense[gradient.rows_S] = gradient.values_SD
         captured["centers"] = dense
-        head_step(gradient, learning_rate)
+        head_step(gradient, learning_rate, step)
 
     engine.engine.step, engine.head_optimizer.step = capture_encoder, capture_head
     result = engine.train_step(batch, step)

@@ -49,13 +49,16 @@ def test_the_papers_run_on_the_card():
         assert words in card, card
 
 
-def test_sampled_rows_follow_the_positives_where_they_are_more():
+def test_sampled_rows_by_both_budgets():
     config = RunConfig(deepspeed_config="x", shards="s", labels="l", output_dir="run")
-    assert sampled_rows(config, 4096, 1_000_000, 8) == 12_500  # r = 0.1 is more than 32k distinct positives
-    # 32,768 x 8 labels name 1M (1 - exp(-0.262)) = 231 thousand classes (docs of the issue: "about 231,000").
-    assert sampled_rows(config, 32_768, 1_000_000, 1) == pytest.approx(230_600, rel=0.01)
-    cd = RunConfig(deepspeed_config="x", shards="s", labels="l", output_dir="run", objective="cd")
-    assert sampled_rows(cd, 32_768, 1_000_000, 1) == 100_000
+    total = config.model_copy(update={"sample_budget": "total"})
+    cd = config.model_copy(update={"objective": "cd"})
+    # 4,096 x 8 labels name 32,240 of a million classes; 32,768 x 8 name 231 thousand: more than r = 0.1 of all.
+    assert sampled_rows(total, 4096, 1_000_000, 8) == 12_500
+    assert sampled_rows(config, 4096, 1_000_000, 8) == pytest.approx((32_240 + 0.1 * 967_760) / 8, rel=1e-3)
+    assert sampled_rows(total, 32_768, 1_000_000, 1) == pytest.approx(230_600, rel=0.01)
+    assert sampled_rows(config, 32_768, 1_000_000, 1) == pytest.approx(230_600 + 0.1 * 769_400, rel=0.01)
+    assert sampled_rows(cd, 32_768, 1_000_000, 1) == pytest.approx(32_240 + 0.1 * 967_760, rel=1e-3)
 
 
 def test_memory_of_weights_and_head_is_that_of_real_tensors():

@@ -4,7 +4,8 @@ import pytest
 import torch
 from ranks import run_ranks
 
-from mlcd_ds.optim import RowAdamW, merge_gradients, sharded_norm
+from mlcd_ds import optim
+from mlcd_ds.optim import RowAdamW, merge_gradients, round_stochastically, sharded_norm
 from mlcd_ds.partial_fc import RowGradient
 
 SETTINGS = {"betas": (0.9, 0.98), "eps": 1e-6, "weight_decay": 0.2}
@@ -74,3 +75,75 @@ def test_norm_is_over_all_shards():
     for world_size in (1, 2, 3):
         norms = run_ranks(world_size, lambda t: sharded_norm(matrix.tensor_split(t.world_size)[t.rank], t).item())
         assert norms == pytest.approx([matrix.norm().item()] * world_size, rel=1e-14)
+
+
+def test_result_does_not_depend_on_the_blocks(monkeypatch):
+    results = []
+    for block_bytes in (1, 100, 1 << 20):
+        monkeypatch.setitem(optim.BLOCK_BYTES, "cpu", block_bytes)
+        for gradient in (
+            RowGradient(torch.arange(12), start(), is_whole=True),
+            RowGradient(torch.arange(12), start()),
+        ):
+            centers = start()
+            row_adamw = RowAdamW(centers, **SETTINGS)
+            row_adamw.step(gradient, 1e-2)
+            row_adamw.step(gradient, 1e-2)
+            results.append((centers, *row_adamw.state_dict().values()))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_no_temporary_has_the_size_of_the_shard():
+    """The largest tensor that a step of 64 of 4,096 rows makes has 64 rows."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        elements = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            made = isinstance(result, torch.Tensor) and not any(result is a for a in args) and result._base is None
+            if made:
+                self.elements = max(self.elements, result.numel())
+            return result
+
+    centers = start(rows=4096, dim=8)
+    row_adamw = RowAdamW(centers, **SETTINGS)
+    with Largest() as largest:
+        row_adamw.step(RowGradient(torch.arange(0, 4096, 64), torch.ones(64, 8, dtype=torch.float64)), 1e-2)
+    assert largest.elements == 64 * 8
+
+
+def test_stochastic_rounding_is_right_on_average():
+    values = torch.tensor([1.0, 1.001, -3.003, 1e-20, 0.0, 7e37, -1.3e-5, torch.finfo(torch.float32).max])
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.stack([round_stochastically(values, generator) for _ in range(4000)]).double()
+    assert torch.isfinite(draws[:, :-1]).all()
+    step = values.double().abs() * 2.0**-7
+    assert ((draws - values.double()).abs() <= step)[:, :-1].all()
+    assert ((draws.mean(0) - values.double()).abs() <= 6 * step / 4000**0.5)[:-1].all()
+    assert (draws[:, 0] == 1).all()
+    assert (draws[:, 4] == 0).all()
+
+
+def test_bfloat16_moments_follow_the_float32_ones_where_plain_rounding_stalls():
+    """A second moment that falls by a thousandth a step: stochastic rounding follows, rounding to nearest stands still."""
+    single = RowAdamW(start(dtype=torch.float32), **(SETTINGS | {"betas": (0.9, 0.999)}))
+    half = RowAdamW(start(dtype=torch.float32), **(SETTINGS | {"betas": (0.9, 0.999)}), moments=torch.bfloat16)
+    again = RowAdamW(start(dtype=torch.float32), **(SETTINGS | {"betas": (0.9, 0.999)}), moments=torch.bfloat16)
+    generator = torch.Generator().manual_seed(3)
+    gradients = [torch.randn(12, 5, generator=generator) * (1.0 if step == 0 else 1e-3) for step in range(700)]
+    for step, gradient in enumerate(gradients):
+        for optimizer in (single, half, again):
+            optimizer.step(RowGradient(torch.arange(12), gradient.clone()), 1e-3, step)
+    assert half.exp_avg_cD.dtype == half.exp_avg_sq_cD.dtype == torch.bfloat16
+    ratio = half.exp_avg_sq_cD.double().sum() / single.exp_avg_sq_cD.double().sum()
+    assert ratio.item() == pytest.approx(1, abs=0.05)
+    nearest = gradients[0].square() * 1e-3
+    for _ in range(700):
+        nearest = (nearest.bfloat16().float() * 0.999).bfloat16().float()
+    assert nearest.double().sum() / single.exp_avg_sq_cD.double().sum() > 1.5
+    assert torch.equal(half.exp_avg_sq_cD, again.exp_avg_sq_cD)
+    assert torch.equal(half.centers_cD, again.centers_cD)
+    torch.testing.assert_close(half.centers_cD, single.centers_cD, rtol=0, atol=0.03)

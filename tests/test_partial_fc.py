@@ -12,7 +12,7 @@ from mlcd_ds import collectives
 from mlcd_ds.batch import NO_IMAGE, NO_LABEL
 from mlcd_ds.errors import ConfigError
 from mlcd_ds.losses import LossSpec, dense_loss
-from mlcd_ds.partial_fc import HISTOGRAM_BINS, PartialFC, random_rows
+from mlcd_ds.partial_fc import ALIGNMENT, HISTOGRAM_BINS, PartialFC, random_rows
 from mlcd_ds.topology import Topology
 
 RTOL = 1e-10
@@ -104,7 +104,7 @@ def run_dense(case: Case, sampled):
         "margin_type": "arc",
         "margin_gradient": "straight_through",
         "negative_filter": None,
-    } | case.options
+    } | {name: value for name, value in case.options.items() if name != "sample_budget"}
     embeddings.requires_grad_()
     centers.requires_grad_()
     loss = dense_loss(embeddings, centers, labels, LossSpec(**options), sampled)
@@ -155,12 +155,15 @@ def test_shard_without_positives(world_size, sample_rate):
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_several_blocks_of_classes_and_few_positives(world_size):
-    """2,500 classes are three sampling blocks, cut by the shards' borders; the draw does not depend on W."""
-    case = Case(num_classes=2500, sample_rate=0.1)
+@pytest.mark.parametrize("budget", ["negatives", "total"])
+def test_many_classes_and_few_positives(world_size, budget):
+    """The draw does not depend on W."""
+    case = Case(num_classes=2500, sample_rate=0.1, options={"sample_budget": budget})
     sampled = assert_equals_dense(case, world_size)
     assert torch.equal(sampled, run_sharded(case, 1)[3])
-    assert sampled.sum() == 250  # the positives among them
+    positives = len(case.data()[1].unique()) - 1
+    expected = 250 if budget == "total" else positives + 0.1 * (2500 - positives)
+    assert abs(sampled.sum().item() - expected) < 6 * 15
 
 
 def test_ranks_with_uneven_and_empty_batches():
@@ -240,7 +243,7 @@ def test_collectives_are_those_the_docstring_counts(monkeypatch, chunks, scale):
     )
     monkeypatch.setattr(dist, "all_reduce", counting(dist.all_reduce, "reduce", 0))
     G, D, K, L, world_size = 16, 4, 64, 3, 2
-    row_bytes = (K // world_size + 1) * 4
+    row_bytes = (K // world_size + ALIGNMENT) * 4
     workspace_mb = row_bytes * (G // chunks) / 2**20
 
     def one(topology):
