@@ -14,12 +14,18 @@ NO_IMAGE = -2
 """Fills the whole label row where the batch has no image: a skipped sample keeps its slot, so shapes stay constant."""
 
 
+def head_suffix(index: int) -> str:
+    """What tells the names of several heads apart: nothing for the first, "_1" for the second."""
+    return f"_{index}" if index else ""
+
+
 @dataclass(frozen=True)
 class ImageLabelBatch:
     """One rank's images of one step.
 
     images_BCHH: uint8 [B, 3, H, H], RGB. Rows without an image are zero.
     labels_BL: int64 [B, L], nearest center first, NO_LABEL where an image has fewer, NO_IMAGE in rows without an image.
+    With H heads [B, H*L]: head h owns the columns h*L to (h+1)*L.
     keys: the B sample keys, "" in rows without an image.
     """
 
@@ -29,6 +35,13 @@ class ImageLabelBatch:
 
     def __len__(self) -> int:
         return len(self.labels_BL)
+
+    def labels_of_heads(self, heads: int) -> list[torch.Tensor]:
+        """The labels [B, L] of each of `heads` heads. Raises ValueError where the columns cannot be shared out evenly."""
+        columns, rest = divmod(self.labels_BL.shape[1], heads)
+        if rest:
+            raise ValueError(f"{self.labels_BL.shape[1]} label columns are not a multiple of {heads} heads")
+        return [own.contiguous() for own in self.labels_BL.split(columns, dim=1)]
 
     def split(self, rows: int) -> list["ImageLabelBatch"]:
         """Consecutive micro-batches of `rows` rows each (the last may be shorter)."""

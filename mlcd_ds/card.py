@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mlcd_ds.config import RunConfig
+from mlcd_ds.config import RunConfig, split_paths
 from mlcd_ds.ds_config import DeepSpeedSettings
 from mlcd_ds.models.vit import VisionTransformer, VitConfig
 from mlcd_ds.partition import ClassPartition
@@ -43,9 +43,12 @@ def count_parameters(encoder: VitConfig) -> int:
 
 
 def plan_memory(
-    encoder: VitConfig, settings: DeepSpeedSettings, config: RunConfig, num_classes: int, world_size: int
+    encoder: VitConfig, settings: DeepSpeedSettings, config: RunConfig, num_classes: Sequence[int], world_size: int
 ) -> MemoryPlan:
-    """What one rank will need, by the arithmetic of ZeRO (Rajbhandari et al. 2020, section 5) and of the head."""
+    """What one rank will need, by the arithmetic of ZeRO (Rajbhandari et al. 2020, section 5) and of the heads.
+
+    num_classes: of each head.
+    """
     parameters = count_parameters(encoder)
     size = 2 if settings.precision == "bfloat16" else 4
     stage, ranks = settings.zero_stage, world_size
@@ -57,11 +60,7 @@ def plan_memory(
         if settings.activation_checkpointing
         else (encoder.layers * ACTIVATIONS_PER_TOKEN)
     )
-    rows = ClassPartition(num_classes, world_size).max_size
-    sampled = sampled_rows(config, settings.micro_batch * world_size, num_classes, world_size)
-    gathered = settings.micro_batch * world_size
-    # Micro-steps draw different rows: the sum of their gradients has them all, and is copied once to grow.
-    merged = math.ceil(rows * (1 - (1 - sampled / rows) ** settings.accumulation)) if settings.accumulation > 1 else 0
+    heads = [_head_bytes(encoder, settings, config, classes, world_size) for classes in num_classes]
     weights = parameters * size // (ranks if stage == 3 else 1)
     optimizer = parameters * (8 + master) // (ranks if stage >= 1 else 1)
     offloaded = {key for key in ("offload_param", "offload_optimizer") if key in settings.json["zero_optimization"]}
@@ -70,10 +69,26 @@ def plan_memory(
         gradients=parameters * 4 // (ranks if stage >= 2 else 1),
         optimizer=0 if "offload_optimizer" in offloaded else optimizer,
         activations=kept * block,
-        head=rows * (encoder.embed_dim * (8 if config.head_moments == "bfloat16" else 12) + 4),
-        head_step=(3 * sampled + 2 * merged + 2 * gathered) * encoder.embed_dim * 4
-        + min(config.workspace_mb * 2**20, gathered * sampled * 4),
+        head=sum(centers for centers, _, _ in heads),
+        # The heads' gradients live until the step; a workspace only until its head is done.
+        head_step=sum(step for _, step, _ in heads) + max(workspace for _, _, workspace in heads),
         host=weights * ("offload_param" in offloaded) + optimizer * ("offload_optimizer" in offloaded),
+    )
+
+
+def _head_bytes(
+    encoder: VitConfig, settings: DeepSpeedSettings, config: RunConfig, num_classes: int, world_size: int
+) -> tuple[int, int, int]:
+    """Bytes on one rank of one head: centers with moments, what a step keeps, workspace."""
+    rows = ClassPartition(num_classes, world_size).max_size
+    sampled = sampled_rows(config, settings.micro_batch * world_size, num_classes, world_size)
+    gathered = settings.micro_batch * world_size
+    # Micro-steps draw different rows: the sum of their gradients has them all, and is copied once to grow.
+    merged = math.ceil(rows * (1 - (1 - sampled / rows) ** settings.accumulation)) if settings.accumulation > 1 else 0
+    return (
+        rows * (encoder.embed_dim * (8 if config.head_moments == "bfloat16" else 12) + 4),
+        (3 * sampled + 2 * merged + 2 * gathered) * encoder.embed_dim * 4,
+        min(config.workspace_mb * 2**20, gathered * sampled * 4),
     )
 
 
@@ -88,9 +103,10 @@ def head_precisions(config: RunConfig, settings: DeepSpeedSettings, device_type:
 def sampled_rows(config: RunConfig, images: int, num_classes: int, world_size: int) -> int:
     """Rows of one shard in one micro-step, as expected: the distinct positives P, and negatives by --sample_budget.
 
-    P of `images` images with l uniform labels each: K (1 - exp(-images l / K)).
+    P of `images` images with l uniform labels each: K (1 - exp(-images l / K)). With --positives_drawn l is that number;
+    with cd it is 1.
     """
-    labels = 1 if config.objective == "cd" else config.num_positives
+    labels = 1 if config.objective == "cd" else config.labels_per_visit
     positives = num_classes * -math.expm1(-images * labels / num_classes)
     if config.sample_budget == "total":
         rows = max(config.sample_rate * num_classes, positives)
@@ -107,16 +123,17 @@ def startup_card(
     *,
     num_samples: int,
     num_shards: int,
-    num_classes: int,
+    num_classes: Sequence[int],
     world_size: int,
     device: str,
     unused: Sequence[str] = (),
 ) -> str:
-    """The card as text. unused: what of the tars takes no part in the run (ShardTable.unused)."""
+    """The card as text.
+
+    num_classes: of each head, in the order of --labels. unused: what of the tars takes no part in the run
+    (ShardTable.unused).
+    """
     memory = plan_memory(encoder, settings, config, num_classes, world_size)
-    partition = ClassPartition(num_classes, world_size)
-    sampled = sampled_rows(config, settings.micro_batch * world_size, num_classes, world_size)
-    products, gather = head_precisions(config, settings, device)
     parameters = count_parameters(encoder)
     patches = (encoder.image_size // encoder.patch_size) ** 2
     rows = [
@@ -138,13 +155,7 @@ def startup_card(
             f"{config.model}, {encoder.image_size} px, {patches} patches, {parameters / 1e6:.1f}M parameters, "
             f"embedding {encoder.embed_dim}, checkpointing {'on' if settings.activation_checkpointing else 'off'}",
         ),
-        (
-            "head",
-            f"{config.objective}, {num_classes:,} classes, l={config.num_positives}, r={config.sample_rate:g}, "
-            f"S={config.scale:g}, {config.margin_type} margin {config.margin:g} ({config.margin_gradient}), "
-            f"{products} products, {gather} gather",
-        ),
-        ("rows a rank", f"{partition.max_size:,} centers, about {sampled:,} sampled a micro-step"),
+        *_head_lines(config, settings, num_classes, world_size, device),
         (
             "memory a rank",
             f"{_gb(memory.total)} (estimate): weights {_gb(memory.weights)}, gradients {_gb(memory.gradients)}, optimizer "
@@ -158,6 +169,38 @@ def startup_card(
     lines = [f"  {name:<{width}}  {text}" for name, text in rows]
     notes = [f"  - {note}" for note in (*settings.notes, *length.notes)]
     return "\n".join(["mlcd_ds", *lines, "why:", *notes])
+
+
+def _head_lines(
+    config: RunConfig, settings: DeepSpeedSettings, num_classes: Sequence[int], world_size: int, device: str
+) -> list[tuple[str, str]]:
+    """One line per head, then how many rows of them a rank has."""
+    images, several = settings.micro_batch * world_size, len(num_classes) > 1
+    products, gather = head_precisions(config, settings, device)
+    lines, counts = [], []
+    weights, folders = config.head_weights or (1.0,) * len(num_classes), split_paths(config.labels)
+    for index, (classes, weight, folder) in enumerate(zip(num_classes, weights, folders, strict=True)):
+        lines.append(
+            (
+                f"head {index}" if several else "head",
+                f"{config.objective}, {classes:,} classes, l={config.num_positives}{_draw(config)}, "
+                f"r={config.sample_rate:g}, S={config.scale:g}, "
+                f"{config.margin_type} margin {config.margin:g} ({config.margin_gradient}), "
+                f"{products} products, {gather} gather"
+                + (f", loss x {weight:g}, labels {folder}" if several or weight != 1 else ""),
+            )
+        )
+        rows = ClassPartition(classes, world_size).max_size
+        sampled = sampled_rows(config, images, classes, world_size)
+        counts.append(f"{rows:,} centers, about {sampled:,} sampled a micro-step")
+    return [*lines, ("rows a rank", "; ".join(counts))]
+
+
+def _draw(config: RunConfig) -> str:
+    if config.positives_drawn is None:
+        return ""
+    cd = ", of which cd takes the nearest" if config.objective == "cd" else ""
+    return f" ({config.positives_drawn} drawn at each visit{cd})"
 
 
 def _gb(count: int) -> str:

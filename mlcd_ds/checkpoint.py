@@ -7,6 +7,7 @@
             state.json              step, samples, world size, what the run was
             engine/...              DeepSpeed's own files
             head/rows_START_STOP.safetensors   centers, moments, step counts of these global rows
+            head_1/, head_2/ ...    the same of the other heads, where there are several
             ranks/rank_00000.safetensors       random number generators
             encoder/encoder.safetensors, encoder.json   the encoder alone, float32, for every tool that reads it
 
@@ -27,6 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from mlcd_ds import collectives
+from mlcd_ds.batch import head_suffix
 from mlcd_ds.errors import CheckpointError
 from mlcd_ds.files import save_tensors, sha256, sync_file, sync_folder, write_json, write_text
 from mlcd_ds.models.vit import VisionTransformer, VitConfig
@@ -46,12 +48,13 @@ class Checkpoint:
 
 
 class CheckpointStore:
-    """The checkpoints of one run folder, for all ranks of `topology`; keeps the last `keep_last`."""
+    """The checkpoints of one run folder, for all ranks of `topology`, with `heads` heads; keeps the last `keep_last`."""
 
-    def __init__(self, run_folder: Path, topology: Topology, keep_last: int):
+    def __init__(self, run_folder: Path, topology: Topology, keep_last: int, heads: int = 1):
         self.folder = run_folder / "checkpoints"
         self.topology = topology
         self.keep_last = keep_last
+        self.head_folders = [head_folder(index) for index in range(heads)]
 
     def stage(self, step: int) -> Path:
         """An empty step_N.tmp for all ranks to write into; leftovers of killed saves are removed."""
@@ -60,7 +63,7 @@ class CheckpointStore:
             self.folder.mkdir(parents=True, exist_ok=True)
             for leftover in self.folder.glob("*.tmp"):
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-            for part in ("head", "ranks", "encoder"):
+            for part in (*self.head_folders, "ranks", "encoder"):
                 (staging / part).mkdir(parents=True)
         collectives.barrier(self.topology)
         return staging
@@ -70,7 +73,7 @@ class CheckpointStore:
         staging, final = self.folder / f"{_name(step)}.tmp", self.folder / _name(step)
         collectives.barrier(self.topology)  # every part is written
         # One rank lists: on a network file system the others may see a part later than its writer does.
-        files = collectives.on_main(self.topology, _parts, staging, self.topology.world_size)
+        files = collectives.on_main(self.topology, _parts, staging, self.topology.world_size, self.head_folders)
         hashed = {}
         for name in files[self.topology.rank :: self.topology.world_size]:
             path = staging / name
@@ -148,13 +151,19 @@ def published(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step_*") if path.suffix != ".tmp" and path.is_dir())
 
 
-def _parts(staging: Path, world_size: int) -> list[str]:
+def head_folder(index: int) -> str:
+    """Name of the folder with the rows of the `index`-th head."""
+    return f"head{head_suffix(index)}"
+
+
+def _parts(staging: Path, world_size: int, head_folders: list[str]) -> list[str]:
     """All files of a staged checkpoint, relative to it. Raises CheckpointError where a rank's part is not among them."""
     names = sorted(str(path.relative_to(staging)) for path in staging.rglob("*") if path.is_file())
     missing = [f"ranks/{rank_file(rank)}" for rank in range(world_size) if f"ranks/{rank_file(rank)}" not in names]
-    heads = [name for name in names if name.startswith("head/")]
-    if len(heads) != world_size:
-        missing.append(f"{world_size - len(heads)} of the {world_size} files in head/")
+    for folder in head_folders:
+        rows = [name for name in names if name.startswith(f"{folder}/")]
+        if len(rows) != world_size:
+            missing.append(f"{world_size - len(rows)} of the {world_size} files in {folder}/")
     if missing:
         raise CheckpointError(
             f"{staging} lacks {missing[0]}, though every rank has written its own: do all hosts see the same file system "

@@ -7,7 +7,7 @@ that `--deepspeed_config` names; `ds_config.py` reads it.
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 
 def _finite(value: float) -> float:
@@ -22,6 +22,11 @@ MarginType = Literal["arc", "cos", "none"]
 MarginGradient = Literal["straight_through", "exact"]
 
 
+def split_paths(text: str) -> tuple[str, ...]:
+    """The paths that '::' joins in --labels and --centers, one per head."""
+    return tuple(part.strip() for part in text.split("::")) if "::" in text else (text,)
+
+
 class Settings(BaseModel):
     """Base of all settings: immutable, unknown fields refused."""
 
@@ -33,6 +38,12 @@ class HeadConfig(Settings):
 
     objective: Objective = Field("mlcd", description="mlcd (eq. 5), mlc (eq. 4) or cd (eq. 3, nearest center alone)")
     num_positives: int = Field(8, ge=1, description="l: positives per image, the nearest centers of its label list")
+    positives_drawn: int | None = Field(
+        None,
+        ge=1,
+        description="draw this many of the num_positives anew at every visit of an image (cd: the nearest of those "
+        "drawn); none: use all",
+    )
     sample_rate: float = Field(0.1, gt=0, le=1, description="r: share of the classes that take part in a step")
     sample_budget: Literal["negatives", "total"] = Field(
         "negatives", description="r of the negatives beside all positives (the paper's |N'| = r|N|), or of all classes"
@@ -62,6 +73,36 @@ class HeadConfig(Settings):
         "float32", description="dtype of the centers' AdamW moments; bfloat16 is rounded stochastically"
     )
     workspace_mb: int = Field(256, ge=1, description="bytes (MB) of logits that exist at one time")
+    head_weights: tuple[float, ...] | None = Field(
+        None, description="weight of each head's loss, one per folder of labels, separated by commas; none: all 1"
+    )
+
+    @property
+    def labels_per_visit(self) -> int:
+        """Labels of one head that an image brings along each time it is visited."""
+        return self.num_positives if self.positives_drawn is None else self.positives_drawn
+
+    @field_validator("head_weights", mode="before")
+    @classmethod
+    def _numbers(cls, value):
+        if value is None:
+            return None
+        try:
+            weights = tuple(float(part) for part in (value.split(",") if isinstance(value, str) else value))
+        except (TypeError, ValueError):
+            weights = ()
+        if not weights or not all(0 < weight < float("inf") for weight in weights):
+            raise ValueError("must be finite numbers above 0, separated by commas, like 1,0.5")
+        return weights
+
+    @model_validator(mode="after")
+    def _draw(self):
+        if self.labels_per_visit > self.num_positives:
+            raise ValueError(
+                f"--positives_drawn {self.positives_drawn} is more than the --num_positives {self.num_positives} to draw "
+                "from: lower the first, or raise the second (the label files must store as many)"
+            )
+        return self
 
 
 class RunConfig(HeadConfig):
@@ -71,11 +112,16 @@ class RunConfig(HeadConfig):
         description="DeepSpeed JSON (ds_configs/): batch, precision, ZeRO, optimizer, schedule"
     )
     shards: str = Field(description="image tars: brace expansion, glob, text file of paths, '::' joins several")
-    labels: str = Field(description="folder of label shards, written by tools/assign_labels.py")
+    labels: str = Field(
+        description="folder of label shards, written by tools/assign_labels.py; '::' joins several, with a head for each"
+    )
     output_dir: str = Field(description="the run folder")
     model: str = Field("vit_b32", description="encoder preset")
     image_size: int | None = Field(None, ge=8, description="pixels; none: the preset's")
-    centers: str | None = Field(None, description="centers folder or centers.npy to start the head from; none: random")
+    centers: str | None = Field(
+        None,
+        description="centers folder or centers.npy to start the head from, '::' joins one per labels folder; none: random",
+    )
     epochs: Finite | None = Field(None, gt=0, description="length of the run in epochs")
     samples: int | None = Field(None, gt=0, description="length of the run in samples")
     steps: int | None = Field(None, gt=0, description="length of the run in optimizer steps")
@@ -101,6 +147,24 @@ class RunConfig(HeadConfig):
     dry_run: bool = Field(False, description="print the startup card and stop")
     device: Literal["cpu", "cuda"] | None = Field(None, description="with --dry_run: what to plan for; none: as here")
     expect_world_size: int | None = Field(None, ge=1, description="refuse to start with another number of ranks")
+
+    @model_validator(mode="after")
+    def _one_of_each_per_head(self):
+        folders = split_paths(self.labels)
+        centers = None if self.centers is None else split_paths(self.centers)
+        if not all(folders):
+            raise ValueError(f"--labels {self.labels!r} names an empty folder: write FOLDER or FOLDER::FOLDER")
+        if centers is not None and (len(centers) != len(folders) or not all(centers)):
+            raise ValueError(
+                f"--centers {self.centers!r} names {sum(map(bool, centers))} centers, --labels {len(folders)} folders: give "
+                "the centers of each folder, joined by '::', or none to start all heads from random centers"
+            )
+        if self.head_weights is not None and len(self.head_weights) != len(folders):
+            raise ValueError(
+                f"--head_weights names {len(self.head_weights)} weights, --labels {len(folders)} folders: give a weight for "
+                "each folder, separated by commas, or none for all 1"
+            )
+        return self
 
     @model_validator(mode="after")
     def _one_length(self):
@@ -228,3 +292,25 @@ class ResultsTableConfig(Settings):
     """tools/results_table.py."""
 
     results: str = Field(description="NAME=FILE of each result, separated by commas")
+
+
+class BenchHeadConfig(Settings):
+    """tools/bench.py head."""
+
+    shapes: str | None = Field(
+        None, description="B256_K200000_D512_r0.1 each, joined by commas: global batch, classes, embedding, sample rate"
+    )
+    labels_per_image: int = Field(8, ge=1, description="L, distinct")
+    ranks: int = Field(1, ge=1, description="processes on this machine, a shard of the classes each")
+    repeats: int = Field(7, ge=1, description="rounds; each times every contender once")
+    threads: int | None = Field(None, ge=1, description="of each rank; none: the cores divided by the ranks")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the factors of the products")
+    workspace_mb: int = Field(HeadConfig().workspace_mb, ge=1, description="the head's, as in train.py")
+    materialised: bool = Field(True, description="also autograd on the whole [B, S] logits (with one rank)")
+    timing: bool = Field(True, description="measure times")
+    memory: bool = Field(False, description="measure peak memory, in fresh processes (with one rank)")
+    memory_batches: str = Field(
+        "1024,2048,4096,8192", description="batches to see the head's memory at, with K, D and r of each shape"
+    )
+    output: str | None = Field(None, description="JSON to write with all numbers")
+    seed: int = Field(0, ge=0, lt=2**31)

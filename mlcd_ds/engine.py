@@ -1,12 +1,14 @@
-"""DeepSpeed's engine around the encoder, the class head beside it, as one step. The only file that imports deepspeed.
+"""DeepSpeed's engine around the encoder, the class heads beside it, as one step. The only file that imports deepspeed.
 
-Why the head is not in the engine: the engine would broadcast rank 0's centers over everybody's shards and average their
+Why a head is not in the engine: the engine would broadcast rank 0's centers over everybody's shards and average their
 gradients. The head's loss is the mean over the global batch on every rank; `engine.backward(loss)` divides it by the
-number of accumulated micro-batches, which reaches encoder and head alike.
+number of accumulated micro-batches, which reaches encoder and head alike. With several heads the loss is the weighted
+sum of theirs.
 """
 
 import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,14 +17,14 @@ import torch
 from safetensors.torch import load_file
 
 from mlcd_ds import checkpoint, collectives
-from mlcd_ds.batch import NO_IMAGE, ImageLabelBatch
+from mlcd_ds.batch import NO_IMAGE, ImageLabelBatch, head_suffix
 from mlcd_ds.config import HeadConfig
 from mlcd_ds.ds_config import DeepSpeedSettings
 from mlcd_ds.errors import CheckpointError, NonFiniteError
 from mlcd_ds.files import save_tensors
 from mlcd_ds.models.vit import VisionTransformer, decay_groups
 from mlcd_ds.optim import RowAdamW, merge_gradients, sharded_norm
-from mlcd_ds.partial_fc import PartialFC, RowGradient
+from mlcd_ds.partial_fc import Draw, PartialFC, RowGradient
 from mlcd_ds.topology import Topology, set_timeout_of_every_group
 
 ENGINE_TAG = "engine"
@@ -41,14 +43,15 @@ def _quieten() -> None:
 class StepResult:
     """What one optimizer step was.
 
-    loss, grad_norm, head_grad_norm: the norms before clipping, over all ranks. applied: False when the engine
-    skipped the step for a gradient that is no number, and the head with it. stats: the head's, averaged over the
-    micro-batches by their images, empty unless asked for. learning_rate, head_learning_rate: of this step.
+    loss, grad_norm, head_grad_norms (one per head): the norms before clipping, over all ranks. applied: False when the
+    engine skipped the step for a gradient that is no number, and the heads with it. stats: the heads', averaged over the
+    micro-batches by their images, empty unless asked for; those of the heads after the first end in "_1", "_2" ...
+    learning_rate, head_learning_rate: of this step.
     """
 
     loss: float
     grad_norm: float
-    head_grad_norm: float
+    head_grad_norms: tuple[float, ...]
     learning_rate: float
     head_learning_rate: float
     applied: bool
@@ -56,16 +59,16 @@ class StepResult:
 
 
 class TrainEngine:
-    """Encoder and head, trained together: one `train_step` moves both or neither.
+    """Encoder and heads, trained together: one `train_step` moves all or none.
 
-    model: the encoder, taken over by DeepSpeed. head: this rank's shard. settings: the resolved JSON. config: the head's
-    optimizer settings. topology must have been started.
+    model: the encoder, taken over by DeepSpeed. heads: this rank's shard of each. settings: the resolved JSON. config: the
+    heads' weights and optimizer settings. topology must have been started.
     """
 
     def __init__(
         self,
         model: VisionTransformer,
-        head: PartialFC,
+        heads: Sequence[PartialFC],
         settings: DeepSpeedSettings,
         config: HeadConfig,
         topology: Topology,
@@ -74,7 +77,8 @@ class TrainEngine:
         _quieten()
         # Else the first run on a CPU compiles a shared-memory extension, for which it needs g++ and up to a minute.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        self.head, self.settings, self.config, self.topology = head, settings, config, topology
+        self.heads, self.settings, self.config, self.topology = heads, settings, config, topology
+        self.head_weights = config.head_weights or (1.0,) * len(heads)
         self.engine, *_ = deepspeed.initialize(
             model=model,
             model_parameters=decay_groups(model, settings.weight_decay),
@@ -87,9 +91,10 @@ class TrainEngine:
         set_timeout_of_every_group(timeout_minutes)
         decay = settings.weight_decay if config.head_weight_decay is None else config.head_weight_decay
         moments = {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.head_moments]
-        self.head_optimizer = RowAdamW(
-            head.centers.data, settings.betas, settings.eps, decay, moments=moments, seed=topology.rank
-        )
+        self.head_optimizers = [
+            RowAdamW(head.centers.data, settings.betas, settings.eps, decay, moments=moments, seed=seed)
+            for seed, head in enumerate(heads, start=topology.rank * len(heads))
+        ]
         self.skipped_steps = 0
 
     @property
@@ -105,59 +110,64 @@ class TrainEngine:
     def train_step(self, batch: ImageLabelBatch, step: int, collect_stats: bool = False) -> StepResult:
         """One optimizer step on this rank's images of the step, in micro-batches.
 
-        Raises NonFiniteError, on every rank and before anything moves, when the loss or the norm of the centers' gradient
-        is no number.
+        Raises NonFiniteError, on every rank and before anything moves, when the loss or the norm of a head's gradient is
+        no number.
         """
         micro_batches = batch.split(self.settings.micro_batch)
         weights = self._weights(micro_batches)
         # All draws first: the host learns how many rows each has while the device has nothing else to do.
-        draws = [
-            self.head.draw(
-                micro.labels_BL,
-                step=step * self.settings.accumulation + index,
-                capacity=self.settings.micro_batch,
-            )
-            for index, micro in enumerate(micro_batches)
-        ]
-        losses, stats, broken, gradients = [], [], [], []
-        for index, (micro, draw) in enumerate(zip(micro_batches, draws, strict=True)):
+        draws = [self._draws(micro, step * self.settings.accumulation + i) for i, micro in enumerate(micro_batches)]
+        losses, stats, broken = [], [], []
+        gradients = [[] for _ in self.heads]
+        for index, micro in enumerate(micro_batches):
             micro = micro.to(self.topology.device)
             embeddings = self.engine(micro.images_BCHH)
-            out = self.head(embeddings, draw, collect_stats=collect_stats)
-            loss = out.loss * weights[index]
+            outs = [
+                head(embeddings, draw, collect_stats=collect_stats)
+                for head, draw in zip(self.heads, draws[index], strict=True)
+            ]
+            loss = self._weighted([out.loss for out in outs]) * weights[index]
             self.engine.backward(loss)
-            gradients = [merge_gradients([*gradients, *self.head.take_gradients()])]
+            gradients = [
+                [merge_gradients([*before, *head.take_gradients()])]
+                for before, head in zip(gradients, self.heads, strict=True)
+            ]
             losses.append(loss.detach())
             broken.append(~torch.isfinite(embeddings.detach()).all())
-            stats.append(out.stats)
+            stats.append({f"{name}{head_suffix(h)}": x for h, out in enumerate(outs) for name, x in out.stats.items()})
             if index < len(micro_batches) - 1:
                 self.engine.step()
-        (gradient,) = gradients
-        head_norm = sharded_norm(gradient.values_SD, self.topology)
+        head_norms = [sharded_norm(gradient.values_SD, self.topology) for (gradient,) in gradients]
         # Whether the step may be taken must be known before it is taken: here the host waits for the device.
-        loss, head_norm_value = torch.stack([torch.stack(losses).mean(), head_norm]).tolist()
+        loss, *head_norm_values = torch.stack([torch.stack(losses).mean(), *head_norms]).tolist()
         if not math.isfinite(loss):
             self._stop_on_bad_loss(loss, step, torch.stack(broken).any().item())
-        if not math.isfinite(head_norm_value):
-            raise _bad_gradient(step, "centers'", head_norm_value)
+        for index, value in enumerate(head_norm_values):
+            if not math.isfinite(value):
+                raise _bad_gradient(step, f"head {index}'s centers'" if self.heads[1:] else "centers'", value)
         plain_norm = self._norm_without_zero(step)
         learning_rate = self.engine.get_lr()[0]
         self.engine.step()
         applied = bool(self.engine.was_step_applied())
         if applied:
-            self._step_head(gradient, head_norm, learning_rate * self.config.head_lr_scale, step)
+            for optimizer, (gradient,), head_norm in zip(self.head_optimizers, gradients, head_norms, strict=True):
+                self._step_head(optimizer, gradient, head_norm, learning_rate * self.config.head_lr_scale, step)
         else:
             self.skipped_steps += 1
         norm = self.engine.get_global_grad_norm() if plain_norm is None else plain_norm
         return StepResult(
             loss=loss,
             grad_norm=math.nan if norm is None else float(norm),
-            head_grad_norm=head_norm_value,
+            head_grad_norms=tuple(head_norm_values),
             learning_rate=learning_rate,
             head_learning_rate=learning_rate * self.config.head_lr_scale,
             applied=applied,
             stats=_averaged(stats, weights) if collect_stats else {},
         )
+
+    def _weighted(self, losses: list[torch.Tensor]) -> torch.Tensor:
+        """The heads' losses, weighted and summed."""
+        return sum(loss * weight for loss, weight in zip(losses, self.head_weights, strict=True))
 
     def _weights(self, micro_batches: list[ImageLabelBatch]) -> torch.Tensor:
         """[A] float32: by how much each of the A micro-batches counts, 1 on average.
@@ -183,12 +193,22 @@ class TrainEngine:
             raise _bad_gradient(step, "encoder's", norm, "; with ZeRO stage 1 such steps are skipped")
         return norm
 
-    def _step_head(self, gradient: RowGradient, norm: torch.Tensor, learning_rate: float, step: int) -> None:
-        """Steps the centers. norm: of their gradient, over all shards."""
+    def _draws(self, micro: ImageLabelBatch, micro_step: int) -> list[Draw]:
+        """Each head's classes of one micro-batch."""
+        labels = micro.labels_of_heads(len(self.heads))
+        return [
+            head.draw(labels_BL, step=micro_step, capacity=self.settings.micro_batch)
+            for head, labels_BL in zip(self.heads, labels, strict=True)
+        ]
+
+    def _step_head(
+        self, optimizer: RowAdamW, gradient: RowGradient, norm: torch.Tensor, learning_rate: float, step: int
+    ) -> None:
+        """Steps one head's centers. norm: of their gradient, over all shards."""
         if self.config.head_grad_clip > 0:
             factor = (self.config.head_grad_clip / (norm + 1e-6)).clamp(max=1)
             gradient.values_SD.mul_(factor)
-        self.head_optimizer.step(gradient, learning_rate, step)
+        optimizer.step(gradient, learning_rate, step)
 
     def _stop_on_bad_loss(self, loss: float, step: int, embeddings_broken: bool) -> None:
         flags = collectives.gather_objects(embeddings_broken, self.topology)
@@ -211,8 +231,8 @@ class TrainEngine:
     def save(self, folder: Path, model_name: str) -> None:
         """Writes this rank's parts of a checkpoint into a staged folder (checkpoint.CheckpointStore.stage)."""
         self.engine.save_checkpoint(str(folder), tag=ENGINE_TAG, save_latest=False)
-        rows = {"centers": self.head.centers, **self.head_optimizer.state_dict()}
-        checkpoint.save_rows(folder / "head", self.head.start, self.head.stop, self.head.partition.num_classes, rows)
+        for path, head, rows in self._head_rows(folder):
+            checkpoint.save_rows(path, head.start, head.stop, head.partition.num_classes, rows)
         random_states = {"torch": torch.get_rng_state()}
         if self.topology.device.type == "cuda":
             random_states["cuda"] = torch.cuda.get_rng_state()
@@ -229,21 +249,26 @@ class TrainEngine:
         path, _ = self.engine.load_checkpoint(str(folder), tag=ENGINE_TAG)
         if path is None:
             raise CheckpointError(f"DeepSpeed finds no engine state in {folder / ENGINE_TAG}")
-        rows = {"centers": self.head.centers.data, **self.head_optimizer.state_dict()}
-        checkpoint.load_rows(
-            folder / "head", self.head.start, self.head.stop, self.head.partition.num_classes, into=rows
-        )
+        for path, head, rows in self._head_rows(folder):
+            checkpoint.load_rows(path, head.start, head.stop, head.partition.num_classes, into=rows)
         random_states = load_file(self._rank_file(folder))
         torch.set_rng_state(random_states["torch"])
         if "cuda" in random_states and self.topology.device.type == "cuda":
             torch.cuda.set_rng_state(random_states["cuda"])
+
+    def _head_rows(self, folder: Path) -> list[tuple[Path, PartialFC, dict[str, torch.Tensor]]]:
+        """(its folder in a checkpoint, the head, its rows by name) of each head."""
+        return [
+            (folder / checkpoint.head_folder(i), head, {"centers": head.centers.data, **optimizer.state_dict()})
+            for i, (head, optimizer) in enumerate(zip(self.heads, self.head_optimizers, strict=True))
+        ]
 
     def _rank_file(self, folder: Path) -> Path:
         return folder / "ranks" / checkpoint.rank_file(self.topology.rank)
 
 
 def _averaged(stats: list[dict[str, torch.Tensor]], weights_A: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Mean over the micro-batches of each of the head's statistics."""
+    """Mean over the micro-batches of each of the heads' statistics."""
     return {
         name: sum(micro[name] * weight for micro, weight in zip(stats, weights_A, strict=True)) / len(stats)
         for name in stats[0]

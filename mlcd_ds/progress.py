@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 
 from mlcd_ds import collectives
-from mlcd_ds.batch import ImageLabelBatch
+from mlcd_ds.batch import ImageLabelBatch, head_suffix
 from mlcd_ds.data.loader import ImageLabelLoader
 from mlcd_ds.monitor import Monitor
 from mlcd_ds.topology import Topology
@@ -82,7 +82,7 @@ class Progress:
             "lr_encoder": result.learning_rate,  # not "lr": DeepSpeed writes that tag itself, one step ahead
             "lr_head": result.head_learning_rate,
             "grad_norm": result.grad_norm,
-            "head_grad_norm": result.head_grad_norm,
+            **{f"head_grad_norm{head_suffix(head)}": norm for head, norm in enumerate(result.head_grad_norms)},
             "skipped_steps": skipped_steps,
             "samples_per_second": steps * self.global_batch / seconds,
             "data_wait_fraction": waited / (seconds * ranks),
@@ -96,18 +96,21 @@ class Progress:
         line = {**values, "batch_crc32": f"{zlib.crc32(' '.join(batch.keys).encode()):08x}"}
         self.monitor.scalars(step, samples, line)
         if histograms:
-            for name in ("positive", "negative"):
-                counts = result.stats[f"histogram_{name}"].tolist()
-                self.monitor.histogram(samples, f"cosine_histogram_{name}", counts, -1.0, 1.0)
-        print(self._console_line(step, values), flush=True)
+            for name, counts in result.stats.items():
+                if name.startswith("histogram_"):
+                    self.monitor.histogram(samples, f"cosine_{name}", counts.tolist(), -1.0, 1.0)
+        print(self._console_line(step, values, len(result.head_grad_norms)), flush=True)
 
-    def _console_line(self, step: int, values: dict) -> str:
+    def _console_line(self, step: int, values: dict, heads: int) -> str:
         done = step - self._first_step
         left = (time.monotonic() - self._started) / done * (self.total_steps - step)
+        # A head's loss is the sum of its two parts; train_loss is that of all heads, weighted.
+        others = [values[f"loss_positive_{i}"] + values[f"loss_negative_{i}"] for i in range(1, heads)]
         parts = [
             f"step {step}/{self.total_steps}",
             f"epoch {values['epoch']:.2f}",
             f"loss {values['train_loss']:.3f} (pos {values['loss_positive']:.3f} neg {values['loss_negative']:.3f})",
+            *[f"head {i} loss {loss:.3f}" for i, loss in enumerate(others, start=1)],
             f"cos pos {values['cosine_positive']:.3f} neg {values['cosine_negative']:.3f}",
             f"lr {values['lr_encoder']:.2e}",
             f"grad {values['grad_norm']:.2f} head {values['head_grad_norm']:.2f}",

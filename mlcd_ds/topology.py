@@ -3,6 +3,7 @@
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -50,6 +51,22 @@ class Topology:
         use_cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") != "cpu"
         device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
         return Topology(rank, world_size, local_rank, local_world_size, device)
+
+    @staticmethod
+    def on_this_machine(rank: int, world_size: int, store: Path) -> "Topology":
+        """One of `world_size` processes of this machine that meet in the file `store`; joins their group.
+
+        One GPU each (NCCL) where there are enough of them, else CPUs (gloo over loopback).
+        """
+        use_cuda = torch.cuda.device_count() >= world_size
+        device = torch.device("cuda", rank) if use_cuda else torch.device("cpu")
+        if use_cuda:
+            torch.cuda.set_device(device)
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        file = dist.FileStore(str(store), world_size)
+        backend = "nccl" if use_cuda else "gloo"
+        dist.init_process_group(backend, store=file, rank=rank, world_size=world_size)
+        return Topology(rank, world_size, rank, world_size, device)
 
     @property
     def is_main(self) -> bool:

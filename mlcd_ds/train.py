@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from mlcd_ds import checkpoint, cli, collectives
 from mlcd_ds.card import head_precisions, startup_card
 from mlcd_ds.checkpoint import Checkpoint, CheckpointStore
-from mlcd_ds.config import DeepSpeedDefaults, RunConfig
+from mlcd_ds.config import DeepSpeedDefaults, RunConfig, split_paths
 from mlcd_ds.data.centers import Centers, load_center_rows
 from mlcd_ds.data.labels import LabelsInfo, check_label_folder
 from mlcd_ds.data.loader import ImageLabelLoader, build_shard_table
@@ -63,19 +63,24 @@ def train_in(run: RunFolder, config: RunConfig, raw: dict, batch: BatchSizes, to
     collectives.on_main(topology, run.open, config.resume == "auto")
     shards = collectives.on_main(topology, expand_shards, config.shards)
     table = build_shard_table(
-        shards, config.labels, config.num_positives, config.max_skipped_fraction, config.shard_cache, topology
+        shards,
+        split_paths(config.labels),
+        config.num_positives,
+        config.max_skipped_fraction,
+        config.shard_cache,
+        topology,
     )
     order = EpochPlan(config.seed, table.counts, batch.global_batch, config.shuffle_window)
-    plan = plan_run(config, raw, batch, topology, table.num_samples, len(shards), table.labels_info, table.unused())
+    plan = plan_run(config, raw, batch, topology, table.num_samples, len(shards), table.labels_infos, table.unused())
     if topology.is_main:
         print(plan.card, flush=True)
     collectives.on_main(topology, run.write_config, plan.record(config, table.fingerprint(), order.fingerprint()))
     run.is_ours = True
 
-    store = CheckpointStore(run.path, topology, config.keep_last)
+    store = CheckpointStore(run.path, topology, config.keep_last, heads=len(table.labels_infos))
     found = store.find() if config.resume == "auto" else None
     if found is None:
-        collectives.on_main(topology, check_centers, config, table.labels_info)
+        collectives.on_main(topology, check_centers, config, table.labels_infos)
     loader = ImageLabelLoader(config, table, order, plan.encoder.image_size, topology)
     engine = build_engine(config, plan, topology, from_scratch=found is None)
     step = 0 if found is None else resume(found, plan, engine, topology)
@@ -107,21 +112,19 @@ def train_in(run: RunFolder, config: RunConfig, raw: dict, batch: BatchSizes, to
 
 @dataclass(frozen=True)
 class RunPlan:
-    """Everything about a run that follows from flags, JSON and data before anything is built."""
+    """Everything about a run that follows from flags, JSON and data before anything is built. labels: of each head."""
 
     settings: DeepSpeedSettings
     encoder: VitConfig
     length: RunLength
-    labels: LabelsInfo
+    labels: tuple[LabelsInfo, ...]
     world_size: int
     card: str
 
     def record(self, config: RunConfig, data: str, order: str) -> dict:
         """What config.json holds. data, order: fingerprints of the samples and of their order."""
         facts = {
-            "num_classes": self.labels.num_classes,
-            "centers_hash": self.labels.centers_hash,
-            "feature_model": self.labels.feature_model,
+            **{name: self._of_labels(name) for name in ("num_classes", "centers_hash", "feature_model")},
             "data": data,
             "order": order,
             "global_batch": self.settings.global_batch,
@@ -138,6 +141,11 @@ class RunPlan:
             "torch": torch.__version__,
         }
 
+    def _of_labels(self, name: str):
+        """A field of the labels; a list, one for each head, where there are several."""
+        values = [getattr(info, name) for info in self.labels]
+        return values if len(values) > 1 else values[0]
+
 
 def plan_run(
     config: RunConfig,
@@ -146,10 +154,10 @@ def plan_run(
     topology: Topology,
     num_samples: int,
     num_shards: int,
-    labels: LabelsInfo,
+    labels: tuple[LabelsInfo, ...],
     unused: Sequence[str] = (),
 ) -> RunPlan:
-    """Resolves what the run is. raw: the DeepSpeed JSON. unused: see `startup_card`.
+    """Resolves what the run is. raw: the DeepSpeed JSON. labels: of each head. unused: see `startup_card`.
 
     Raises ConfigError or DataError for what does not fit together.
     """
@@ -164,7 +172,9 @@ def plan_run(
         device_type=topology.device.type,
         defaults=DeepSpeedDefaults(),
     )
-    ClassPartition(labels.num_classes, topology.world_size)  # refuses more ranks than classes
+    num_classes = tuple(info.num_classes for info in labels)
+    for classes in num_classes:
+        ClassPartition(classes, topology.world_size)  # refuses more ranks than classes
     card = startup_card(
         config,
         settings,
@@ -172,7 +182,7 @@ def plan_run(
         length,
         num_samples=num_samples,
         num_shards=num_shards,
-        num_classes=labels.num_classes,
+        num_classes=num_classes,
         world_size=topology.world_size,
         device=topology.device.type,
         unused=unused,
@@ -186,21 +196,26 @@ def dry_run(config: RunConfig, topology: Topology) -> None:
     device = torch.device(config.device) if config.device else topology.device
     planned = Topology(0, world_size, 0, topology.local_world_size, device)
     shards = expand_shards(config.shards)
-    labels, rows = check_label_folder(config.labels, [shard_name(shard) for shard in shards], config.num_positives)
+    names = [shard_name(shard) for shard in shards]
+    found = [check_label_folder(folder, names, config.num_positives) for folder in split_paths(config.labels)]
+    labels, images = tuple(info for info, _ in found), max(sum(rows) for _, rows in found)
     raw = load_deepspeed_config(config.deepspeed_config)
     batch = BatchSizes.resolve(raw, world_size)
     check_centers(config, labels)
     if topology.is_main:
-        print(plan_run(config, raw, batch, planned, sum(rows), len(shards), labels).card)
+        print(plan_run(config, raw, batch, planned, images, len(shards), labels).card)
 
 
-def check_centers(config: RunConfig, labels: LabelsInfo) -> None:
+def check_centers(config: RunConfig, labels: Sequence[LabelsInfo]) -> None:
     """Refuses --centers that are not those of the labels: row i must be class i."""
-    if config.centers is not None and Centers.load(config.centers).hash != labels.centers_hash:
-        raise DataError(
-            f"--centers {config.centers} are not the centers that the labels in {config.labels} were made with. Give those, "
-            "or leave --centers out to start the head from random centers."
-        )
+    if config.centers is None:
+        return
+    for path, folder, info in zip(split_paths(config.centers), split_paths(config.labels), labels, strict=True):
+        if Centers.load(path).hash != info.centers_hash:
+            raise DataError(
+                f"--centers {path} are not the centers that the labels in {folder} were made with. Give those, or leave "
+                "--centers out to start the head from random centers."
+            )
 
 
 def check_launch(config: RunConfig, topology: Topology) -> None:
@@ -213,7 +228,7 @@ def check_launch(config: RunConfig, topology: Topology) -> None:
 
 
 def build_engine(config: RunConfig, plan: RunPlan, topology: Topology, from_scratch: bool) -> TrainEngine:
-    """Encoder, this rank's part of the head, and the engine that steps both.
+    """Encoder, this rank's part of each head, and the engine that steps them.
 
     from_scratch: False where a checkpoint is about to be loaded, which makes --init_from and --centers superfluous.
     """
@@ -221,16 +236,23 @@ def build_engine(config: RunConfig, plan: RunPlan, topology: Topology, from_scra
     model = VisionTransformer(plan.encoder, seed=config.seed)
     if config.init_from is not None and from_scratch:
         checkpoint.load_weights(model, checkpoint.find_encoder(config.init_from))
-    partition = ClassPartition(plan.labels.num_classes, topology.world_size)
+    heads = [build_head(config, plan, topology, from_scratch, index) for index in range(len(plan.labels))]
+    return TrainEngine(model, heads, plan.settings, config, topology, config.timeout_minutes)
+
+
+def build_head(config: RunConfig, plan: RunPlan, topology: Topology, from_scratch: bool, index: int) -> PartialFC:
+    """This rank's part of the `index`-th head; its own seed, so that two heads of one size differ."""
+    num_classes = plan.labels[index].num_classes
+    partition = ClassPartition(num_classes, topology.world_size)
     rows = partition.start(topology.rank), partition.stop(topology.rank)
     centers = None
     if config.centers is not None and from_scratch:
-        centers = load_center_rows(Centers.load(config.centers), *rows, plan.labels.num_classes, plan.encoder.embed_dim)
+        own = Centers.load(split_paths(config.centers)[index])
+        centers = load_center_rows(own, *rows, num_classes, plan.encoder.embed_dim)
     options = {name: getattr(config, name) for name in PartialFC.SETTINGS}
     precision, gather_precision = head_precisions(config, plan.settings, topology.device.type)
     options |= {"precision": precision, "gather_precision": gather_precision, "init_centers": centers}
-    head = PartialFC(plan.labels.num_classes, plan.encoder.embed_dim, topology, seed=config.seed, **options)
-    return TrainEngine(model, head, plan.settings, config, topology, config.timeout_minutes)
+    return PartialFC(num_classes, plan.encoder.embed_dim, topology, seed=config.seed + index, **options)
 
 
 def resume(found: Checkpoint, plan: RunPlan, engine: TrainEngine, topology: Topology) -> int:

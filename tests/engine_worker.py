@@ -6,7 +6,7 @@ from pathlib import Path
 import deepspeed
 import torch
 
-from mlcd_ds.batch import NO_IMAGE, ImageLabelBatch
+from mlcd_ds.batch import NO_IMAGE, ImageLabelBatch, head_suffix
 from mlcd_ds.config import DeepSpeedDefaults, HeadConfig
 from mlcd_ds.ds_config import BatchSizes, resolve_deepspeed_config
 from mlcd_ds.engine import TrainEngine
@@ -16,17 +16,18 @@ from mlcd_ds.partial_fc import PartialFC
 from mlcd_ds.topology import Topology
 
 IMAGES, CLASSES = 12, 37
+TWO_HEADS, TWO_WEIGHTS = (CLASSES, 23), (1.0, 0.5)
 ENCODER = VitConfig(
     image_size=16, patch_size=8, layers=2, width=16, heads=2, mlp_width=32, embed_dim=8, rope=False, activation="gelu",
     norm_eps=1e-5,
 )  # fmt: skip
 
 
-def global_batch(missing: tuple[int, ...] = ()) -> ImageLabelBatch:
-    """The same 12 images for every number of ranks; rows in `missing` are no image."""
+def global_batch(missing: tuple[int, ...] = (), classes: tuple[int, ...] = (CLASSES,)) -> ImageLabelBatch:
+    """The same 12 images for every number of ranks; rows in `missing` are no image. classes: of each head."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (IMAGES, 3, 16, 16), generator=generator, dtype=torch.uint8)
-    labels = torch.randint(0, CLASSES, (IMAGES, 4), generator=generator)
+    labels = torch.cat([torch.randint(0, k, (IMAGES, 4), generator=generator) for k in classes], dim=1)
     for row in missing:
         labels[row] = NO_IMAGE
     return ImageLabelBatch(images, labels, tuple("" for _ in range(IMAGES)))
@@ -36,7 +37,9 @@ def config(**options) -> HeadConfig:
     return HeadConfig(**({"sample_rate": 1.0, "head_grad_clip": 0.0} | options))
 
 
-def build(topology: Topology, stage: int, accumulation: int, checkpointing: bool, options: dict) -> TrainEngine:
+def build(
+    topology: Topology, stage: int, accumulation: int, checkpointing: bool, options: dict, classes=(CLASSES,)
+) -> TrainEngine:
     raw = {
         "train_batch_size": IMAGES,
         "gradient_accumulation_steps": accumulation,
@@ -55,14 +58,22 @@ def build(topology: Topology, stage: int, accumulation: int, checkpointing: bool
         defaults=DeepSpeedDefaults(),
     )
     head_config = config(**options)
-    head = PartialFC(CLASSES, 8, topology, sample_rate=head_config.sample_rate, workspace_mb=1e-4, seed=1)
-    return TrainEngine(VisionTransformer(ENCODER, seed=1), head, settings, head_config, topology, 1.0)
+    heads = [
+        PartialFC(k, 8, topology, sample_rate=head_config.sample_rate, workspace_mb=1e-4, seed=1 + index)
+        for index, k in enumerate(classes)
+    ]
+    return TrainEngine(VisionTransformer(ENCODER, seed=1), heads, settings, head_config, topology, 1.0)
 
 
 def captured_step(engine: TrainEngine, batch: ImageLabelBatch, step: int = 0) -> dict:
-    """One train_step; the gradients as they stood just before encoder and head moved."""
-    captured = {"centers_before": engine.head.centers.detach().clone()}
-    deepspeed_step, head_step = engine.engine.step, engine.head_optimizer.step
+    """One train_step; the gradients as they stood just before encoder and heads moved.
+
+    Those of the heads after the first end in "_1" ...
+    """
+    (head, *others), deepspeed_step = engine.heads, engine.engine.step
+    captured = {"centers_before": head.centers.detach().clone()}
+    if others:
+        captured["centers_before_1"] = others[0].centers.detach().clone()
 
     def capture_encoder():
         if engine.engine.is_gradient_accumulation_boundary():
@@ -71,18 +82,27 @@ def captured_step(engine: TrainEngine, batch: ImageLabelBatch, step: int = 0) ->
                 name: deepspeed.utils.safe_get_full_grad(parameter).clone() for name, parameter in named
             }
         deepspeed_step()
-        captured["centers_after_engine"] = engine.head.centers.detach().clone()
+        captured["centers_after_engine"] = head.centers.detach().clone()
 
-    def capture_head(gradient, learning_rate, step):
-        dense = torch.zeros_like(engine.head.centers)
-        dense[gradient.rows_S] = gradient.values_SD
-        captured["centers"] = dense
-        head_step(gradient, learning_rate, step)
+    def capturing(name, optimizer, head_step):
+        def capture_head(gradient, learning_rate, step):
+            dense = torch.zeros_like(optimizer.centers_cD)
+            dense[gradient.rows_S] = gradient.values_SD
+            captured[name] = dense
+            head_step(gradient, learning_rate, step)
 
-    engine.engine.step, engine.head_optimizer.step = capture_encoder, capture_head
+        return capture_head
+
+    engine.engine.step = capture_encoder
+    for index, optimizer in enumerate(engine.head_optimizers):
+        optimizer.step = capturing(f"centers{head_suffix(index)}", optimizer, optimizer.step)
     result = engine.train_step(batch, step)
-    engine.engine.step, engine.head_optimizer.step = deepspeed_step, head_step
-    captured |= {"loss": result.loss, "grad_norm": result.grad_norm, "head_norm": result.head_grad_norm}
+    engine.engine.step = deepspeed_step
+    for optimizer in engine.head_optimizers:
+        del optimizer.step  # the class's own again
+    captured |= {"loss": result.loss, "grad_norm": result.grad_norm, "head_norm": result.head_grad_norms[0]}
+    if others:
+        captured["head_norm_1"] = result.head_grad_norms[1]
     return captured | {"applied": result.applied, "learning_rates": (result.learning_rate, result.head_learning_rate)}
 
 
@@ -93,7 +113,7 @@ def own_part(batch: ImageLabelBatch, topology: Topology) -> ImageLabelBatch:
 def poison(engine: TrainEngine, topology: Topology) -> dict:
     """A gradient that is no number on the last rank alone: nothing may move, on any rank."""
     weights = engine.encoder_weights()
-    centers = engine.head.centers.detach().clone()
+    centers = engine.heads[0].centers.detach().clone()
 
     def nan_gradient(gradient):
         return gradient * torch.nan if topology.rank == topology.world_size - 1 else gradient
@@ -107,14 +127,14 @@ def poison(engine: TrainEngine, topology: Topology) -> dict:
         "applied": result.applied,
         "skipped_steps": engine.skipped_steps,
         "encoder_moved": any(not torch.equal(weights[name], after[name]) for name in weights),
-        "head_moved": not torch.equal(centers, engine.head.centers),
+        "head_moved": not torch.equal(centers, engine.heads[0].centers),
     }
 
 
-def poison_head(engine: TrainEngine, topology: Topology) -> dict:
-    """A gradient of the centers that is no number on the last rank alone, under a finite loss."""
-    weights, centers = engine.encoder_weights(), engine.head.centers.detach().clone()
-    take = engine.head.take_gradients
+def poison_head(engine: TrainEngine, topology: Topology, classes=(CLASSES,)) -> dict:
+    """A gradient of the last head's centers that is no number on the last rank alone, under a finite loss."""
+    weights, centers = engine.encoder_weights(), [head.centers.detach().clone() for head in engine.heads]
+    take = engine.heads[-1].take_gradients
 
     def nan_gradients():
         gradients = take()
@@ -122,15 +142,16 @@ def poison_head(engine: TrainEngine, topology: Topology) -> dict:
             gradients[0].values_SD[0, 0] = torch.nan
         return gradients
 
-    engine.head.take_gradients = nan_gradients
+    engine.heads[-1].take_gradients = nan_gradients
     try:
-        engine.train_step(own_part(global_batch(), topology), step=1)
+        engine.train_step(own_part(global_batch(classes=classes), topology), step=1)
         message = "no error"
     except NonFiniteError as error:
         message = str(error)
     after = engine.encoder_weights()
     moved = any(not torch.equal(weights[name], after[name]) for name in weights)
-    return {"message": message, "moved": moved or not torch.equal(centers, engine.head.centers)}
+    moved |= any(not torch.equal(before, head.centers) for before, head in zip(centers, engine.heads, strict=True))
+    return {"message": message, "moved": moved}
 
 
 def main(folder: Path) -> None:
@@ -149,6 +170,14 @@ def main(folder: Path) -> None:
     results["poisoned head"] = poison_head(engine, topology)
     engine = build(topology, 1, 1, False, {"head_grad_clip": 0.5})
     results["clipped"] = captured_step(engine, own_part(global_batch(), topology))
+    for accumulation in (1, 3):
+        engine = build(topology, 1, accumulation, False, {"head_weights": TWO_WEIGHTS}, TWO_HEADS)
+        batch = own_part(global_batch(missing=(0, 1, 7), classes=TWO_HEADS), topology)
+        results[f"two heads,{accumulation}"] = captured_step(engine, batch)
+    results["poisoned head 1"] = poison_head(engine, topology, TWO_HEADS)
+    engine = build(topology, 1, 1, False, {"head_weights": TWO_WEIGHTS, "head_grad_clip": 0.5}, TWO_HEADS)
+    batch = own_part(global_batch(missing=(0, 1, 7), classes=TWO_HEADS), topology)
+    results["two heads,clipped"] = captured_step(engine, batch)
     torch.save(results, folder / f"world{topology.world_size}_rank{topology.rank}.pt")
     topology.stop()
 

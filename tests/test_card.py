@@ -36,7 +36,7 @@ def test_the_papers_run_on_the_card():
     encoder = preset("vit_l14")
     card = startup_card(
         config, settings, encoder, length,
-        num_samples=400_000_000, num_shards=41_408, num_classes=1_000_000, world_size=80, device="cuda",
+        num_samples=400_000_000, num_shards=41_408, num_classes=(1_000_000,), world_size=80, device="cuda",
     )  # fmt: skip
     for words in (
         "80 on cuda, bfloat16, ZeRO stage 2",
@@ -61,12 +61,28 @@ def test_sampled_rows_by_both_budgets():
     assert sampled_rows(cd, 32_768, 1_000_000, 1) == pytest.approx(32_240 + 0.1 * 967_760, rel=1e-3)
 
 
+def test_drawn_positives_stand_on_the_card_and_name_fewer_rows():
+    base = {"deepspeed_config": "x", "shards": "s", "labels": "l", "output_dir": "run", "sample_rate": 0.01}
+    two, all_of_two = RunConfig(**base, positives_drawn=2), RunConfig(**base, num_positives=2)
+    assert sampled_rows(two, 4096, 1_000_000, 8) == sampled_rows(all_of_two, 4096, 1_000_000, 8)
+    assert sampled_rows(two, 4096, 1_000_000, 8) < sampled_rows(RunConfig(**base), 4096, 1_000_000, 8)
+    for objective, words in (("mlcd", "l=8 (2 drawn at each visit), "), ("cd", "of which cd takes the nearest")):
+        config, settings, length = planned(
+            "ds_configs/cpu.json", 2, "cpu", 1000, model="vit_toy", positives_drawn=2, objective=objective
+        )
+        card = startup_card(
+            config, settings, preset("vit_toy"), length,
+            num_samples=1000, num_shards=1, num_classes=(100,), world_size=2, device="cpu",
+        )  # fmt: skip
+        assert words in card
+
+
 def test_memory_of_weights_and_head_is_that_of_real_tensors():
     config, settings, _ = planned("ds_configs/cpu.json", 2, "cpu", 1000, model="vit_toy")
     encoder = preset("vit_toy")
     model = VisionTransformer(encoder, seed=0)
     assert count_parameters(encoder) == sum(p.numel() for p in model.parameters())
-    memory = plan_memory(encoder, settings, config, num_classes=1001, world_size=2)
+    memory = plan_memory(encoder, settings, config, num_classes=(1001,), world_size=2)
     assert memory.weights == sum(p.numel() * p.element_size() for p in model.parameters())
     assert memory.optimizer == memory.weights * 2 // 2  # two moments, split over two ranks at ZeRO 1
     head = PartialFC(1001, encoder.embed_dim, Topology(0, 2, 0, 2, torch.device("cpu")))
@@ -75,11 +91,30 @@ def test_memory_of_weights_and_head_is_that_of_real_tensors():
     assert memory.total == sum(parts)
 
 
+def test_card_has_a_line_for_each_head_and_memory_for_all():
+    config, settings, length = planned("ds_configs/cpu.json", 2, "cpu", 1000, model="vit_toy")
+    values = config.model_dump() | {"labels": "image::text", "head_weights": "1,0.5"}
+    both, encoder = RunConfig(**values), preset("vit_toy")
+    card = startup_card(
+        both, settings, encoder, length,
+        num_samples=1000, num_shards=1, num_classes=(1001, 300), world_size=2, device="cpu",
+    )  # fmt: skip
+    lines = {line[2:15].strip(): line for line in card.splitlines()}
+    assert "1,001 classes" in lines["head 0"] and "loss x 1, labels image" in lines["head 0"]
+    assert "300 classes" in lines["head 1"] and "loss x 0.5, labels text" in lines["head 1"]
+    assert "501 centers" in lines["rows a rank"] and "; 150 centers" in lines["rows a rank"]
+    first, second = (plan_memory(encoder, settings, config, (k,), 2) for k in (1001, 300))
+    together = plan_memory(encoder, settings, both, (1001, 300), 2)
+    assert together.head == first.head + second.head
+    assert first.head_step < together.head_step < first.head_step + second.head_step  # one workspace at a time
+    assert together.weights == first.weights and together.activations == first.activations
+
+
 @pytest.mark.parametrize(("file", "world_size", "model"), [
     ("vit_b32_8gpu", 8, "vit_b32"), ("vit_l14_8gpu", 8, "vit_l14"), ("vit_l14_80gpu", 80, "vit_l14"),
     ("vit_h14_zero3", 8, "vit_h14"),
 ])  # fmt: skip
 def test_shipped_gpu_configs_fit_their_hardware_by_the_cards_estimate(file, world_size, model):
     config, settings, _ = planned(f"ds_configs/{file}.json", world_size, "cuda", 400_000_000, model=model)
-    memory = plan_memory(preset(model), settings, config, num_classes=1_000_000, world_size=world_size)
+    memory = plan_memory(preset(model), settings, config, num_classes=(1_000_000,), world_size=world_size)
     assert memory.total < 80e9, memory

@@ -66,6 +66,17 @@ def test_part_that_rank_0_does_not_see_is_not_published(tmp_path, part, words):
     assert published(tmp_path / "checkpoints") == []
 
 
+def test_rows_of_every_head_must_be_there(tmp_path):
+    writer = CheckpointStore(tmp_path, Topology.single(), 3, heads=2)
+    staging = writer.stage(1)
+    save_rows(staging / "head", 0, 5, 5, {"centers": torch.zeros(5, 2)})
+    save_tensors(staging / "ranks" / checkpoint.rank_file(0), {"torch": torch.get_rng_state()})
+    with pytest.raises(CheckpointError, match="lacks 1 of the 1 files in head_1/"):
+        writer.publish(1)
+    save_rows(staging / checkpoint.head_folder(1), 0, 3, 3, {"centers": torch.zeros(3, 2)})
+    checkpoint.verify(writer.publish(1))
+
+
 def test_kill_anywhere_inside_publish_leaves_the_old_or_the_new_checkpoint(tmp_path, monkeypatch):
     """Each step of publishing in turn is where the process ends; nothing after it happens."""
 

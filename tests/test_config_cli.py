@@ -88,6 +88,25 @@ def test_numbers():
             parse("--epochs", wrong)
 
 
+def test_labels_centers_and_weights_of_several_heads():
+    def several(**more):
+        flags = cli.parse_flags([*REQUIRED], RunConfig) | {"labels": "image:: text"} | more
+        return cli.build(RunConfig, flags)
+
+    assert config.split_paths(several().labels) == ("image", "text") and several().head_weights is None
+    assert several(head_weights="1, 0.5").head_weights == (1.0, 0.5)
+    assert several(centers="a::b.npy", head_weights="none").centers == "a::b.npy"
+    for wrong, message in (
+        ({"head_weights": "1"}, "--head_weights names 1 weights, --labels 2 folders"),
+        ({"centers": "a"}, "--centers 'a' names 1 centers, --labels 2 folders"),
+        ({"centers": "a::"}, "--centers 'a::' names 1 centers, --labels 2 folders"),
+        ({"labels": "image::"}, "--labels 'image::' names an empty folder"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            several(**wrong)
+        assert message in str(caught.value)
+
+
 def test_none_is_none_only_where_it_may_be():
     assert parse("--centers", "none").centers is None
     assert parse("--margin_type", "none").margin_type == "none"
@@ -115,6 +134,16 @@ def test_none_is_none_only_where_it_may_be():
         (["--objective", "mlc2"], "--objective 'mlc2': Input should be 'mlcd', 'mlc' or 'cd'"),
         (["--flip=maybe"], "--flip 'maybe'"),
         (["--epochs", "1", "--steps", "2"], "--epochs and --steps all say how long"),
+        (["--positives_drawn", "9"], "--positives_drawn 9 is more than the --num_positives 8 to draw from"),
+        (["--positives_drawn", "0"], "--positives_drawn '0'"),
+        (["--head_weights", "1,0.5"], "--head_weights names 2 weights, --labels 1 folders"),
+        (
+            ["--head_weights", "1,0"],
+            "--head_weights '1,0': must be finite numbers above 0, separated by commas, like 1,0.5",
+        ),
+        (["--head_weights", "inf"], "--head_weights 'inf': must be finite"),
+        (["--head_weights", "1,x"], "--head_weights '1,x': must be finite"),
+        (["--centers", "A::B"], "--centers 'A::B' names 2 centers, --labels 1 folders"),
         (["--world_size", "8"], "--world_size only means something with --dry_run"),
         (["--batch_size", "8"], "'train_batch_size'"),
         (["--lr=1e-3"], "'optimizer.params.lr'"),

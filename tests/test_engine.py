@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from engine_worker import CLASSES, ENCODER, IMAGES, global_batch
+from engine_worker import CLASSES, ENCODER, IMAGES, TWO_HEADS, TWO_WEIGHTS, global_batch
 from processes import ROOT, run_script
 
-from mlcd_ds.batch import NO_IMAGE
+from mlcd_ds.batch import NO_IMAGE, head_suffix
 from mlcd_ds.losses import LossSpec, dense_loss
 from mlcd_ds.models.vit import VisionTransformer
 from mlcd_ds.partial_fc import random_rows
@@ -34,20 +34,24 @@ def results(tmp_path_factory):
     return found
 
 
-def reference(missing=()):
-    """loss, gradients of encoder and of all centers, by autograd in float64 on the images that are there."""
+def reference(missing=(), classes=(CLASSES,), weights=(1.0,)):
+    """loss, gradients of encoder and of each head's centers, by autograd in float64 on the images that are there."""
     model = VisionTransformer(ENCODER, seed=1).double()
-    centers = random_rows(0, CLASSES, CLASSES, 8, seed=1).double().requires_grad_()
-    batch = global_batch(missing)
+    heads = [random_rows(0, k, k, 8, seed=1 + i).double().requires_grad_() for i, k in enumerate(classes)]
+    batch = global_batch(missing, classes)
     there = batch.labels_BL[:, 0] != NO_IMAGE
     spec = LossSpec("mlcd", 64.0, 0.3, "arc", "straight_through", None)
-    loss = dense_loss(model(batch.images_BCHH[there]), centers, batch.labels_BL[there], spec)
+    embeddings = model(batch.images_BCHH[there])
+    loss = 0
+    for index, (centers, weight) in enumerate(zip(heads, weights, strict=True)):
+        labels = batch.labels_BL[there, 4 * index : 4 * index + 4]
+        loss = loss + weight * dense_loss(embeddings, centers, labels, spec)
     loss.backward()
-    return loss.item(), {name: p.grad for name, p in model.named_parameters()}, centers.grad
+    return loss.item(), {name: p.grad for name, p in model.named_parameters()}, [centers.grad for centers in heads]
 
 
-def assert_matches_reference(per_rank, missing=()):
-    loss, encoder, centers = reference(missing)
+def assert_matches_reference(per_rank, missing=(), classes=(CLASSES,), weights=(1.0,)):
+    loss, encoder, heads = reference(missing, classes, weights)
     for result in per_rank:
         assert result["applied"]
         assert result["loss"] == pytest.approx(loss, rel=1e-5)
@@ -56,8 +60,11 @@ def assert_matches_reference(per_rank, missing=()):
             assert_close(result["encoder"][name], gradient, name)
         norm = torch.cat([gradient.flatten() for gradient in encoder.values()]).norm().item()
         assert result["grad_norm"] == pytest.approx(norm, rel=1e-4)
-        assert result["head_norm"] == pytest.approx(centers.norm().item(), rel=1e-4)
-    assert_close(torch.cat([result["centers"] for result in per_rank]), centers, "centers")
+        for index, centers in enumerate(heads):
+            assert result[f"head_norm{head_suffix(index)}"] == pytest.approx(centers.norm().item(), rel=1e-4)
+    for index, centers in enumerate(heads):
+        name = f"centers{head_suffix(index)}"
+        assert_close(torch.cat([result[name] for result in per_rank]), centers, name)
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -83,6 +90,33 @@ def test_bad_gradient_of_the_centers_alone_stops_everybody_before_anything_moves
     for rank in results[world_size]:
         found = rank["poisoned head"]
         assert "step 1: the norm of the centers' gradient is nan. Nothing was changed" in found["message"]
+        assert not found["moved"]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_two_heads_of_different_sizes_are_the_weighted_sum_of_one_process(results, world_size, accumulation):
+    """Encoder and both heads, with slots without an image, in uneven micro-batches where accumulation is 3."""
+    per_rank = [rank[f"two heads,{accumulation}"] for rank in results[world_size]]
+    assert_matches_reference(per_rank, missing=(0, 1, 7), classes=TWO_HEADS, weights=TWO_WEIGHTS)
+    first = torch.cat([rank["centers_before"] for rank in per_rank])
+    second = torch.cat([rank["centers_before_1"] for rank in per_rank])
+    assert not torch.equal(first[: len(second)], second)  # seeds of their own
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_each_head_is_clipped_by_its_own_norm(results, world_size):
+    for name in ("centers", "centers_1"):
+        plain = torch.cat([rank["two heads,1"][name] for rank in results[world_size]])
+        clipped = torch.cat([rank["two heads,clipped"][name] for rank in results[world_size]])
+        torch.testing.assert_close(clipped, plain * (0.5 / plain.norm()), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_bad_gradient_of_the_second_head_alone_stops_before_anything_moves(results, world_size):
+    for rank in results[world_size]:
+        found = rank["poisoned head 1"]
+        assert "step 1: the norm of the head 1's centers' gradient is nan. Nothing was changed" in found["message"]
         assert not found["moved"]
 
 

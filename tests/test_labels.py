@@ -162,12 +162,12 @@ def test_mixed_folders_are_refused(folder, field, value):
 # ------------------------------------------------------------------------------------------------ tars and labels
 
 
-def table_on_ranks(world_size, shards, labels_dir, allowed=0.01, num_positives=3):
+def table_on_ranks(world_size, shards, *labels_dirs, allowed=0.01, num_positives=3):
     """One table or error message per rank."""
 
     def build(topology):
         try:
-            return build_shard_table(shards, labels_dir, num_positives, allowed, None, topology)
+            return build_shard_table(shards, labels_dirs, num_positives, allowed, None, topology)
         except DataError as error:
             return str(error)
 
@@ -180,7 +180,7 @@ def test_every_rank_knows_the_whole_table(tmp_path, world_size):
     tables = table_on_ranks(world_size, shards, tmp_path / "labels")
     for table in tables:
         assert table == tables[0] and table.fingerprint() == tables[0].fingerprint()
-        assert table.counts == (3, 5, 2) and table.num_samples == 10 and table.labels_info == INFO
+        assert table.counts == (3, 5, 2) and table.num_samples == 10 and table.labels_infos == (INFO,)
         for shard in range(3):  # kept from the check, or read again
             contents = table.load(shard)
             assert contents.labels.tolist() == [labels_of(contents.key(i)).tolist() for i in range(len(contents))]
@@ -192,7 +192,7 @@ def test_the_fingerprint_tells_other_data(tmp_path):
     shards = make_shards(tmp_path, [3, 3])
     topology = Topology.single()
     prints = {
-        build_shard_table(part, tmp_path / "labels", l, 0.0, None, topology).fingerprint()
+        build_shard_table(part, [tmp_path / "labels"], l, 0.0, None, topology).fingerprint()
         for part, l in [(shards, 3), (shards[::-1], 3), (shards[:1], 3), (shards, 2)]
     }
     assert len(prints) == 4
@@ -255,6 +255,61 @@ def test_bad_input_stops_every_rank_with_one_message(tmp_path, damage, message, 
     assert all(isinstance(text, str) and text == found[0] for text in found)
     with pytest.raises(DataError, match=message):
         raise DataError(found[0])
+
+
+TEXT = dataclasses.replace(INFO, num_classes=60, centers_hash="text")
+
+
+def second_folder(folder, lacking=(), info=TEXT):
+    """Labels of the same tars by other centers, without the keys in `lacking`."""
+    for shard, count in enumerate((3, 5, 2)):
+        keys = [f"{shard:05d}{i:04d}" for i in range(count)]
+        write_labels(folder / "text", f"{shard:05d}", [key for key in keys if key not in lacking], info)
+    return folder / "text"
+
+
+@pytest.mark.parametrize("kept", [0, 100])
+def test_labels_of_two_folders_stand_side_by_side(tmp_path, monkeypatch, kept):
+    """An image that one folder lacks counts as without label."""
+    monkeypatch.setattr("mlcd_ds.data.shards.KEPT_SAMPLES", kept)
+    shards = make_shards(tmp_path, [3, 5, 2])
+    text = second_folder(tmp_path, lacking=("000010002",))
+    write_labels(tmp_path / "labels", "00002", ["000020001"])
+    tables = table_on_ranks(2, shards, tmp_path / "labels", text, allowed=0.2, num_positives=2)
+    for table in tables:
+        assert [info.num_classes for info in table.labels_infos] == [50, 60]
+        assert table.without_label == 2 and table.fingerprint() == tables[0].fingerprint()
+        for shard, lacking in enumerate(([], [2], [0])):
+            contents = table.load(shard)
+            assert np.nonzero(~contents.labelled)[0].tolist() == lacking
+            for row in np.nonzero(contents.labelled)[0]:
+                two = labels_of(contents.key(row))[:2].tolist()
+                assert contents.labels[row].tolist() == two + two
+    one = table_on_ranks(1, shards, tmp_path / "labels", allowed=0.2, num_positives=2)[0]
+    assert one.without_label == 1 and one.fingerprint() != tables[0].fingerprint()
+
+
+def test_two_folders_that_do_not_fit(tmp_path):
+    shards = make_shards(tmp_path, [3, 5, 2])
+    labels, keys = tmp_path / "labels", [f"00001{i:04d}" for i in range(5)]
+    text = second_folder(tmp_path, lacking=keys)
+
+    def message(**options):
+        first, second = table_on_ranks(2, shards, labels, text, **options)
+        assert first == second
+        return first
+
+    assert f"5 of 10 images have no label in {labels} (0) or {text} (5), more than" in message()
+    assert "00001.tar: 5 of 5, e.g. 000010000" in message()
+    second_folder(tmp_path, info=dataclasses.replace(INFO, num_positives=2))
+    assert f"labels in {text} store 2 centers an image, --num_positives asks for 3" in message()
+    second_folder(tmp_path)
+    write_labels(text, "00001", keys)
+    assert "do not belong together: num_classes 60 against 50" in message()
+    (text / "00002.parquet").unlink()
+    assert f"1 of 3 shards have no label file in {text}" in message()
+    text.rename(tmp_path / "elsewhere")
+    assert f"the label folder {text} does not exist" in message()
 
 
 def test_too_few_labels_and_no_shards(tmp_path):

@@ -16,12 +16,12 @@ import torch
 from PIL import Image
 from toy_data import encode, labels_of, make_shards, picture, write_labels
 
-from mlcd_ds.batch import NO_IMAGE, NO_LABEL
+from mlcd_ds.batch import NO_IMAGE, NO_LABEL, ImageLabelBatch
 from mlcd_ds.config import RunConfig
 from mlcd_ds.data import loader as loader_module
-from mlcd_ds.data.labels import label_path, write_label_shard
+from mlcd_ds.data.labels import LabelsInfo, draw_positives, label_path, write_label_shard
 from mlcd_ds.data.loader import ImageLabelLoader
-from mlcd_ds.data.plan import EpochPlan, augmentation_generator
+from mlcd_ds.data.plan import EpochPlan, augmentation_generator, positives_generator
 from mlcd_ds.data.shards import ShardReader, build_shard_table
 from mlcd_ds.errors import ConfigError, DataError
 from mlcd_ds.topology import Topology
@@ -135,9 +135,11 @@ def config(**changes) -> RunConfig:
     return RunConfig(**{**settings, "workers": 0, "shuffle_window": 6, "prefetch": 2, **changes})
 
 
-def make_loader(folder, shards, rank=0, world_size=1, batch=8, allowed=1.0, **changes):
+def make_loader(folder, shards, rank=0, world_size=1, batch=8, allowed=1.0, heads=("labels",), **changes):
     settings = config(max_skipped_fraction=allowed, **changes)
-    table = build_shard_table(shards, folder / "labels", settings.num_positives, allowed, None, Topology.single())
+    table = build_shard_table(
+        shards, [folder / head for head in heads], settings.num_positives, allowed, None, Topology.single()
+    )
     plan = EpochPlan(5, table.counts, batch, settings.shuffle_window)
     topology = Topology(rank, world_size, rank, world_size, torch.device("cpu"))
     return ImageLabelLoader(settings, table, plan, image_size=24, topology=topology)
@@ -247,11 +249,85 @@ def test_fewer_labels_than_stored_and_fewer_stored_than_wanted(tmp_path):
     ((_, labels, keys),) = collect(make_loader(tmp_path, shards, batch=4, num_positives=2), 0, 1)
     assert labels.tolist() == [labels_of(key)[:2].tolist() for key in keys]
     rows = np.array([[1, 2, 3], [4, -1, -1], [-1, -1, -1], [5, 6, -1]])
-    info = build_shard_table(shards, tmp_path / "labels", 3, 0.0, None, Topology.single()).labels_info
+    info = build_shard_table(shards, [tmp_path / "labels"], 3, 0.0, None, Topology.single()).labels_infos[0]
     names = [f"00000{i:04d}" for i in range(4)]
     write_label_shard(label_path(tmp_path / "labels", "00000"), names, rows, np.zeros((4, 3)), info)
     ((_, labels, keys),) = collect(make_loader(tmp_path, shards, batch=4), 0, 1)
     assert labels.tolist() == [rows[names.index(key)].tolist() for key in keys] and NO_LABEL in labels
+
+
+def test_drawn_labels_are_a_function_of_seed_epoch_and_sample(data, reference, monkeypatch):
+    """The same for every number of ranks and loader processes and size of piece; images stay those of a run without."""
+    drawn = collect(make_loader(*data, positives_drawn=2), 0, 12)
+    for (images, labels, keys), (images2, labels2, keys2) in zip(drawn, reference, strict=True):
+        assert keys == keys2 and torch.equal(images, images2)
+        assert labels.shape == (8, 2)
+        for two, three in zip(labels.tolist(), labels2.tolist(), strict=True):
+            assert two in [three[:2], three[1:], three[::2]]
+    monkeypatch.setattr(loader_module, "IMAGES_PER_PIECE", 3)
+    halves = [collect(make_loader(*data, rank=r, world_size=2, workers=1, positives_drawn=2), 0, 12) for r in range(2)]
+    joined = [torch.cat([first[1], second[1]]) for first, second in zip(*halves, strict=True)]
+    assert all(torch.equal(ours, labels) for ours, (_, labels, _) in zip(joined, drawn, strict=True))
+    visits = {}
+    for _, labels, keys in drawn:
+        for key, row in zip(keys, labels.tolist(), strict=True):
+            visits.setdefault(key, []).append(row)
+    twice = [rows for rows in visits.values() if len(rows) == 2]
+    assert 0 < sum(first == second for first, second in twice) < len(twice)  # another draw in another epoch
+    assert_same(collect(make_loader(*data, positives_drawn=3), 0, 12), reference)
+
+
+def test_positives_are_drawn_uniformly_and_keep_their_order():
+    labels = np.array([40, 7, 23, 31, 2, NO_LABEL, NO_LABEL], np.int32)
+    draws = Counter()
+    for epoch in range(2):
+        for index in range(3000):
+            draws[tuple(draw_positives(labels, 2, positives_generator(1, epoch, 5, index)).tolist())] += 1
+    pairs = {(int(labels[i]), int(labels[j])) for i in range(5) for j in range(i + 1, 5)}
+    assert set(draws) == pairs  # distinct, nearest first, no padding
+    chi_squared = sum((count - 600) ** 2 / 600 for count in draws.values())
+    assert chi_squared < 27.9  # 0.1 % point at 9 degrees of freedom
+
+
+@pytest.mark.parametrize("count, expected", [(5, [40, 7, 23, 31, 2]), (6, [40, 7, 23, 31, 2, NO_LABEL])])
+def test_too_few_labels_to_draw_from_are_all_taken(count, expected):
+    labels = np.array([40, 7, 23, 31, 2, NO_LABEL, NO_LABEL], np.int32)
+    assert draw_positives(labels, count, positives_generator(0, 0, 0, 0)).tolist() == expected
+
+
+def test_draws_among_labels_repeat_and_differ_from_the_augmentations():
+    place = (1, 2, 3, 4)
+    assert positives_generator(*place).random() == positives_generator(*place).random()
+    assert positives_generator(*place).random() != augmentation_generator(*place).random()
+
+
+@pytest.mark.parametrize("drawn", [None, 2])
+def test_labels_of_two_heads_stand_in_their_columns(data, reference, drawn):
+    folder, shards = data
+    for shard, count in enumerate(COUNTS):  # the same keys in the other order: labels of the key plus one
+        keys = [f"{shard:05d}{i:04d}" for i in range(count)]
+        rows = np.array([(labels_of(key) + 1) % 50 for key in keys])
+        info = LabelsInfo(50, 3, "text", "builtin:toy")
+        write_label_shard(label_path(folder / "text", f"{shard:05d}"), keys, rows, np.zeros(rows.shape), info)
+    found = collect(make_loader(folder, shards, heads=("labels", "text"), positives_drawn=drawn), 0, 12)
+    draws = set()
+    for (images, labels, keys), (images2, labels2, keys2) in zip(found, reference, strict=True):
+        assert keys == keys2 and torch.equal(images, images2)
+        first, second = ImageLabelBatch(images, labels, keys).labels_of_heads(2)
+        if drawn is None:
+            assert torch.equal(first, labels2) and torch.equal(second, (labels2 + 1) % 50)
+            continue
+        for one, two, three in zip(first.tolist(), second.tolist(), labels2.tolist(), strict=True):
+            places = tuple(tuple(three.index(label) for label in row) for row in (one, [(x - 1) % 50 for x in two]))
+            assert all(len(pair) == 2 and pair[0] < pair[1] for pair in places)
+            draws.add(places)
+    assert drawn is None or len(draws) == 9  # each head draws for itself
+
+
+def test_columns_that_cannot_be_shared_out(reference):
+    images, labels, keys = reference[0]
+    with pytest.raises(ValueError, match="3 label columns are not a multiple of 2 heads"):
+        ImageLabelBatch(images, labels, keys).labels_of_heads(2)
 
 
 def test_the_global_batch_must_be_divisible(data):
@@ -263,7 +339,7 @@ def test_reading_with_little_memory_and_few_files_gives_the_same(data, monkeypat
     monkeypatch.setattr("mlcd_ds.data.shards.MAX_OPEN_FILES", 1)
     monkeypatch.setattr("mlcd_ds.data.shards.KEPT_SAMPLES", 0)
     folder, shards = data
-    table = build_shard_table(shards, folder / "labels", 3, 0.0, None, Topology.single())
+    table = build_shard_table(shards, [folder / "labels"], 3, 0.0, None, Topology.single())
     reader, other = ShardReader(table, memory_samples=1), ShardReader(table, memory_samples=10**6)
     assert not table.kept
     for shard, index in [(0, 0), (1, 8), (0, 16), (3, 2), (1, 0), (2, 13)]:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from mlcd_ds.checkpoint import published, verify
 from mlcd_ds.data.tars import write_tar
+from mlcd_ds.files import sha256
 
 TRAIN = ROOT / "mlcd_ds" / "train.py"
 STEPS = 9
@@ -172,6 +173,57 @@ def test_a_killed_run_resumes_bit_for_bit(data, whole_run, tmp_path, victim):
         assert ours.keys() == theirs.keys()
         for name in ours:
             assert torch.equal(ours[name], theirs[name]), (path, name)
+
+
+@pytest.fixture
+def two_heads(data):
+    """Flags of a run with a second folder of labels, of the same tars by fewer centers."""
+    make_labels(data / "labels_text", k=31, centers_hash="text")
+    return {"labels": f"{data / 'labels'}::{data / 'labels_text'}", "head_weights": "1,0.5", "positives_drawn": 3}
+
+
+def test_two_heads_train_and_resume_bit_for_bit(data, two_heads, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    ended = run_script(2, [TRAIN, *flags(data, whole, **two_heads)])
+    assert [rank.code for rank in ended] == [0, 0], ended[0].output[-3000:]
+    for words in ("head 0", "31 classes, l=8 (3 drawn at each visit)", "loss x 0.5", "| head 1 loss "):
+        assert words in ended[0].output
+    lines = metrics(whole)
+    for line in lines:
+        parts = [line[f"loss_positive{suffix}"] + line[f"loss_negative{suffix}"] for suffix in ("", "_1")]
+        assert line["train_loss"] == pytest.approx(parts[0] + 0.5 * parts[1], rel=1e-5)
+        assert line["head_grad_norm"] > 0 and line["head_grad_norm_1"] > 0
+    for name in ("loss_positive", "loss_positive_1"):
+        assert lines[-1][name] < lines[0][name]
+    events = EventAccumulator(str(whole / "tensorboard"), size_guidance={"scalars": 0, "histograms": 0})
+    events.Reload()
+    assert [point.step for point in events.Histograms("Train/Samples/cosine_histogram_positive_1")] == [72, 144, 216]
+    assert len(events.Scalars("Train/Samples/cosine_negative_1")) == STEPS
+    facts = json.loads((whole / "config.json").read_text())["facts"]
+    assert facts["num_classes"] == [50, 31] and facts["centers_hash"] == ["c0ffee", "text"]
+
+    shutil.copytree(whole, run)
+    shutil.rmtree(run / "checkpoints" / "step_000000009")
+    ended = run_script(2, [TRAIN, *flags(data, run, **two_heads, resume="auto")])
+    assert [rank.code for rank in ended] == [0, 0], ended[0].output[-3000:]
+    assert f"resumed from {run / 'checkpoints' / 'step_000000006'}" in ended[0].output
+    assert [comparable(line) for line in metrics(run)] == [comparable(line) for line in lines]
+    last, whole_last = published(run / "checkpoints")[-1], published(whole / "checkpoints")[-1]
+    files = sorted(path.relative_to(whole_last) for path in whole_last.rglob("*.safetensors"))
+    assert sum(path.parent.name == "head" for path in files) == sum(path.parent.name == "head_1" for path in files) == 2
+    for path in files:
+        ours, theirs = load_file(last / path), load_file(whole_last / path)
+        assert ours.keys() == theirs.keys()
+        for name in ours:
+            assert torch.equal(ours[name], theirs[name]), (path, name)
+    changed = two_heads | {"head_weights": "1,1"}
+    refused(
+        run_script(2, [TRAIN, *flags(data, run, **changed, resume="auto")]),
+        4,
+        "head_weights: [1.0, 0.5] then, [1.0, 1.0]",
+    )
 
 
 def test_resumed_run_leaves_no_point_twice_in_tensorboard(data, tmp_path):
@@ -338,6 +390,33 @@ def labels_of_other_centers(data):
     return {"centers": data / "centers.npy"}, 3, ("are not the centers that the labels",)
 
 
+def centers_of_two_heads_in_the_wrong_order(data):
+    import numpy as np
+
+    hashes = []
+    for name, k in (("a", 50), ("b", 31)):
+        np.save(data / f"{name}.npy", np.eye(k, 128, dtype=np.float32))
+        hashes.append(sha256(data / f"{name}.npy"))
+    make_labels(data / "labels", centers_hash=hashes[0])
+    make_labels(data / "labels_text", k=31, centers_hash=hashes[1])
+    wrong = {"labels": f"{data / 'labels'}::{data / 'labels_text'}", "centers": f"{data / 'a.npy'}::{data / 'a.npy'}"}
+    return wrong, 3, (f"--centers {data / 'a.npy'} are not the centers that the labels in {data / 'labels_text'}",)
+
+
+def second_label_folder_missing(data):
+    return {"labels": f"{data / 'labels'}::{data / 'nowhere'}"}, 3, (f"the label folder {data / 'nowhere'} does not",)
+
+
+def label_folders_of_different_keys(data):
+    make_labels(data / "labels_text", images=20)
+    words = (f"60 of 123 images have no label in {data / 'labels'} (0) or {data / 'labels_text'} (60)",)
+    return {"labels": f"{data / 'labels'}::{data / 'labels_text'}"}, 3, words
+
+
+def one_weight_for_two_heads(data):
+    return {"labels": "a::b", "head_weights": 1}, 2, ("--head_weights names 1 weights, --labels 2 folders",)
+
+
 def too_few_stored_labels(data):
     return {"num_positives": 9}, 3, ("store 8 centers an image", "--num_positives asks for 9")
 
@@ -359,6 +438,10 @@ def expected_more_ranks(data):
         no_tar_matches,
         typo_in_the_json,
         labels_of_other_centers,
+        centers_of_two_heads_in_the_wrong_order,
+        second_label_folder_missing,
+        label_folders_of_different_keys,
+        one_weight_for_two_heads,
         too_few_stored_labels,
         no_such_flag,
         expected_more_ranks,

@@ -189,6 +189,19 @@ def _check_values(keys: list[str], labels: np.ndarray, info: LabelsInfo) -> str 
     return None
 
 
+def draw_positives(labels_l: np.ndarray, count: int, generator: np.random.Generator) -> np.ndarray:
+    """[count] of an image's labels [l], drawn uniformly without replacement, the nearest still first.
+
+    NO_LABEL is not drawn: it fills up the end where the image has fewer than `count` labels.
+    """
+    present = labels_l[labels_l != NO_LABEL]
+    drawn = np.full(count, NO_LABEL, labels_l.dtype)
+    if len(present) > count:
+        present = present[np.sort(generator.permutation(len(present))[:count])]
+    drawn[: len(present)] = present
+    return drawn
+
+
 def check_label_folder(
     folder: str | Path, shards: Sequence[str], num_positives: int
 ) -> tuple[LabelsInfo, tuple[int, ...]]:

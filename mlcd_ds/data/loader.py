@@ -21,7 +21,8 @@ from mlcd_ds.batch import NO_IMAGE, ImageLabelBatch
 from mlcd_ds.collectives import gather_objects, sum_
 from mlcd_ds.config import RunConfig
 from mlcd_ds.data.decode import ImageError, decode_image
-from mlcd_ds.data.plan import EpochPlan, augmentation_generator
+from mlcd_ds.data.labels import draw_positives
+from mlcd_ds.data.plan import EpochPlan, augmentation_generator, positives_generator
 from mlcd_ds.data.shards import ShardReader, ShardTable, build_shard_table
 from mlcd_ds.data.transforms import random_resized_crop
 from mlcd_ds.errors import ConfigError, DataError, UserError
@@ -92,6 +93,7 @@ class _Pieces(Dataset):
         # All crops but the smallest and longest find at least `image_size` pixels a side: the area's share is at least
         # crop_scale_min, so a side's is its root.
         self.min_side = math.ceil(image_size / math.sqrt(config.crop_scale_min))
+        self._labels_per_row = len(table.labels_infos) * config.labels_per_visit
         self._reader: ShardReader | None = None
 
     def __getitem__(self, item: int) -> _Piece:
@@ -111,14 +113,14 @@ class _Pieces(Dataset):
             self._reader = ShardReader(self.table, memory_samples=in_use)
         size = self.image_size
         images_uCHH = np.zeros((last - first, 3, size, size), np.uint8)
-        labels_uL = np.full((last - first, self.table.num_positives), NO_IMAGE, np.int64)
+        labels_uL = np.full((last - first, self._labels_per_row), NO_IMAGE, np.int64)
         piece = _Piece(torch.from_numpy(images_uCHH), torch.from_numpy(labels_uL), [""] * (last - first), [])
         for row, (epoch, shard, index) in enumerate(self.plan.samples(step, first, last)):
             contents = self._reader.contents(shard)
             key = contents.key(index)
             try:
                 if not contents.labelled[index]:
-                    raise ImageError("no_label", "its key is not in the label file")
+                    raise ImageError("no_label", "a label file lacks its key")
                 data = self._reader.image_bytes(contents, index)
                 pixels = decode_image(data, self.config.max_pixels, self.min_side)
             except ImageError as error:
@@ -127,9 +129,17 @@ class _Pieces(Dataset):
             generator = augmentation_generator(self.plan.seed, epoch, shard, index)
             crop = random_resized_crop(pixels, size, self.config.crop_scale_min, self.config.flip, generator)
             images_uCHH[row] = crop.transpose(2, 0, 1)
-            labels_uL[row] = contents.labels[index]
+            labels_uL[row] = self._labels(contents.labels[index], epoch, shard, index)
             piece.keys[row] = key
         return piece
+
+    def _labels(self, labels: np.ndarray, epoch: int, shard: int, index: int) -> np.ndarray:
+        """What of an image's labels, those of all heads, takes part in this visit."""
+        if self.config.positives_drawn is None:
+            return labels
+        generator = positives_generator(self.plan.seed, epoch, shard, index)
+        heads = labels.reshape(-1, self.config.num_positives)
+        return np.concatenate([draw_positives(own, self.config.positives_drawn, generator) for own in heads])
 
 
 class _Steps:
@@ -180,9 +190,9 @@ class ImageLabelLoader:
     """One rank's batches, the same for every number of ranks and loader processes.
 
     config: `workers` processes read `prefetch` pieces of at most IMAGES_PER_PIECE images ahead, each; also crop, flip,
-    size and skip limits. table: from `build_shard_table`. plan: made of the table's counts; its global batch is split
-    evenly over `topology`'s ranks, consecutive slots to each. image_size: H. Batches are in pinned memory when
-    `topology.device` is a GPU. `ledger` counts what came out of `iterate` and what was skipped.
+    labels a visit, size and skip limits. table: from `build_shard_table`. plan: made of the table's counts; its global
+    batch is split evenly over `topology`'s ranks, consecutive slots to each. image_size: H. Batches are in pinned memory
+    when `topology.device` is a GPU. `ledger` counts what came out of `iterate` and what was skipped.
     Raises ConfigError when the global batch cannot be split.
     """
 

@@ -20,7 +20,7 @@ from mlcd_ds.errors import DataError
 MAX_LANES = 128
 """Lanes at most: as many shards contribute to one global batch."""
 
-_SHARDS, _WINDOW, _AUGMENT = 1, 2, 3  # keep the random streams of different purposes apart
+_SHARDS, _WINDOW, _AUGMENT, _POSITIVES = 1, 2, 3, 4  # keep the random streams of different purposes apart
 
 
 def augmentation_generator(seed: int, epoch: int, shard: int, index: int) -> np.random.Generator:
@@ -30,6 +30,11 @@ def augmentation_generator(seed: int, epoch: int, shard: int, index: int) -> np.
     its own, 2^64 numbers long, without hashing.
     """
     return np.random.Generator(np.random.Philox(key=[seed, _AUGMENT], counter=[0, index, shard, epoch]))
+
+
+def positives_generator(seed: int, epoch: int, shard: int, index: int) -> np.random.Generator:
+    """The random choices among the labels of one sample in one epoch: a stream apart from its augmentation's."""
+    return np.random.Generator(np.random.Philox(key=[seed, _POSITIVES], counter=[0, index, shard, epoch]))
 
 
 class EpochPlan:

@@ -1,6 +1,6 @@
 """Tars joined with their labels: what every rank must know before the first step, and what reads one sample.
 
-Shapes: n images of a shard, l labels used per image.
+Shapes: n images of a shard, H folders of labels (one per head), l labels used per image and folder.
 """
 
 import hashlib
@@ -15,6 +15,7 @@ import numpy as np
 from mlcd_ds.batch import NO_LABEL
 from mlcd_ds.collectives import gather_objects
 from mlcd_ds.data.labels import (
+    LabelShard,
     LabelsInfo,
     check_enough_labels,
     check_same_labels,
@@ -37,8 +38,8 @@ MAX_OPEN_FILES = 64
 class ShardContents:
     """A tar's images in tar order, joined with their labels by key; compact, for millions live in memory.
 
-    keys: bytes [n]. offsets, sizes: int64 [n], of the image in the tar. labels: int32 [n, l], nearest first, NO_LABEL as
-    padding. labelled: bool [n].
+    keys: bytes [n]. offsets, sizes: int64 [n], of the image in the tar. labels: int32 [n, H*l], folder h's in the columns
+    from h*l on, nearest first, NO_LABEL as padding. labelled: bool [n], whether the image is in every folder.
     """
 
     path: Path
@@ -60,18 +61,19 @@ class ShardContents:
 class ShardTable:
     """All shards of a run, the same on every rank.
 
-    shards: paths or URLs, and names: what their labels are found by. counts: images of each. labels_info: what all the
-    labels are of. without_label: images without a label (they are skipped, and counted, in every epoch). duplicates,
-    ignored, without_image: members and samples of the tars that are not used (see `TarIndex`).
+    shards: paths or URLs, and names: what their labels are found by. counts: images of each. labels_dirs: the H folders of
+    labels, and labels_infos: what the labels of each are of. without_label: images without a label in some folder (they
+    are skipped, and counted, in every epoch). duplicates, ignored, without_image: members and samples of the tars that
+    are not used (see `TarIndex`).
     """
 
     shards: tuple[str, ...]
     names: tuple[str, ...]
     counts: tuple[int, ...]
-    labels_dir: Path
+    labels_dirs: tuple[Path, ...]
     num_positives: int
     cache_dir: str | None
-    labels_info: LabelsInfo
+    labels_infos: tuple[LabelsInfo, ...]
     without_label: int = 0
     duplicates: int = 0
     ignored: int = 0
@@ -95,7 +97,8 @@ class ShardTable:
 
     def fingerprint(self) -> str:
         """Changes with names, counts or labels: for a checkpoint to compare."""
-        text = repr((self.names, self.counts, self.labels_info, self.num_positives))
+        infos = self.labels_infos if len(self.labels_infos) > 1 else self.labels_infos[0]
+        text = repr((self.names, self.counts, infos, self.num_positives))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def load(self, shard: int) -> ShardContents:
@@ -103,24 +106,39 @@ class ShardTable:
         if shard in self.kept:
             return self.kept[shard]
         path = local_shard(self.shards[shard], self.cache_dir)
-        labels = read_label_shard(label_path(self.labels_dir, self.names[shard]))
+        labels = [read_label_shard(label_path(folder, self.names[shard])) for folder in self.labels_dirs]
         contents = _join(index_tar(path), labels, self.num_positives)
-        if len(contents) != self.counts[shard] or labels.info != self.labels_info:
+        infos = tuple(found.info for found in labels)
+        if len(contents) != self.counts[shard] or infos != self.labels_infos:
             raise DataError(
                 f"{path} or its labels changed while the run was reading them: {self.counts[shard]} images of "
-                f"{self.labels_info} at the start, now {len(contents)} of {labels.info}. Start again with --resume auto."
+                f"{_listed(self.labels_infos)} at the start, now {len(contents)} of {_listed(infos)}. Start again with "
+                "--resume auto."
             )
         return contents
 
 
-def _join(index: TarIndex, labels, num_positives: int) -> ShardContents:
-    rows = {key: row for row, key in enumerate(labels.keys)}
-    wanted = np.array([rows.get(key, -1) for key in index.keys], np.int64)
-    joined = np.full((len(wanted), num_positives), NO_LABEL, np.int32)
-    joined[wanted >= 0] = labels.labels[wanted[wanted >= 0], :num_positives]
+def _join(index: TarIndex, labels: Sequence[LabelShard], num_positives: int) -> ShardContents:
+    """labels: of the same tar, from each of the folders."""
+    joined = np.full((len(index.keys), len(labels), num_positives), NO_LABEL, np.int32)
+    labelled = np.ones(len(index.keys), bool)
+    for folder, found in enumerate(labels):
+        wanted = _rows(index, found)
+        joined[wanted >= 0, folder] = found.labels[wanted[wanted >= 0], :num_positives]
+        labelled &= wanted >= 0
     places = np.array([index.image(key) for key in index.keys], np.int64).reshape(-1, 2)
     keys = np.array([key.encode() for key in index.keys])
-    return ShardContents(index.path, keys, places[:, 0], places[:, 1], joined, wanted >= 0)
+    return ShardContents(index.path, keys, places[:, 0], places[:, 1], joined.reshape(len(keys), -1), labelled)
+
+
+def _rows(index: TarIndex, labels: LabelShard) -> np.ndarray:
+    """int64 [n]: the row of each image of the tar in its label file, -1 where it has none."""
+    rows = {key: row for row, key in enumerate(labels.keys)}
+    return np.array([rows.get(key, -1) for key in index.keys], np.int64)
+
+
+def _listed(items: Sequence) -> str:
+    return " and ".join(map(str, items))
 
 
 @dataclass
@@ -129,19 +147,20 @@ class _Found:
 
     shard: int
     count: int = 0
-    info: LabelsInfo | None = None
+    infos: tuple[LabelsInfo, ...] = ()
     unlabelled: tuple[str, ...] = ()
     num_unlabelled: int = 0
+    lacking_in: tuple[int, ...] = ()  # images without a label, by folder
     duplicates: int = 0
     ignored: int = 0
     without_image: int = 0
-    missing_labels: bool = False
+    missing_labels: Path | None = None  # the folder
     error: str | None = None
 
 
 def build_shard_table(
     shards: Sequence[str],
-    labels_dir: str | Path,
+    labels_dirs: Sequence[str | Path],
     num_positives: int,
     max_skipped_fraction: float,
     cache_dir: str | None,
@@ -149,34 +168,36 @@ def build_shard_table(
 ) -> ShardTable:
     """Walks all tars, each rank its share, checks them against their labels, and tells every rank the result.
 
-    num_positives: labels an image to use. cache_dir: where remote tars are fetched to.
+    labels_dirs: folders of labels, one per head; an image must be in all of them. num_positives: labels an image and
+    folder to use. cache_dir: where remote tars are fetched to.
     Raises DataError, the same on every rank, when a tar is damaged or holds no image, label files are missing, of
-    different centers or with fewer labels than num_positives, a label is not below k, or more than
-    `max_skipped_fraction` of the images have no label.
+    different centers within a folder or with fewer labels than num_positives, a label is not below k, or more than
+    `max_skipped_fraction` of the images lack a label.
     One all-gather of a few bytes per shard.
     """
     if not shards:
         raise DataError("no shards: name the image tars with --shards")
-    labels_dir = Path(labels_dir)
+    labels_dirs = tuple(Path(folder) for folder in labels_dirs)
     kept: dict[int, ShardContents] = {}
     own = []
     for shard in range(topology.rank, len(shards), topology.world_size):
-        own.append(_examine(shard, shards[shard], labels_dir, num_positives, cache_dir, kept))
+        own.append(_examine(shard, shards[shard], labels_dirs, num_positives, cache_dir, kept))
     found = [entry for part in gather_objects(own, topology) for entry in part]
     found.sort(key=lambda entry: entry.shard)
     names = tuple(shard_name(shard) for shard in shards)
-    _raise_problems(found, names, labels_dir)
-    check_same_labels([(label_path(labels_dir, names[entry.shard]), entry.info) for entry in found])
-    check_enough_labels(labels_dir, found[0].info, num_positives)
-    _check_unlabelled(found, shards, labels_dir, max_skipped_fraction)
+    _raise_problems(found, names)
+    for head, folder in enumerate(labels_dirs):
+        check_same_labels([(label_path(folder, names[entry.shard]), entry.infos[head]) for entry in found])
+        check_enough_labels(folder, found[0].infos[head], num_positives)
+    _check_unlabelled(found, shards, labels_dirs, max_skipped_fraction)
     return ShardTable(
         shards=tuple(shards),
         names=names,
         counts=tuple(entry.count for entry in found),
-        labels_dir=labels_dir,
+        labels_dirs=labels_dirs,
         num_positives=num_positives,
         cache_dir=cache_dir,
-        labels_info=found[0].info,
+        labels_infos=found[0].infos,
         without_label=sum(entry.num_unlabelled for entry in found),
         duplicates=sum(entry.duplicates for entry in found),
         ignored=sum(entry.ignored for entry in found),
@@ -186,7 +207,12 @@ def build_shard_table(
 
 
 def _examine(
-    shard: int, path: str, labels_dir: Path, num_positives: int, cache_dir: str | None, kept: dict[int, ShardContents]
+    shard: int,
+    path: str,
+    labels_dirs: Sequence[Path],
+    num_positives: int,
+    cache_dir: str | None,
+    kept: dict[int, ShardContents],
 ) -> _Found:
     """Never raises: what went wrong has to reach the other ranks, which wait in the collective that follows."""
     found = _Found(shard)
@@ -200,15 +226,16 @@ def _examine(
             )
         found.count, found.duplicates, found.ignored = len(index.keys), index.duplicates, index.ignored
         found.without_image = len(index.without_image)
-        file = label_path(labels_dir, shard_name(path))
-        if not file.is_file():
-            found.missing_labels = True
+        files = [label_path(folder, shard_name(path)) for folder in labels_dirs]
+        found.missing_labels = next((file.parent for file in files if not file.is_file()), None)
+        if found.missing_labels is not None:
             return found
-        labels = read_label_shard(file)
-        found.info = labels.info
-        if labels.info.num_positives < num_positives:
+        labels = [read_label_shard(file) for file in files]
+        found.infos = tuple(shard_labels.info for shard_labels in labels)
+        if min(info.num_positives for info in found.infos) < num_positives:
             return found
         contents = _join(index, labels, num_positives)
+        found.lacking_in = tuple(int((_rows(index, shard_labels) < 0).sum()) for shard_labels in labels)
         lacking = np.nonzero(~contents.labelled)[0]
         found.num_unlabelled = len(lacking)
         found.unlabelled = tuple(contents.key(row) for row in lacking[:3])
@@ -221,25 +248,30 @@ def _examine(
     return found
 
 
-def _raise_problems(found: list[_Found], names: Sequence[str], labels_dir: Path) -> None:
+def _raise_problems(found: list[_Found], names: Sequence[str]) -> None:
     errors = [entry.error for entry in found if entry.error]
     if errors:
         more = f" ({len(errors) - 1} more of the {len(found)} shards cannot be used either)" if errors[1:] else ""
         raise DataError(errors[0] + more)
-    missing = [names[entry.shard] for entry in found if entry.missing_labels]
-    if missing:
-        if not labels_dir.is_dir():
-            raise DataError(f"the label folder {labels_dir} does not exist. Write it with tools/assign_labels.py.")
-        raise DataError(missing_labels(labels_dir, missing, len(found)))
+    folder = next((entry.missing_labels for entry in found if entry.missing_labels), None)
+    if folder is not None:
+        if not folder.is_dir():
+            raise DataError(f"the label folder {folder} does not exist. Write it with tools/assign_labels.py.")
+        missing = [names[entry.shard] for entry in found if entry.missing_labels == folder]
+        raise DataError(missing_labels(folder, missing, len(found)))
 
 
-def _check_unlabelled(found: list[_Found], shards: Sequence[str], labels_dir: Path, allowed: float) -> None:
+def _check_unlabelled(found: list[_Found], shards: Sequence[str], labels_dirs: Sequence[Path], allowed: float) -> None:
     lacking, total = sum(entry.num_unlabelled for entry in found), sum(entry.count for entry in found)
     if lacking <= allowed * total:
         return
     worst = max(found, key=lambda entry: entry.num_unlabelled)
+    where = str(labels_dirs[0])
+    if len(labels_dirs) > 1:
+        numbers = [sum(entry.lacking_in[head] for entry in found) for head in range(len(labels_dirs))]
+        where = " or ".join(f"{folder} ({number})" for folder, number in zip(labels_dirs, numbers, strict=True))
     raise DataError(
-        f"{lacking} of {total} images have no label in {labels_dir}, more than --max_skipped_fraction {allowed:g} allows. "
+        f"{lacking} of {total} images have no label in {where}, more than --max_skipped_fraction {allowed:g} allows. "
         f"Most of them in {shards[worst.shard]}: {worst.num_unlabelled} of {worst.count}, e.g. "
         f"{', '.join(worst.unlabelled)}. Are these the labels of these tars? Write them with tools/assign_labels.py."
     )

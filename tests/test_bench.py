@@ -1,0 +1,125 @@
+"""tools/bench.py: what it compares is the same computation, and what it writes is complete. No times are judged."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mlcd_ds.benchmarks.head import HeadStep, MaterialisedStep, Shape, bench_head, parse_shapes, peers_draw
+from mlcd_ds.config import BenchHeadConfig
+from mlcd_ds.errors import ConfigError
+from mlcd_ds.topology import Topology
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = "B8_K2500_D16_r0.1"
+CONTENDERS = {"products", "head", "materialised", "sampling", "peers_sampling", "optimizer"}
+
+
+def bench(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "tools/bench.py", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def numbers(value):
+    """Every number in a JSON value."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        for item in value:
+            yield from numbers(item)
+    elif isinstance(value, (int, float)):
+        yield value
+
+
+def test_a_run_writes_finite_numbers_and_no_path(tmp_path):
+    output = tmp_path / "head.json"
+    flags = ["--shapes", TINY, "--repeats", "2", "--threads", "1", "--memory", "--memory_batches", "8"]
+    ended = bench("head", *flags, "--output", str(output))
+    assert ended.returncode == 0, ended.stderr
+    assert "head/products" in ended.stdout and "head/materialised" in ended.stdout
+    text = output.read_text()
+    assert str(tmp_path) not in text and str(ROOT) not in text
+    result = json.loads(text)
+    assert result["command"].startswith(f"python tools/bench.py head --shapes {TINY}")
+    assert {"device", "threads", "ranks", "torch", "dtype", "workspace_mb", "labels_per_image"} <= set(result)
+    assert all(math.isfinite(number) for number in numbers(result))
+    (row,) = result["timing"]
+    assert (row["shape"], row["B"], row["K"], row["D"], row["r"], row["S"]) == (TINY, 8, 2500, 16, 0.1, 250)
+    assert set(row["seconds"]) == CONTENDERS
+    assert all(len(times["all"]) == 2 and times["min"] <= times["median"] for times in row["seconds"].values())
+    assert {"head_per_products", "head_gflops", "sampling_per_head", "peers_per_sampling"} <= set(row)
+    assert {"materialised_per_head", "head_rate_share", "optimizer_per_head"} <= set(row)
+    (row,) = result["memory"]
+    assert {"head_bytes", "materialised_bytes", "head_per_materialised"} <= set(row)
+    assert [at["B"] for at in row["batches"]] == [8]
+
+
+def test_two_ranks_measure_their_own_shards(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    result = bench_head(BenchHeadConfig(shapes=TINY, ranks=2, repeats=1, threads=1))
+    (row,) = result["timing"]
+    assert (result["ranks"], row["S"]) == (2, 125)
+    assert set(row["seconds"]) == CONTENDERS - {"materialised"}
+
+
+@pytest.mark.parametrize("rate", [0.1, 1.0])
+def test_the_materialised_step_is_the_head_in_float64(rate):
+    config = BenchHeadConfig(labels_per_image=3, workspace_mb=1)
+    step = HeadStep(Shape(6, 2500, 16, rate), config, Topology.single(), dtype=torch.float64)
+    loss, gradient = step.run()
+    embeddings = step.embeddings_bD.grad
+    other = MaterialisedStep(step, "float32")
+    other_loss, other_gradient = other.run()
+    assert torch.equal(other.rows_S, gradient.rows_S)
+    torch.testing.assert_close(other_loss, loss, rtol=1e-12, atol=0)
+    torch.testing.assert_close(other_gradient, gradient.values_SD, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(step.embeddings_bD.grad, embeddings, rtol=1e-9, atol=1e-12)
+
+
+def test_bfloat16_is_checked_too(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    threads = torch.get_num_threads()
+    result = bench_head(BenchHeadConfig(shapes=TINY, repeats=1, threads=1, dtype="bfloat16"))
+    torch.set_num_threads(threads)
+    assert 0 <= result["timing"][0]["loss_difference"] <= 1e-2
+
+
+def test_peers_draw_keeps_the_positives():
+    labels = torch.tensor([[3, 40], [41, 250]])
+    rows = peers_draw(labels, 40, 140, 0.1)
+    assert len(rows) == 10 and {0, 1} <= set(rows.tolist()) and rows.tolist() == sorted(set(rows.tolist()))
+    assert peers_draw(labels, 40, 140, 0.01).tolist() == [0, 1]  # more positives than asked for
+
+
+@pytest.mark.parametrize(
+    "text", ["", "B8", "8,100,16,0.1", "B8_K100_D16_r0.1,", "B8_K100_D16_r1.5", "B0_K100_D16_r0.1"]
+)
+def test_a_malformed_shape_names_the_format(text):
+    with pytest.raises(ConfigError, match=r"B256_K200000_D512_r0\.1|at least 1, and r above 0"):
+        parse_shapes(text)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"shapes": "B9_K100_D16_r0.1", "ranks": 2}, "does not divide by --ranks 2"),
+        ({"memory": True, "ranks": 2}, "one rank"),
+        ({"memory_batches": "8,x"}, "whole numbers"),
+        ({"shapes": "B8_K4_D16_r0.1"}, "more than the 4 classes"),
+        ({"output": "no/such/folder/x.json"}, "folder does not exist"),
+    ],
+)
+def test_flags_that_do_not_fit_are_refused(flags, message):
+    with pytest.raises(ConfigError, match=message):
+        bench_head(BenchHeadConfig(**flags))
+
+
+@pytest.mark.parametrize("arguments", [[], ["heads"]])
+def test_sub_commands_are_listed(arguments):
+    ended = bench(*arguments)
+    assert ended.returncode == 2
+    assert "expected one of head" in ended.stderr and "Traceback" not in ended.stderr
