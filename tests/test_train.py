@@ -8,16 +8,25 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from data_factory import make_labels, make_shards, picture
 from processes import ROOT, free_port, run_script, start_ranks, wait_ranks
 from safetensors.torch import load_file
 
+from mlcd_ds.batch import NO_LABEL
 from mlcd_ds.checkpoint import published, verify
+from mlcd_ds.config import RunConfig
+from mlcd_ds.data.labels import LabelsInfo
 from mlcd_ds.data.tars import write_tar
 from mlcd_ds.files import sha256
+from mlcd_ds.models.vit import preset
+from mlcd_ds.partial_fc import random_rows
+from mlcd_ds.topology import Topology
+from mlcd_ds.train import RunPlan, build_head
 
 TRAIN = ROOT / "mlcd_ds" / "train.py"
 STEPS = 9
@@ -226,6 +235,27 @@ def test_two_heads_train_and_resume_bit_for_bit(data, two_heads, tmp_path):
     )
 
 
+def test_each_head_starts_from_its_own_seed_or_centers(tmp_path):
+    """Two heads of one size: else they would draw the same rows and start alike."""
+    labels = tuple(LabelsInfo(40, 8, name, "random") for name in ("a", "b"))
+    settings = SimpleNamespace(precision="float32")
+    plan = RunPlan(settings, preset("vit_toy"), length=None, labels=labels, world_size=1, card="")
+    for name, seed in (("a", 1), ("b", 2)):
+        np.save(tmp_path / f"{name}.npy", np.random.default_rng(seed).random((40, 128), np.float32))
+
+    def heads(**changes):
+        given = {"deepspeed_config": "x", "shards": "x", "labels": "a::b", "output_dir": "x", "seed": 5} | changes
+        return [build_head(RunConfig(**given), plan, Topology.single(), True, index) for index in (0, 1)]
+
+    first, second = heads()
+    assert torch.equal(first.centers, random_rows(0, 40, 40, 128, seed=5))  # that of a run with one head
+    assert torch.equal(second.centers, random_rows(0, 40, 40, 128, seed=6))
+    nothing = torch.full((1, 8), NO_LABEL)
+    assert not torch.equal(first.sampler.draw(nothing, 0), second.sampler.draw(nothing, 0))
+    for head, name in zip(heads(centers=f"{tmp_path / 'a.npy'}::{tmp_path / 'b.npy'}"), "ab", strict=True):
+        assert torch.equal(head.centers, torch.from_numpy(np.load(tmp_path / f"{name}.npy")))
+
+
 def test_resumed_run_leaves_no_point_twice_in_tensorboard(data, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -384,15 +414,11 @@ def typo_in_the_json(data):
 
 
 def labels_of_other_centers(data):
-    import numpy as np
-
     np.save(data / "centers.npy", np.eye(50, 128, dtype=np.float32))
     return {"centers": data / "centers.npy"}, 3, ("are not the centers that the labels",)
 
 
 def centers_of_two_heads_in_the_wrong_order(data):
-    import numpy as np
-
     hashes = []
     for name, k in (("a", 50), ("b", 31)):
         np.save(data / f"{name}.npy", np.eye(k, 128, dtype=np.float32))
