@@ -227,6 +227,9 @@ class FeaturesConfig(Settings):
     patch_size: int = Field(6, ge=2, description="builtin:patches: side of a patch in pixels")
     dictionary_size: int = Field(512, ge=2, description="builtin:patches: number of dictionary patches")
     patch_features: int = Field(256, ge=1, description="builtin:patches: features of an image, at most")
+    whitening_power: Finite = Field(
+        0.25, ge=0, le=1, description="builtin:patches: components are divided by eigenvalue^this; 0.5 whitens fully"
+    )
     images_to_fit: int = Field(4096, ge=2, description="builtin:patches: images sampled to learn from")
     patches_to_fit: int = Field(100_000, ge=100, description="builtin:patches: patches drawn to learn the dictionary")
     seed: int = Field(0, ge=0)

@@ -48,7 +48,8 @@ def test_a_run_writes_finite_numbers_and_no_path(tmp_path):
     assert {"device", "threads", "ranks", "torch", "dtype", "workspace_mb", "labels_per_image"} <= set(result)
     assert all(math.isfinite(number) for number in numbers(result))
     (row,) = result["timing"]
-    assert (row["shape"], row["B"], row["K"], row["D"], row["r"], row["S"]) == (TINY, 8, 2500, 16, 0.1, 250)
+    assert (row["shape"], row["B"], row["K"], row["D"], row["r"]) == (TINY, 8, 2500, 16, 0.1)
+    assert 210 < row["S"] < 400  # 64 positives at most, and a tenth of the others
     assert set(row["seconds"]) == CONTENDERS
     assert all(len(times["all"]) == 2 and times["min"] <= times["median"] for times in row["seconds"].values())
     assert {"head_per_products", "head_gflops", "sampling_per_head", "peers_per_sampling"} <= set(row)
@@ -62,7 +63,8 @@ def test_two_ranks_measure_their_own_shards(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     result = bench_head(BenchHeadConfig(shapes=TINY, ranks=2, repeats=1, threads=1))
     (row,) = result["timing"]
-    assert (result["ranks"], row["S"]) == (2, 125)
+    assert result["ranks"] == 2
+    assert 90 < row["S"] < 220  # of half the classes
     assert set(row["seconds"]) == CONTENDERS - {"materialised"}
 
 

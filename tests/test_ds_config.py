@@ -100,7 +100,7 @@ def test_deepspeed_accepts_shipped_file_and_reads_what_we_say(name, device, monk
         settings = resolve(raw, world_size, device=device)
         theirs = deepspeed_reads(settings, world_size, monkeypatch)
         assert not contains_auto(settings.json)
-        assert theirs.train_batch_size == settings.global_batch == (256 if name == "cpu.json" else 32_800)
+        assert theirs.train_batch_size == settings.global_batch == (64 if name == "cpu.json" else 32_800)
         assert theirs.train_micro_batch_size_per_gpu == settings.micro_batch
         assert theirs.gradient_accumulation_steps == settings.accumulation
         assert settings.images_per_rank * world_size == settings.global_batch

@@ -27,7 +27,11 @@ stage "images: scenes of handwritten digits, as tars"
 python tools/make_toy_shards.py --output_dir $dir/data --num_train 4000 --num_test 1000
 
 stage "features: a patch dictionary, learnt from the training images"
-features() { python tools/extract_features.py --dictionary_size 256 --images_to_fit 1000 --workers 1 "$@"; }
+# 128 features, the encoder's embedding width: the centers then start the head.
+features() {
+  python tools/extract_features.py --patch_size 10 --dictionary_size 512 --patch_features 128 --whitening_power 0.5 \
+    --images_to_fit 1000 --workers 1 "$@"
+}
 features --shards "$train_tars" --output_dir $dir/features/train --model builtin:patches
 features --shards "$test_tars" --output_dir $dir/features/test --model builtin:$dir/features/train/patches.npz
 
@@ -41,8 +45,9 @@ stage "training: two ranks, the centers split between them"
 # A free port: another run on this machine may have the launcher's usual one.
 port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
 deepspeed --num_accelerators 2 --master_port "$port" mlcd_ds/train.py --deepspeed_config ds_configs/cpu.json \
-  --shards "$train_tars" --labels $dir/labels --model vit_toy --output_dir $dir/run --resume auto \
-  --image_size 24 --scale 16 --margin 0 --sample_rate 1.0 --epochs 10 --warmup_steps 50 --noflip --workers 0 --save_every_steps 50
+  --shards "$train_tars" --labels $dir/labels --centers $dir/centers --model vit_toy --output_dir $dir/run --resume auto \
+  --image_size 24 --scale 24 --margin 0 --sample_rate 1.0 --head_lr_scale 3 --epochs 15 --warmup_steps 50 \
+  --crop_scale_min 0.8 --noflip --workers 0 --save_every_steps 200
 
 stage "probes: multi-label mean average precision on test scenes of digits that no training scene has"
 probe() {
@@ -55,6 +60,6 @@ probe "run:$dir/run" trained
 stage "results"
 python tools/results_table.py \
   --results "input features=$dir/results/features.json,untrained encoder=$dir/results/untrained.json,trained encoder=$dir/results/trained.json"
-echo "Expected: about 0.60, 0.43 and 0.36. So short a training on such labels does not yet pay; chance is 0.25."
+echo "Expected: about 0.84, 0.60 and 0.71; chance is 0.16. No true class took part in the training."
 echo "Curves:   .venv/bin/tensorboard --logdir $dir/run/tensorboard"
 echo "Encoder:  $dir/run/checkpoints/  (every tool reads it as run:$dir/run)"

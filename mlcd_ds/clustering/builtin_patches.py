@@ -2,7 +2,7 @@
 
 Random patches of the images are contrast-normalised, whitened (ZCA) and clustered on the sphere; an image is described by
 how close each of its patches is to each dictionary entry ("triangle" activation), pooled over a grid, square-rooted,
-reduced and half whitened by a PCA, and normalised. It serves toy data and CPU experiments; real runs use CLIP features.
+reduced and (half) whitened by a PCA, and normalised. It serves toy data and CPU experiments; real runs use CLIP features.
 
 Shapes: n images, H their side, p the side of a patch, P = 3pp values of a patch, K dictionary entries, q patches along a
 side of the image, g cells along a side of the pooling grid, d features.
@@ -32,8 +32,6 @@ STRIDE = 2
 """Pixels between patches."""
 GRID = 1
 """g: pooling cells along a side. One: objects may be anywhere in a scene, and a cell of its own would say where."""
-WHITENING_POWER = 0.25
-"""Each principal component is divided by its eigenvalue to this power: 0.5 whitens fully, and lifts noise."""
 MAX_SIDE = 64
 """Larger images are scaled down to this side: patches of 6 pixels say nothing about a megapixel."""
 
@@ -130,7 +128,8 @@ def normalise_contrast(patches: torch.Tensor) -> torch.Tensor:
 
 def learning_settings(config: FeaturesConfig) -> dict:
     """The settings that decide what is learnt."""
-    names = ("patch_size", "dictionary_size", "patch_features", "images_to_fit", "patches_to_fit", "seed")
+    learning = ("patch_size", "dictionary_size", "patch_features", "images_to_fit", "patches_to_fit", "seed")
+    names = (*learning, "whitening_power")
     return {name: getattr(config, name) for name in names}
 
 
@@ -171,12 +170,12 @@ def learn_dictionary(images_n3HH: np.ndarray, config: FeaturesConfig) -> PatchDi
     blank = np.zeros((1, 1), np.float32)
     first = PatchDictionary(H, p, whitening_PP, mean_P.numpy(), kmeans.centroids.copy(), blank, blank, {})
     features = first.all_activations(torch.from_numpy(np.ascontiguousarray(images_n3HH)))
-    feature_mean_F, pca_Fd = _whitening_pca(features.numpy(), config.patch_features)
+    feature_mean_F, pca_Fd = _whitening_pca(features.numpy(), config.patch_features, config.whitening_power)
     return replace(first, feature_mean_F=feature_mean_F, pca_Fd=pca_Fd, learnt_with=learning_settings(config))
 
 
-def _whitening_pca(features_nF: np.ndarray, dim: int) -> tuple[np.ndarray, np.ndarray]:
-    """(mean [F], projection [F, d]), float32, to at most `dim` half-whitened components."""
+def _whitening_pca(features_nF: np.ndarray, dim: int, power: float) -> tuple[np.ndarray, np.ndarray]:
+    """(mean [F], projection [F, d]), float32, to at most `dim` components, each over its eigenvalue to `power`."""
     mean_F = features_nF.mean(0, dtype=np.float64)
     covariance = np.cov((features_nF - mean_F).T.astype(np.float64))
     values, vectors = np.linalg.eigh(covariance)
@@ -184,5 +183,5 @@ def _whitening_pca(features_nF: np.ndarray, dim: int) -> tuple[np.ndarray, np.nd
     values, vectors = values[order].clip(0), vectors[:, order]
     # The sign of an eigenvector is arbitrary: fix it, so that the same input gives the same features everywhere.
     vectors = vectors * np.sign(vectors[np.abs(vectors).argmax(0), np.arange(len(order))])
-    projection = vectors / (values + PCA_FLOOR * values[0]) ** WHITENING_POWER
+    projection = vectors / (values + PCA_FLOOR * values[0]) ** power
     return mean_F.astype(np.float32), projection.astype(np.float32)

@@ -1,4 +1,4 @@
-"""Toy image shards without a download: scikit-learn's handwritten digits, composed into coloured scenes of 1-4 digits.
+"""Toy image shards without a download: scikit-learn's handwritten digits, composed into scenes with clutter.
 
 A scene is a function of (seed, split, index); test scenes are composed from handwritten digits no train scene uses.
 
@@ -7,6 +7,7 @@ Shapes: S canvas side in pixels, s side of one digit on it.
 
 import io
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,9 +28,19 @@ TEST_SHARE = 0.2
 MARKER = "toy.json"
 """Written unfinished first and finished last: it says whose folder this is, and whether it is whole."""
 
+DIGITS_PER_SCENE = (0.1, 0.2, 0.3, 0.4)
+"""Probabilities of 1, 2, 3 and 4 digits."""
+CLASSES_PER_SCENE = (0.5, 0.35, 0.15)
+"""Probabilities of 1, 2 and 3 classes among them, where there are enough: in photographs, too, things repeat."""
+SIDES = (0.44, 0.47)
+"""Smallest and largest side of a digit, as a share of the canvas."""
 MAX_OVERLAP = 0.12
 """Largest share of a digit's square that another digit may cover."""
 PLACES_TRIED = 60
+TINT = 8
+"""Largest difference of a colour channel from grey, of 255: the clusters would follow stronger tints."""
+ROTATION = 4
+"""Largest turn of a digit, degrees."""
 JPEG_QUALITY = 92
 
 
@@ -60,59 +71,55 @@ def load_digits(split: str) -> Digits:
 
 
 def compose_scene(digits: Digits, size: int, generator: np.random.Generator) -> tuple[np.ndarray, list[int]]:
-    """(uint8 [S, S, 3], the 1-4 distinct digits in it, leftmost first)."""
-    count = int(generator.integers(1, 5))
-    wanted = generator.choice(len(WORDS), size=count, replace=False)
-    canvas, is_dark = _background(size, generator)
+    """(uint8 [S, S, 3], the 1-4 digits in it, of 1-3 classes, leftmost first)."""
+    count = 1 + int(generator.choice(len(DIGITS_PER_SCENE), p=DIGITS_PER_SCENE))
+    num_classes = min(count, 1 + int(generator.choice(len(CLASSES_PER_SCENE), p=CLASSES_PER_SCENE)))
+    classes = generator.choice(len(WORDS), size=num_classes, replace=False)
+    wanted = np.concatenate([classes, generator.choice(classes, size=count - num_classes)])
+    canvas = _background(size, generator)
     squares = _places(count, size, generator)
     for digit, (left, top, side) in zip(wanted, squares, strict=True):
-        _draw(canvas, digits.choose(int(digit), generator), left, top, side, is_dark, generator)
-    noise = generator.normal(0.0, generator.uniform(2.0, 8.0), canvas.shape)
+        _draw(canvas, digits.choose(int(digit), generator), left, top, side, generator)
+    noise = generator.normal(0.0, generator.uniform(1.5, 3.0), canvas.shape)
     image = np.clip(np.rint(canvas + noise), 0, 255).astype(np.uint8)
     by_place = sorted(range(count), key=lambda i: squares[i][0])
     return image, [int(wanted[i]) for i in by_place]
 
 
-def _background(size: int, generator: np.random.Generator) -> tuple[np.ndarray, bool]:
-    """A tinted slope of brightness with strokes and specks on it, float64 [S, S, 3]; and whether it is dark."""
-    is_dark = bool(generator.random() < 0.7)
-    base = generator.uniform(10, 75, 3) if is_dark else generator.uniform(165, 235, 3)
+def _background(size: int, generator: np.random.Generator) -> np.ndarray:
+    """A dark, hardly tinted slope of brightness with faint strokes and specks on it, float64 [S, S, 3]."""
+    base = generator.uniform(20, 50) + generator.uniform(-TINT, TINT, 3)
     direction = generator.normal(size=2)
     direction /= np.linalg.norm(direction)
     rows, columns = np.mgrid[0:size, 0:size] / (size - 1) - 0.5
-    slope = generator.uniform(0, 30) * (rows * direction[0] + columns * direction[1])
+    slope = generator.uniform(0, 25) * (rows * direction[0] + columns * direction[1])
     picture = Image.fromarray(np.clip(base + slope[..., None], 0, 255).astype(np.uint8))
     draw = ImageDraw.Draw(picture)
 
     def shade() -> tuple[int, ...]:
-        return tuple(int(v) for v in np.clip(base + generator.uniform(-45, 45) + generator.normal(0, 12, 3), 0, 255))
+        return tuple(int(v) for v in np.clip(base + generator.uniform(-20, 20), 0, 255))
 
-    for _ in range(generator.integers(1, 5)):
+    for _ in range(generator.integers(0, 3)):
         ends = [tuple(point) for point in generator.uniform(-0.1 * size, 1.1 * size, (2, 2))]
-        draw.line(ends, fill=shade(), width=int(generator.integers(1, max(2, size // 16) + 1)))
-    for _ in range(generator.integers(0, 4)):
+        draw.line(ends, fill=shade(), width=max(1, size // 32))
+    for _ in range(generator.integers(0, 3)):
         x, y = generator.uniform(0, size, 2)
-        radius = generator.uniform(0.02, 0.06) * size
+        radius = generator.uniform(0.02, 0.05) * size
         draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=shade())
-    return np.asarray(picture, dtype=np.float64), is_dark
+    return np.asarray(picture, dtype=np.float64)
 
 
 def _places(count: int, size: int, generator: np.random.Generator) -> list[tuple[int, int, int]]:
-    """`count` squares (left, top, side) inside the canvas that hardly overlap; smaller when there are more of them."""
-    largest = (0.62, 0.52, 0.46, 0.42)[count - 1]
+    """`count` squares (left, top, side) inside the canvas that hardly overlap."""
     squares: list[tuple[int, int, int]] = []
     while len(squares) < count:
-        best, best_overlap = None, np.inf
         for _ in range(PLACES_TRIED):
-            side = max(8, round(size * generator.uniform(0.78, 1.0) * largest))
+            side = round(size * generator.uniform(*SIDES))
             left, top = (int(v) for v in generator.integers(0, size - side + 1, 2))
-            overlap = max((_overlap((left, top, side), other) for other in squares), default=0.0)
-            if overlap < best_overlap:
-                best, best_overlap = (left, top, side), overlap
-            if overlap <= MAX_OVERLAP:
+            if all(_overlap((left, top, side), other) <= MAX_OVERLAP for other in squares):
+                squares.append((left, top, side))
                 break
-        squares.append(best)
-        if best_overlap > MAX_OVERLAP:
+        else:
             squares.clear()  # the first ones left no room: lay all of them anew
     return squares
 
@@ -124,26 +131,23 @@ def _overlap(a: tuple[int, int, int], b: tuple[int, int, int]) -> float:
 
 
 def _draw(
-    canvas: np.ndarray,
-    digit: np.ndarray,
-    left: int,
-    top: int,
-    side: int,
-    is_dark: bool,
-    generator: np.random.Generator,
+    canvas: np.ndarray, digit: np.ndarray, left: int, top: int, side: int, generator: np.random.Generator
 ) -> None:
-    """Lays one digit of a bright (dark on bright ground) colour over the canvas, in place; its ink is the opacity."""
+    """Lays one digit of a bright colour over the canvas, in place; its ink is the opacity."""
     ink = Image.fromarray(digit).resize((side, side), Image.Resampling.BICUBIC)
-    ink = ink.rotate(float(generator.uniform(-12, 12)), resample=Image.Resampling.BICUBIC)
-    opacity = np.asarray(ink, dtype=np.float64)[..., None] / 255 * generator.uniform(0.85, 1.0)
-    colour = generator.uniform(150, 255, 3) if is_dark else generator.uniform(5, 100, 3)
+    ink = ink.rotate(float(generator.uniform(-ROTATION, ROTATION)), resample=Image.Resampling.BICUBIC)
+    opacity = np.asarray(ink, dtype=np.float64)[..., None] / 255 * generator.uniform(0.9, 1.0)
+    colour = np.clip(generator.uniform(190, 240) + generator.uniform(-TINT, TINT, 3), 0, 255)
     square = canvas[top : top + side, left : left + side]
     square += opacity * (colour - square)
 
 
-def caption(classes: list[int]) -> str:
-    """'a picture of a three, an eight and a one'."""
-    names = [f"{'an' if digit == 8 else 'a'} {WORDS[digit]}" for digit in classes]
+def caption(drawn: list[int]) -> str:
+    """'a picture of two threes, an eight and a one' for [3, 8, 3, 1]."""
+    names = []
+    for digit, count in Counter(drawn).items():
+        plural = WORDS[digit] + ("es" if digit == 6 else "s")
+        names.append(f"{'an' if digit == 8 else 'a'} {WORDS[digit]}" if count == 1 else f"{WORDS[count]} {plural}")
     return "a picture of " + " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
@@ -154,11 +158,11 @@ def scene_samples(
     for index in range(count):
         position = shard * config.images_per_shard + index
         generator = np.random.default_rng([config.seed, SPLITS.index(split), position])
-        image, classes = compose_scene(digits, config.image_size, generator)
-        key, text = f"{shard:05d}{index:04d}", caption(classes)
+        image, drawn = compose_scene(digits, config.image_size, generator)
+        key, text = f"{shard:05d}{index:04d}", caption(drawn)
         encoded = io.BytesIO()
         Image.fromarray(image).save(encoded, "JPEG", quality=JPEG_QUALITY, subsampling=0)
-        record = {"key": key, "caption": text, "classes": sorted(classes)}
+        record = {"key": key, "caption": text, "classes": sorted(set(drawn))}
         yield key, {"jpg": encoded.getvalue(), "txt": text.encode(), "json": json.dumps(record).encode()}
 
 
