@@ -9,6 +9,7 @@ import torch
 from mlcd_ds.config import RunConfig, split_paths
 from mlcd_ds.ds_config import DeepSpeedSettings
 from mlcd_ds.models.vit import VisionTransformer, VitConfig
+from mlcd_ds.partial_fc import workspace_bytes
 from mlcd_ds.partition import ClassPartition
 from mlcd_ds.schedule import RunLength
 
@@ -88,7 +89,7 @@ def _head_bytes(
     return (
         rows * (encoder.embed_dim * (8 if config.head_moments == "bfloat16" else 12) + 4),
         (3 * sampled + 2 * merged + 2 * gathered) * encoder.embed_dim * 4,
-        min(config.workspace_mb * 2**20, gathered * sampled * 4),
+        min(workspace_bytes(config.workspace_mb, sampled * 4), gathered * sampled * 4),
     )
 
 

@@ -72,7 +72,11 @@ class HeadConfig(Settings):
     head_moments: Literal["float32", "bfloat16"] = Field(
         "float32", description="dtype of the centers' AdamW moments; bfloat16 is rounded stochastically"
     )
-    workspace_mb: int = Field(256, ge=1, description="bytes (MB) of logits that exist at one time")
+    workspace_mb: int | None = Field(
+        None,
+        ge=1,
+        description="MB of logits that exist at one time; none: 128, or what 256 images need if that is more",
+    )
     head_weights: tuple[float, ...] | None = Field(
         None, description="weight of each head's loss, one per folder of labels, separated by commas; none: all 1"
     )
@@ -308,7 +312,7 @@ class BenchHeadConfig(Settings):
     repeats: int = Field(7, ge=1, description="rounds; each times every contender once")
     threads: int | None = Field(None, ge=1, description="of each rank; none: the cores divided by the ranks")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the factors of the products")
-    workspace_mb: int = Field(HeadConfig().workspace_mb, ge=1, description="the head's, as in train.py")
+    workspace_mb: int | None = Field(None, ge=1, description="the head's, as in train.py")
     materialised: bool = Field(True, description="also autograd on the whole [B, S] logits (with one rank)")
     timing: bool = Field(True, description="measure times")
     memory: bool = Field(False, description="measure peak memory, in fresh processes (with one rank)")

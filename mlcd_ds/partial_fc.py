@@ -40,6 +40,12 @@ INIT_BLOCK = 1024
 ALIGNMENT = 16
 """Columns of the workspace are rounded up to a multiple of this: products run a third slower on rows of odd length."""
 
+WORKSPACE_BYTES = 128 << 20
+"""Of logits that exist at one time, where `workspace_mb` leaves it open; more where they are less than MIN_CHUNK images."""
+
+MIN_CHUNK = 256
+"""Images a product needs at least to run at full speed."""
+
 CACHED_BYTES = 1 << 20
 """Bytes of rows that a CPU normalises or projects at a time, so that each is read from memory once."""
 
@@ -125,7 +131,7 @@ class PartialFC(nn.Module):
         margin_type: str = _DEFAULTS.margin_type,
         margin_gradient: str = _DEFAULTS.margin_gradient,
         negative_filter: float | None = _DEFAULTS.negative_filter,
-        workspace_mb: float = _DEFAULTS.workspace_mb,
+        workspace_mb: float | None = _DEFAULTS.workspace_mb,
         seed: int = 0,
         init_centers: torch.Tensor | None = None,
         dtype: torch.dtype = torch.float32,
@@ -139,7 +145,7 @@ class PartialFC(nn.Module):
         self.spec = LossSpec(objective, scale, margin, margin_type, margin_gradient, negative_filter)
         self.products = {"float32": _Products, "bfloat16": _BFloat16Products}[precision]()
         self.gather_dtype = {"float32": dtype, "bfloat16": torch.bfloat16}[gather_precision]
-        self.workspace_bytes = int(workspace_mb * 2**20)
+        self.workspace_mb = workspace_mb
         shard = self.topology.rank
         self.start, self.stop = self.partition.start(shard), self.partition.stop(shard)
         self.sampler = ClassSampler(self.partition, shard, sample_rate, seed, sample_budget)
@@ -152,6 +158,7 @@ class PartialFC(nn.Module):
             )
         self.centers = nn.Parameter(init_centers.to(self.topology.device, dtype), requires_grad=False)
         self._gradients: list[RowGradient] = []
+        self._buffers = _Buffers(self.topology.device)
 
     def extra_repr(self) -> str:
         return f"rows {self.start}..{self.stop} of {self.partition.num_classes}, D={self.embed_dim}, {self.spec}"
@@ -214,7 +221,8 @@ class PartialFC(nn.Module):
             self.spec,
             self.topology,
             self.products,
-            self._chunk_rows(draw.labels_GL.numel()),
+            self._buffers,
+            self._chunk_rows(len(e_GD), draw.labels_GL.numel()),
             self._needs_shift(draw.labels_GL.shape[1]),
         )
         # Backward must run even where the embeddings come from a frozen encoder: the centers always learn.
@@ -246,10 +254,12 @@ class PartialFC(nn.Module):
         sizes = collectives.all_gather(torch.tensor([rows], device=self.centers.device), self.topology)
         return int(sizes.max())
 
-    def _chunk_rows(self, num_labels: int) -> int:
+    def _chunk_rows(self, images: int, num_labels: int) -> int:
         """Images per chunk so that the logits stay within the workspace; from numbers that all ranks share."""
         row_bytes = (self.sampler.likely_rows(num_labels) + ALIGNMENT) * self.products.bytes_per_logit(self.centers)
-        return max(1, self.workspace_bytes // row_bytes)
+        most = max(1, workspace_bytes(self.workspace_mb, row_bytes) // row_bytes)
+        chunks = max(1, -(-images // most))
+        return max(1, -(-images // chunks))
 
     def _name_stats(self, stats, draw: Draw) -> dict[str, torch.Tensor]:
         """One all-reduce makes the shards' statistics those of the whole head."""
@@ -271,6 +281,13 @@ class PartialFC(nn.Module):
             "sampled_rows": summed[-2],
             "positive_rows": summed[-1],
         }
+
+
+def workspace_bytes(workspace_mb: float | None, row_bytes: int) -> int:
+    """Bytes of the workspace. row_bytes: of one image's logits."""
+    if workspace_mb is None:
+        return max(WORKSPACE_BYTES, MIN_CHUNK * row_bytes)
+    return int(workspace_mb * 2**20)
 
 
 def random_rows(start: int, stop: int, num_classes: int, dim: int, seed: int) -> torch.Tensor:
@@ -334,6 +351,28 @@ class _BFloat16Products(_Products):
             block += product[: len(block)]
 
 
+class _Buffers:
+    """Memory that every step needs and no step hands out.
+
+    Kept on a CPU, where the system clears each page of a large array anew: three of these took a quarter of a small step.
+    On a GPU torch's own cache does that, and lets the encoder have the memory in between.
+    """
+
+    def __init__(self, device: torch.device):
+        self._kept: dict[str, torch.Tensor] | None = {} if device.type == "cpu" else None
+
+    def take(self, name: str, shape: tuple[int, int], like: torch.Tensor) -> torch.Tensor:
+        """An uninitialised tensor of that shape, good until the next call with this name."""
+        if self._kept is None:
+            return like.new_empty(shape)
+        elements = math.prod(shape)
+        if name not in self._kept or self._kept[name].numel() < elements:
+            # A little more: the number of rows differs from step to step. The old one goes before the new one comes.
+            self._kept.pop(name, None)
+            self._kept[name] = like.new_empty(elements + elements // 16)
+        return self._kept[name][:elements].view(shape)
+
+
 @dataclass(frozen=True)
 class _Walk:
     """How a shard's matrix is walked over: what all chunks share. shift: see PartialFC._needs_shift."""
@@ -341,6 +380,7 @@ class _Walk:
     spec: LossSpec
     topology: Topology
     products: _Products
+    buffers: _Buffers
     chunk_rows: int
     shift: bool
 
@@ -354,12 +394,12 @@ class _ShardedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, e_GD, anchor, centers_cD, draw, walk, collect_stats, gradients):
-        w_TD, norm_S = _unit_rows(centers_cD, draw.rows_S)
+        w_TD, norm_S = _unit_rows(centers_cD, draw.rows_S, walk.buffers)
         factor_TD = walk.products.factor(w_TD)
         d_w_TD = torch.empty_like(w_TD)
         d_e_GD = torch.empty_like(e_GD)
         weight_G = draw.counts_G.to(e_GD.dtype) / draw.counts_G.sum().clamp_min(1)
-        workspace = e_GD.new_empty(min(walk.chunk_rows, len(e_GD)) * len(w_TD))
+        workspace = walk.buffers.take("logits", (min(walk.chunk_rows, len(e_GD)), len(w_TD)), e_GD).flatten()
         stats = _Statistics(e_GD, walk.spec) if collect_stats else None
         loss = e_GD.new_zeros(2)
         if len(e_GD) == 0:
@@ -396,14 +436,14 @@ def _row_blocks(rows: torch.Tensor) -> list[slice]:
     return [slice(first, min(first + size, len(rows))) for first in range(0, len(rows), size)]
 
 
-def _unit_rows(centers_cD: torch.Tensor, rows_S: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _unit_rows(centers_cD: torch.Tensor, rows_S: torch.Tensor, buffers: _Buffers) -> tuple[torch.Tensor, torch.Tensor]:
     """The sampled rows at unit length [T, D], and their lengths [S].
 
     T: S and at least one more, aligned. The rows from S on are zero: "no positive here" points at row S, so that no index
     needs a host round trip to be filtered.
     """
     S, D = len(rows_S), centers_cD.shape[1]
-    w_TD = centers_cD.new_empty(_aligned(S + 1), D)
+    w_TD = buffers.take("centers", (_aligned(S + 1), D), centers_cD)
     w_TD[S:] = 0
     norm_S = centers_cD.new_empty(S)
     whole = S == len(centers_cD)

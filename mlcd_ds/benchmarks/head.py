@@ -78,7 +78,7 @@ def bench_head(config: BenchHeadConfig) -> dict:
     }
     print(
         f"head on {device}: {config.ranks} ranks, {result['threads']} threads each, torch {torch.__version__}, "
-        f"{config.dtype}, workspace {config.workspace_mb} MB"
+        f"{config.dtype}, workspace {config.workspace_mb or 'auto'} MB"
     )
     if config.timing:
         if config.ranks == 1:
