@@ -152,6 +152,8 @@ class TrainEngine:
         if applied:
             for optimizer, (gradient,), head_norm in zip(self.head_optimizers, gradients, head_norms, strict=True):
                 self._step_head(optimizer, gradient, head_norm, learning_rate * self.config.head_lr_scale, step)
+            for head, (gradient,) in zip(self.heads, gradients, strict=True):
+                head.recycle(gradient)
         else:
             self.skipped_steps += 1
         norm = self.engine.get_global_grad_norm() if plain_norm is None else plain_norm

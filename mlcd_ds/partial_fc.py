@@ -238,6 +238,10 @@ class PartialFC(nn.Module):
         self._gradients.clear()
         return gradients
 
+    def recycle(self, gradient: RowGradient) -> None:
+        """Takes back the memory of a gradient that has been applied; whoever still holds it will see it change."""
+        self._buffers.give("gradient", gradient.values_SD)
+
     def _needs_shift(self, labels_per_image: int) -> bool:
         """Whether a sum of exponentials may leave the dtype's range, so that sums are kept relative to a maximum.
 
@@ -352,7 +356,7 @@ class _BFloat16Products(_Products):
 
 
 class _Buffers:
-    """Memory that every step needs and no step hands out.
+    """Memory that every step needs.
 
     Kept on a CPU, where the system clears each page of a large array anew: three of these took a quarter of a small step.
     On a GPU torch's own cache does that, and lets the encoder have the memory in between.
@@ -362,15 +366,28 @@ class _Buffers:
         self._kept: dict[str, torch.Tensor] | None = {} if device.type == "cpu" else None
 
     def take(self, name: str, shape: tuple[int, int], like: torch.Tensor) -> torch.Tensor:
-        """An uninitialised tensor of that shape, good until the next call with this name."""
+        """An uninitialised tensor of that shape, for this step alone: the next call with this name may return it again."""
+        tensor = self.hand_out(name, shape, like)
+        self.give(name, tensor)
+        return tensor
+
+    def hand_out(self, name: str, shape: tuple[int, int], like: torch.Tensor) -> torch.Tensor:
+        """An uninitialised tensor of that shape, which is the caller's until it `give`s it back."""
         if self._kept is None:
             return like.new_empty(shape)
         elements = math.prod(shape)
-        if name not in self._kept or self._kept[name].numel() < elements:
-            # A little more: the number of rows differs from step to step. The old one goes before the new one comes.
-            self._kept.pop(name, None)
-            self._kept[name] = like.new_empty(elements + elements // 16)
-        return self._kept[name][:elements].view(shape)
+        flat = self._kept.pop(name, None)
+        if flat is None or flat.numel() < elements:
+            del flat  # the old one goes before the new one comes
+            # A little more: the number of rows differs from step to step.
+            flat = like.new_empty(elements + elements // 16)
+        return flat[:elements].view(shape)
+
+    def give(self, name: str, tensor: torch.Tensor) -> None:
+        """Keeps the memory of `tensor`, all of what it is a view of, for the next call with this name."""
+        if self._kept is not None:
+            whole = tensor if tensor._base is None else tensor._base
+            self._kept[name] = whole.view(-1)
 
 
 @dataclass(frozen=True)
@@ -396,7 +413,7 @@ class _ShardedLoss(torch.autograd.Function):
     def forward(ctx, e_GD, anchor, centers_cD, draw, walk, collect_stats, gradients):
         w_TD, norm_S = _unit_rows(centers_cD, draw.rows_S, walk.buffers)
         factor_TD = walk.products.factor(w_TD)
-        d_w_TD = torch.empty_like(w_TD)
+        d_w_TD = walk.buffers.hand_out("gradient", tuple(w_TD.shape), w_TD)
         d_e_GD = torch.empty_like(e_GD)
         weight_G = draw.counts_G.to(e_GD.dtype) / draw.counts_G.sum().clamp_min(1)
         workspace = walk.buffers.take("logits", (min(walk.chunk_rows, len(e_GD)), len(w_TD)), e_GD).flatten()

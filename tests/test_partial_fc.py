@@ -11,7 +11,7 @@ from ranks import run_ranks
 from mlcd_ds import collectives
 from mlcd_ds.batch import NO_IMAGE, NO_LABEL
 from mlcd_ds.errors import ConfigError
-from mlcd_ds.losses import LossSpec, dense_loss
+from mlcd_ds.losses import LossSpec, apply_margin, dense_loss, loss_from_sums
 from mlcd_ds.partial_fc import ALIGNMENT, HISTOGRAM_BINS, PartialFC, random_rows
 from mlcd_ds.topology import Topology
 
@@ -339,6 +339,156 @@ def test_statistics_are_those_of_the_whole_head():
             for name, mask in (("histogram_positive", positive), ("histogram_negative", negative)):
                 expected = torch.histc(cosine[mask], HISTOGRAM_BINS, -1, 1)
                 torch.testing.assert_close(stats[name], expected, msg=name)
+
+
+def test_gradients_stay_as_they_are_until_they_are_given_back():
+    """Two micro-steps, then recycled memory: the same numbers as a head that allocates anew."""
+    embeddings, labels, centers = Case(sample_rate=0.5).data()
+
+    def gradients(recycle):
+        head = PartialFC(37, 6, sample_rate=0.5, dtype=torch.float64, init_centers=centers)
+        found = []
+        for step in range(4):
+            for part in (slice(0, 7), slice(7, 13)):
+                head(embeddings[part].clone().requires_grad_(), labels[part], step=step).loss.backward()
+            both = head.take_gradients()
+            assert len(both) == 2
+            found.append([(g.rows_S.clone(), g.values_SD.clone()) for g in both])
+            for gradient in both if recycle else ():
+                head.recycle(gradient)
+        return found
+
+    for plain, recycled in zip(gradients(False), gradients(True), strict=True):
+        for (rows, values), (other_rows, other_values) in zip(plain, recycled, strict=True):
+            assert torch.equal(rows, other_rows)
+            assert torch.equal(values, other_values)
+
+
+def test_draw_made_before_the_encoder_gives_the_same_step():
+    embeddings, labels, centers = Case(sample_rate=0.5).data()
+    results = []
+    for early in (False, True):
+        head = PartialFC(37, 6, sample_rate=0.5, dtype=torch.float64, init_centers=centers)
+        mine = embeddings.clone().requires_grad_()
+        out = head(mine, head.draw(labels, step=3, capacity=15)) if early else head(mine, labels, step=3, capacity=15)
+        out.loss.backward()
+        results.append((out.loss.detach(), mine.grad, head.take_gradients()[0].values_SD))
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+    with pytest.raises(ConfigError, match="do not fit 15 label rows"):
+        head(torch.zeros(16, 6, dtype=torch.float64), head.draw(labels, step=3, capacity=15))
+
+
+def test_centers_learn_under_a_frozen_encoder():
+    embeddings, labels, centers = Case().data()
+    head = PartialFC(37, 6, dtype=torch.float64, init_centers=centers)
+    head(embeddings, labels, step=0).loss.backward()
+    assert head.take_gradients()[0].values_SD.abs().max() > 0
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("objective", ["mlcd", "mlc", "cd"])
+def test_bfloat16_products_and_gather_are_close_to_float32(world_size, objective):
+    """Factors of 8 bits: the logits, up to 64, are off by some tenths at most; loss and gradients stay near."""
+    generator = torch.Generator().manual_seed(3)
+    embeddings = torch.randn(24, 64, generator=generator)
+    labels = torch.randint(0, 300, (24, 4), generator=generator)
+    centers = torch.randn(300, 64, generator=generator)
+
+    def run(**options):
+        def one(topology):
+            own = slice(topology.rank * 24 // world_size, (topology.rank + 1) * 24 // world_size)
+            head = PartialFC(
+                300, 64, topology, objective=objective, sample_rate=1.0, workspace_mb=0.01, scale=16.0,
+                init_centers=_rows_of(centers, 300, topology), **options,
+            )  # fmt: skip
+            mine = embeddings[own].clone().requires_grad_()
+            out = head(mine, labels[own], step=0)
+            out.loss.backward()
+            return out.loss.detach(), mine.grad, head.take_gradients()[0].values_SD
+
+        results = run_ranks(world_size, one)
+        return results[0][0], torch.cat([r[1] for r in results]), torch.cat([r[2] for r in results])
+
+    exact = run()
+    for options in ({"precision": "bfloat16"}, {"gather_precision": "bfloat16"}):
+        rounded = run(**options)
+        assert not torch.equal(exact[1], rounded[1])
+        for one, other in zip(exact, rounded, strict=True):
+            assert (one - other).norm() < 0.03 * one.norm()
+
+
+def test_bfloat16_gather_halves_its_bytes(monkeypatch):
+    sent = []
+    original = collectives._all_gather_single
+
+    def counting(gathered, rows, **options):
+        sent.append((gathered.numel(), gathered.dtype))
+        return original(gathered, rows, **options)
+
+    monkeypatch.setattr(collectives, "_all_gather_single", counting)
+
+    def one(topology):
+        head = PartialFC(64, 4, topology, gather_precision="bfloat16")
+        head(torch.randn(8, 4, requires_grad=True), torch.zeros(8, 3, dtype=torch.long), step=0, capacity=8)
+
+    run_ranks(2, one)
+    assert sent.count((64, torch.bfloat16)) == 2
+    assert len(sent) == 4  # and the labels
+
+
+@pytest.mark.parametrize("objective", ["mlcd", "mlc", "cd"])
+@pytest.mark.parametrize("scale", [64.0, 256.0])
+def test_five_million_classes_in_float32(objective, scale):
+    """Rows of few dimensions, many of them near an image: sums of millions of terms, against float64 in blocks."""
+    K, D, G = 5_000_000, 4, 6
+    generator = torch.Generator().manual_seed(5)
+    centers = torch.randn(K, D, generator=generator)
+    embeddings = torch.randn(G, D, generator=generator)
+    labels = torch.randint(0, K, (G, 8), generator=generator)
+    head = PartialFC(K, D, objective=objective, scale=scale, sample_rate=1.0, init_centers=centers)
+    mine = embeddings.clone().requires_grad_()
+    out = head(mine, labels, step=0)
+    out.loss.backward()
+    (gradient,) = head.take_gradients()
+    assert torch.isfinite(gradient.values_SD).all()
+
+    e = torch.nn.functional.normalize(embeddings.double(), dim=1)
+    used = labels[:, :1] if objective == "cd" else labels
+    sums, weighted = torch.full((G,), -torch.inf, dtype=torch.float64), torch.zeros(G, D, dtype=torch.float64)
+    shift = scale
+    for first in range(0, K, 500_000):
+        w = torch.nn.functional.normalize(centers[first : first + 500_000].double(), dim=1)
+        logits = scale * e @ w.T
+        for row in range(G):
+            inside = used[row][(used[row] >= first) & (used[row] < first + len(w))] - first
+            logits[row, inside] = -torch.inf
+        sums = torch.logaddexp(sums, logits.logsumexp(dim=1))
+        weighted += (logits - shift).exp() @ w
+    positive = (e[:, None] * torch.nn.functional.normalize(centers[used].double(), dim=2)).sum(-1)
+    value, _ = apply_margin(positive, head.spec)
+    two = loss_from_sums(objective, sums, (-scale * value).logsumexp(dim=1))
+    assert out.loss.item() == pytest.approx((two.positive_G + two.negative_G).mean().item(), rel=2e-5)
+    weight = (shift + two.log_negative_weight_G).exp()[:, None] * scale / G
+    slopes = (-scale * value + two.log_positive_weight_G[:, None]).exp() * -scale / G
+    towards = weighted * weight
+    towards += (torch.nn.functional.normalize(centers[used].double(), dim=2) * slopes[..., None]).sum(1)
+    along = (towards * e).sum(1, keepdim=True)
+    expected = (towards - along * e) / embeddings.double().norm(dim=1, keepdim=True)
+    torch.testing.assert_close(mine.grad.double(), expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
+
+
+def test_mlc_with_one_positive_is_cd_exactly():
+    embeddings, labels, centers = Case(labels_per_image=1, images=9).data()
+    results = []
+    for objective in ("mlc", "cd"):
+        head = PartialFC(37, 6, objective=objective, dtype=torch.float64, init_centers=centers)
+        mine = embeddings.clone().requires_grad_()
+        out = head(mine, labels, step=0)
+        out.loss.backward()
+        results.append((out.loss.detach(), mine.grad, head.take_gradients()[0].values_SD))
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_second_backward_is_refused():

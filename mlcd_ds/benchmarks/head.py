@@ -180,6 +180,10 @@ class HeadStep:
         loss.backward()
         return loss.detach(), self.head.take_gradients()[0]
 
+    def run_and_recycle(self) -> None:
+        """`run` as in training, where the gradient's memory comes back after the optimizer."""
+        self.head.recycle(self.run()[1])
+
     def draw(self) -> torch.Tensor:
         """The sampled local rows [S] of the step."""
         return self.head.sampler.draw(self.labels_BL, 0)
@@ -279,7 +283,7 @@ def _time_shape(shape: Shape, config: BenchHeadConfig, topology: Topology) -> di
     optimizer = RowAdamW(head.centers, (0.9, 0.999), 1e-8, 0.0)
     contenders: dict[str, Contender] = {
         "products": bare_products(shape.B, S, shape.D, config.dtype, topology.device),
-        "head": step.run,
+        "head": step.run_and_recycle,
         "sampling": step.draw,
         "peers_sampling": lambda: peers_draw(step.labels_BL, head.start, head.stop, shape.r),
         "optimizer": lambda: optimizer.step(gradient, 1e-9),
