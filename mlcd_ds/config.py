@@ -69,6 +69,9 @@ class HeadConfig(Settings):
     gather_precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="of the embeddings that ranks send each other; auto: as head_precision"
     )
+    head_kernels: Literal["torch", "triton"] = Field(
+        "torch", description="triton: fused kernels for GPUs, tested in Triton's interpreter, not yet measured on a GPU"
+    )
     head_moments: Literal["float32", "bfloat16"] = Field(
         "float32", description="dtype of the centers' AdamW moments; bfloat16 is rounded stochastically"
     )
@@ -313,6 +316,7 @@ class BenchHeadConfig(Settings):
     threads: int | None = Field(None, ge=1, description="of each rank; none: the cores divided by the ranks")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the factors of the products")
     workspace_mb: int | None = Field(None, ge=1, description="the head's, as in train.py")
+    kernels: Literal["torch", "triton"] = Field("torch", description="train.py's --head_kernels")
     materialised: bool = Field(True, description="also autograd on the whole [B, S] logits (with one rank)")
     timing: bool = Field(True, description="measure times")
     memory: bool = Field(False, description="measure peak memory, in fresh processes (with one rank)")

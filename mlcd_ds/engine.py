@@ -92,7 +92,15 @@ class TrainEngine:
         decay = settings.weight_decay if config.head_weight_decay is None else config.head_weight_decay
         moments = {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.head_moments]
         self.head_optimizers = [
-            RowAdamW(head.centers.data, settings.betas, settings.eps, decay, moments=moments, seed=seed)
+            RowAdamW(
+                head.centers.data,
+                settings.betas,
+                settings.eps,
+                decay,
+                moments=moments,
+                seed=seed,
+                kernels=config.head_kernels,
+            )
             for seed, head in enumerate(heads, start=topology.rank * len(heads))
         ]
         self.skipped_steps = 0

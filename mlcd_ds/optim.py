@@ -51,6 +51,7 @@ class RowAdamW:
     centers_cD: the parameter to change, in place. moments: dtype of both moments; None: that of the centers. bfloat16
     halves their memory; they are then rounded stochastically, by (seed, step), so that small changes are not lost: the
     second moment moves by a thousandth of itself, which rounding to the nearest of bfloat16's 8 bits would drop.
+    kernels: "torch", or "triton" for one pass over float32 rows and moments.
     """
 
     def __init__(
@@ -61,12 +62,14 @@ class RowAdamW:
         weight_decay: float,
         moments: torch.dtype | None = None,
         seed: int = 0,
+        kernels: str = "torch",
     ):
         self.centers_cD = centers_cD
         self.betas = betas
         self.eps = eps
         self.weight_decay = weight_decay
         self.seed = seed
+        self.fused = kernels == "triton" and centers_cD.dtype == torch.float32 and moments in (None, torch.float32)
         self.exp_avg_cD = torch.zeros_like(centers_cD, dtype=moments)
         self.exp_avg_sq_cD = torch.zeros_like(centers_cD, dtype=moments)
         self.steps_c = torch.zeros(len(centers_cD), dtype=torch.int32, device=centers_cD.device)
@@ -74,6 +77,9 @@ class RowAdamW:
     @torch.no_grad()
     def step(self, gradient: RowGradient, learning_rate: float, step: int = 0) -> None:
         """One step of the rows in `gradient`, which must be distinct. step: of the run; it seeds stochastic rounding."""
+        if self.fused:
+            self._step_fused(gradient, learning_rate)
+            return
         generator = None
         if self.exp_avg_cD.dtype != self.centers_cD.dtype:
             generator = torch.Generator(self.centers_cD.device).manual_seed((self.seed * 0x9E3779B1 + step) % (1 << 63))
@@ -83,6 +89,18 @@ class RowAdamW:
             block = slice(first, min(first + size, len(gradient.rows_S)))
             rows = slice(block.start, block.stop) if gradient.is_whole else gradient.rows_S[block]
             self._step_block(rows, gradient.values_SD[block], learning_rate, generator)
+
+    def _step_fused(self, gradient: RowGradient, learning_rate: float) -> None:
+        from mlcd_ds.kernels.row_adamw import row_adamw
+
+        rows_S = gradient.rows_S
+        steps_S = self.steps_c[rows_S] + 1
+        self.steps_c[rows_S] = steps_S
+        beta1, beta2 = self.betas
+        step_size_S = (learning_rate / (1 - beta1 ** steps_S.double())).float()
+        root_S = (1 - beta2 ** steps_S.double()).sqrt().float()
+        tensors = self.centers_cD, self.exp_avg_cD, self.exp_avg_sq_cD, rows_S, gradient.values_SD, step_size_S, root_S
+        row_adamw(*tensors, beta1, beta2, self.eps, 1 - learning_rate * self.weight_decay)
 
     def _step_block(self, rows, g_nD: torch.Tensor, learning_rate: float, generator) -> None:
         """rows: a slice (the update is then in place) or int64 [n]."""

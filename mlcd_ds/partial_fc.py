@@ -24,6 +24,7 @@ from mlcd_ds import collectives
 from mlcd_ds.batch import NO_IMAGE
 from mlcd_ds.config import HeadConfig
 from mlcd_ds.errors import ConfigError
+from mlcd_ds.kernels import check_available
 from mlcd_ds.losses import NORM_FLOOR, LossSpec, apply_margin, labels_for, loss_from_sums
 from mlcd_ds.partition import ClassPartition
 from mlcd_ds.sampling import ClassSampler
@@ -45,6 +46,9 @@ WORKSPACE_BYTES = 128 << 20
 
 MIN_CHUNK = 256
 """Images a product needs at least to run at full speed."""
+
+TILE_BYTES = 32 << 20
+"""Of float32 logits that the fused kernels make at a time: what stays in a GPU's second-level cache."""
 
 CACHED_BYTES = 1 << 20
 """Bytes of rows that a CPU normalises or projects at a time, so that each is read from memory once."""
@@ -107,8 +111,8 @@ class PartialFC(nn.Module):
     num_classes: K. embed_dim: D. init_centers: float [c, D], this shard's rows, or None for random rows that depend on
     (seed, global row) only. dtype: of the centers, and of all sums. precision: of the factors of the three products,
     "float32" (the centers' dtype) or "bfloat16", accumulated in float32 either way. gather_precision: of the embeddings on
-    their way to the other ranks; their gradient comes back in the centers' dtype. The other arguments are those of
-    config.HeadConfig.
+    their way to the other ranks; their gradient comes back in the centers' dtype. kernels: "torch", or "triton" for
+    float32 centers and sums that need no maximum. The other arguments are those of config.HeadConfig.
     Raises ConfigError for fewer classes than ranks, an unknown objective, or centers of another shape.
     """
 
@@ -137,6 +141,7 @@ class PartialFC(nn.Module):
         dtype: torch.dtype = torch.float32,
         precision: str = "float32",
         gather_precision: str = "float32",
+        kernels: str = "torch",
     ):
         super().__init__()
         self.topology = topology or Topology.single()
@@ -146,6 +151,9 @@ class PartialFC(nn.Module):
         self.products = {"float32": _Products, "bfloat16": _BFloat16Products}[precision]()
         self.gather_dtype = {"float32": dtype, "bfloat16": torch.bfloat16}[gather_precision]
         self.workspace_mb = workspace_mb
+        self.kernels = kernels
+        if kernels == "triton":
+            check_available(self.topology.device)
         shard = self.topology.rank
         self.start, self.stop = self.partition.start(shard), self.partition.stop(shard)
         self.sampler = ClassSampler(self.partition, shard, sample_rate, seed, sample_budget)
@@ -217,13 +225,15 @@ class PartialFC(nn.Module):
         e_bD = nn.functional.normalize(embeddings.to(self.centers.dtype), dim=1, eps=NORM_FLOOR)
         e_bD = nn.functional.pad(e_bD, (0, 0, 0, draw.capacity - len(e_bD)))
         e_GD = collectives.gather_rows(e_bD, self.topology, self.gather_dtype)
+        shift = self._needs_shift(draw.labels_GL.shape[1])
         walk = _Walk(
             self.spec,
             self.topology,
             self.products,
             self._buffers,
             self._chunk_rows(len(e_GD), draw.labels_GL.numel()),
-            self._needs_shift(draw.labels_GL.shape[1]),
+            shift,
+            fused=self.kernels == "triton" and not shift and self.centers.dtype == torch.float32,
         )
         # Backward must run even where the embeddings come from a frozen encoder: the centers always learn.
         anchor = e_GD.new_zeros((), requires_grad=torch.is_grad_enabled())
@@ -260,7 +270,8 @@ class PartialFC(nn.Module):
 
     def _chunk_rows(self, images: int, num_labels: int) -> int:
         """Images per chunk so that the logits stay within the workspace; from numbers that all ranks share."""
-        row_bytes = (self.sampler.likely_rows(num_labels) + ALIGNMENT) * self.products.bytes_per_logit(self.centers)
+        bytes_per_logit = self.products.bytes_per_logit(self.centers, fused=self.kernels == "triton")
+        row_bytes = (self.sampler.likely_rows(num_labels) + ALIGNMENT) * bytes_per_logit
         most = max(1, workspace_bytes(self.workspace_mb, row_bytes) // row_bytes)
         chunks = max(1, -(-images // most))
         return max(1, -(-images // chunks))
@@ -312,8 +323,8 @@ class _Products:
         """`tensor` as a factor of a product."""
         return tensor
 
-    def bytes_per_logit(self, centers: torch.Tensor) -> int:
-        """What one entry of the workspace takes, with the copy of it that the products need."""
+    def bytes_per_logit(self, centers: torch.Tensor, fused: bool) -> int:
+        """What one entry of the workspace takes, with the copy of it that the products need where that is made whole."""
         return centers.element_size()
 
     def put(self, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
@@ -337,8 +348,8 @@ class _BFloat16Products(_Products):
     def factor(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.bfloat16()
 
-    def bytes_per_logit(self, centers: torch.Tensor) -> int:
-        return centers.element_size() + 2
+    def bytes_per_logit(self, centers: torch.Tensor, fused: bool) -> int:
+        return 2 if fused else centers.element_size() + 2
 
     def put(self, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
         if out.is_cuda:
@@ -392,7 +403,10 @@ class _Buffers:
 
 @dataclass(frozen=True)
 class _Walk:
-    """How a shard's matrix is walked over: what all chunks share. shift: see PartialFC._needs_shift."""
+    """How a shard's matrix is walked over: what all chunks share.
+
+    shift: see PartialFC._needs_shift. fused: by the kernels of kernels/epilogue.py.
+    """
 
     spec: LossSpec
     topology: Topology
@@ -400,6 +414,7 @@ class _Walk:
     buffers: _Buffers
     chunk_rows: int
     shift: bool
+    fused: bool
 
 
 class _ShardedLoss(torch.autograd.Function):
@@ -416,7 +431,8 @@ class _ShardedLoss(torch.autograd.Function):
         d_w_TD = walk.buffers.hand_out("gradient", tuple(w_TD.shape), w_TD)
         d_e_GD = torch.empty_like(e_GD)
         weight_G = draw.counts_G.to(e_GD.dtype) / draw.counts_G.sum().clamp_min(1)
-        workspace = walk.buffers.take("logits", (min(walk.chunk_rows, len(e_GD)), len(w_TD)), e_GD).flatten()
+        like = factor_TD if walk.fused else e_GD
+        workspace = walk.buffers.take("logits", (min(walk.chunk_rows, len(e_GD)), len(w_TD)), like).flatten()
         stats = _Statistics(e_GD, walk.spec) if collect_stats else None
         loss = e_GD.new_zeros(2)
         if len(e_GD) == 0:
@@ -488,40 +504,28 @@ def _chunk(
     e_nD, columns_nL, weight_n, d_e_nD, w_TD, factor_TD, d_w_TD, is_first: bool, workspace, walk: _Walk, S: int, stats
 ) -> torch.Tensor:
     """One row chunk: puts its gradient into d_e_nD, adds to d_w_TD, returns its [positive, negative] part of the loss."""
-    spec, topology, shift, products = walk.spec, walk.topology, walk.shift, walk.products
+    spec, topology, products = walk.spec, walk.topology, walk.products
     n, T = len(e_nD), len(w_TD)
-    logits_nT = workspace[: n * T].view(n, T)
-    products.put(products.factor(e_nD * spec.scale), factor_TD.T, logits_nT)
-    cosine_nL = logits_nT.gather(1, columns_nL) / spec.scale
     here_nL = columns_nL != S
-    if stats is not None:
-        stats.add(logits_nT[:, : S + 1], cosine_nL, columns_nL, here_nL, weight_n)
-    if spec.negative_filter is not None:
-        logits_nT.masked_fill_(logits_nT > spec.scale * spec.negative_filter, -torch.inf)
-    # The positives leave the negative sum before it is summed (exp(-inf) = 0), never by subtraction; so do the zero rows.
-    logits_nT.scatter_(1, columns_nL, -torch.inf)
-    logits_nT[:, S:] = -torch.inf
+    exponentiate = _exponentiate_fused if walk.fused else _exponentiate
+    terms = exponentiate(e_nD, columns_nL, weight_n, w_TD, factor_TD, workspace[: n * T].view(n, T), walk, S, stats)
 
-    value_nL, slope_nL = apply_margin(cosine_nL, spec)
+    value_nL, slope_nL = apply_margin(terms.cosine_nL, spec)
     minus_s_nL = torch.where(here_nL, -spec.scale * value_nL, -torch.inf)
     # Where exp may leave the dtype's range, each shard keeps its sums relative to its own maxima: minus infinity where it
     # has no term, so that its factors exp(maximum - ...) below are zero.
     own_2n = e_nD.new_zeros(2, n)
-    if shift:
-        own_2n = torch.stack([logits_nT.amax(dim=1), minus_s_nL.amax(dim=1)])
-        finite_2n = own_2n.masked_fill(own_2n == -torch.inf, 0)
-        logits_nT.sub_(finite_2n[0, :, None])
-        minus_s_nL.sub_(finite_2n[1, :, None])
-    exp_nT = logits_nT.exp_()
-    sums_2n = torch.stack([exp_nT.sum(dim=1), minus_s_nL.exp().sum(dim=1)])
+    if walk.shift:
+        own_2n = torch.stack([terms.maximum_n, minus_s_nL.amax(dim=1)])
+        minus_s_nL.sub_(own_2n[1].masked_fill(own_2n[1] == -torch.inf, 0)[:, None])
+    sums_2n = torch.stack([terms.sum_n, minus_s_nL.exp().sum(dim=1)])
     common_2n = own_2n
-    if shift:
+    if walk.shift:
         common_2n = collectives.max_(own_2n.clone(), topology)
         common_2n.masked_fill_(common_2n == -torch.inf, 0)
         sums_2n.mul_((own_2n - common_2n).exp())
     summing = collectives.start_sum(sums_2n, topology)
-    factor_nT = products.factor(exp_nT)
-    products.put(factor_nT, factor_TD, d_e_nD)
+    products.put(terms.factor_nT, factor_TD, d_e_nD)
     summing.wait()
 
     log_2n = sums_2n.log() + common_2n
@@ -535,11 +539,69 @@ def _chunk(
         positive_nL = positive_nL * slope_nL
     d_e_nD.mul_(negative_n[:, None])
     make = products.put if is_first else products.add
-    make(factor_nT.T, products.factor(e_nD * negative_n[:, None]), d_w_TD)
+    make(terms.factor_nT.T, products.factor(e_nD * negative_n[:, None]), d_w_TD)
     for columns_n, positive_n in zip(columns_nL.T, positive_nL.T, strict=True):
         d_e_nD.addcmul_(w_TD[columns_n], positive_n[:, None])
         d_w_TD.index_add_(0, columns_n, e_nD * positive_n[:, None])
     return torch.stack([two.positive_G @ weight_n, two.negative_G @ weight_n])
+
+
+@dataclass(frozen=True)
+class _Terms:
+    """What a chunk's logits come to.
+
+    cosine_nL: of the positives, anything where there is none. factor_nT: exp(s_j) of the negatives as a factor of the
+    products, zero elsewhere. sum_n: its row sums. Both relative to exp(maximum_n) where that is not None.
+    """
+
+    cosine_nL: torch.Tensor
+    factor_nT: torch.Tensor
+    sum_n: torch.Tensor
+    maximum_n: torch.Tensor | None = None
+
+
+def _exponentiate(e_nD, columns_nL, weight_n, w_TD, factor_TD, logits_nT, walk: _Walk, S: int, stats) -> _Terms:
+    """In torch, in place in the workspace `logits_nT`."""
+    spec, products = walk.spec, walk.products
+    products.put(products.factor(e_nD * spec.scale), factor_TD.T, logits_nT)
+    cosine_nL = logits_nT.gather(1, columns_nL) / spec.scale
+    if stats is not None:
+        stats.add(logits_nT[:, : S + 1], cosine_nL, columns_nL, weight_n)
+    if spec.negative_filter is not None:
+        logits_nT.masked_fill_(logits_nT > spec.scale * spec.negative_filter, -torch.inf)
+    # The positives leave the negative sum before it is summed (exp(-inf) = 0), never by subtraction; so do the zero rows.
+    logits_nT.scatter_(1, columns_nL, -torch.inf)
+    logits_nT[:, S:] = -torch.inf
+    maximum_n = None
+    if walk.shift:
+        maximum_n = logits_nT.amax(dim=1)
+        logits_nT.sub_(maximum_n.masked_fill(maximum_n == -torch.inf, 0)[:, None])
+    exp_nT = logits_nT.exp_()
+    return _Terms(cosine_nL, products.factor(exp_nT), exp_nT.sum(dim=1), maximum_n)
+
+
+def _exponentiate_fused(e_nD, columns_nL, weight_n, w_TD, factor_TD, out_nT, walk: _Walk, S: int, stats) -> _Terms:
+    """By kernels.epilogue: the logits exist a tile of columns at a time, small enough for a GPU's cache."""
+    from mlcd_ds.kernels.epilogue import exponentials
+
+    spec, products = walk.spec, walk.products
+    n, T = out_nT.shape
+    scaled_nD = products.factor(e_nD * spec.scale)
+    # Of the positives from unrounded factors: n L products instead of a gather from a matrix that is not there.
+    cosine_nL = torch.stack([torch.linalg.vecdot(e_nD, w_TD[columns_n]) for columns_n in columns_nL.T], dim=1)
+    if stats is not None:
+        rows = slice(0, stats.ROWS)
+        stats.add(spec.scale * e_nD[rows] @ w_TD[: S + 1].T, cosine_nL, columns_nL, weight_n)
+    largest = None if spec.negative_filter is None else spec.scale * spec.negative_filter
+    width = min(T, max(ALIGNMENT, TILE_BYTES // (4 * n) // ALIGNMENT * ALIGNMENT))
+    tile = walk.buffers.take("tile", (n, width), e_nD).flatten()
+    sum_n = e_nD.new_zeros(n)
+    for first in range(0, T, width):
+        stop = min(first + width, T)
+        logits_nt = tile[: n * (stop - first)].view(n, stop - first)
+        products.put(scaled_nD, factor_TD[first:stop].T, logits_nt)
+        sum_n += exponentials(logits_nt, out_nT, columns_nL, first, S, largest)
+    return _Terms(cosine_nL, out_nT, sum_n)
 
 
 class _Statistics:
@@ -557,14 +619,15 @@ class _Statistics:
         self.histogram_2H = e_GD.new_zeros(2, HISTOGRAM_BINS)
         self.seen = False
 
-    def add(self, logits_nT, cosine_nL, columns_nL, here_nL, weight_n) -> None:
-        here_nL = here_nL & (weight_n > 0)[:, None]
+    def add(self, logits_nS1, cosine_nL, columns_nL, weight_n) -> None:
+        """logits_nS1: of at least the first ROWS images, with one column more than there are rows."""
+        here_nL = (columns_nL != logits_nS1.shape[1] - 1) & (weight_n > 0)[:, None]
         self.positive += torch.stack([torch.where(here_nL, cosine_nL, 0).sum(), here_nL.sum()])
         # Bin -1 catches what is not to be counted.
         self._count(0, torch.where(here_nL, cosine_nL, -2))
         if not self.seen:
             self.seen = True
-            cosine = logits_nT[: self.ROWS] / self.spec.scale
+            cosine = logits_nS1[: self.ROWS] / self.spec.scale
             cosine.scatter_(1, columns_nL[: self.ROWS], -2)
             cosine[:, -1] = -2
             self._count(1, cosine.masked_fill_((weight_n[: self.ROWS] == 0)[:, None], -2))

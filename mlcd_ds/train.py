@@ -252,6 +252,7 @@ def build_head(config: RunConfig, plan: RunPlan, topology: Topology, from_scratc
     options = {name: getattr(config, name) for name in PartialFC.SETTINGS}
     precision, gather_precision = head_precisions(config, plan.settings, topology.device.type)
     options |= {"precision": precision, "gather_precision": gather_precision, "init_centers": centers}
+    options |= {"kernels": config.head_kernels}
     return PartialFC(num_classes, plan.encoder.embed_dim, topology, seed=config.seed + index, **options)
 
 

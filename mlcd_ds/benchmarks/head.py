@@ -75,6 +75,7 @@ def bench_head(config: BenchHeadConfig) -> dict:
         "dtype": config.dtype,
         "labels_per_image": config.labels_per_image,
         "workspace_mb": config.workspace_mb,
+        "kernels": config.kernels,
     }
     print(
         f"head on {device}: {config.ranks} ranks, {result['threads']} threads each, torch {torch.__version__}, "
@@ -171,6 +172,7 @@ class HeadStep:
             init_centers=centers_cD,
             dtype=dtype,
             precision=config.dtype,
+            kernels=config.kernels,
         )
 
     def run(self):
@@ -280,7 +282,7 @@ def _time_shape(shape: Shape, config: BenchHeadConfig, topology: Topology) -> di
     loss, gradient = step.run()
     S = len(gradient.rows_S)
     head = step.head
-    optimizer = RowAdamW(head.centers, (0.9, 0.999), 1e-8, 0.0)
+    optimizer = RowAdamW(head.centers, (0.9, 0.999), 1e-8, 0.0, kernels=config.kernels)
     contenders: dict[str, Contender] = {
         "products": bare_products(shape.B, S, shape.D, config.dtype, topology.device),
         "head": step.run_and_recycle,
