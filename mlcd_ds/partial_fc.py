@@ -222,8 +222,7 @@ class PartialFC(nn.Module):
                 raise ConfigError(f"{len(embeddings)} embeddings do not fit {rows} label rows")
             labels = self.draw(labels, step=step, capacity=capacity)
         draw = labels
-        e_bD = nn.functional.normalize(embeddings.to(self.centers.dtype), dim=1, eps=NORM_FLOOR)
-        e_bD = nn.functional.pad(e_bD, (0, 0, 0, draw.capacity - len(e_bD)))
+        e_bD = _UnitEmbeddings.apply(embeddings, draw.capacity, self.centers.dtype)
         e_GD = collectives.gather_rows(e_bD, self.topology, self.gather_dtype)
         shift = self._needs_shift(draw.labels_GL.shape[1])
         walk = _Walk(
@@ -415,6 +414,29 @@ class _Walk:
     chunk_rows: int
     shift: bool
     fused: bool
+
+
+class _UnitEmbeddings(torch.autograd.Function):
+    """Embeddings at unit length, zero rows behind them up to `capacity`; backward works in the memory of its input."""
+
+    @staticmethod
+    def forward(ctx, embeddings_bD, capacity, dtype):
+        b, D = embeddings_bD.shape
+        embeddings_bD = embeddings_bD.to(dtype)
+        norm_b = torch.linalg.vector_norm(embeddings_bD, dim=1).clamp_min_(NORM_FLOOR)
+        e_CD = embeddings_bD.new_empty(capacity, D)
+        torch.div(embeddings_bD, norm_b[:, None], out=e_CD[:b])
+        e_CD[b:] = 0
+        ctx.save_for_backward(e_CD, norm_b)
+        return e_CD
+
+    @staticmethod
+    def backward(ctx, d_e_CD):
+        e_CD, norm_b = ctx.saved_tensors
+        b = len(norm_b)
+        d_bD = d_e_CD[:b]  # nobody else has it: the reduce-scatter has just made it
+        _project(d_bD, e_CD[:b], norm_b)
+        return d_bD, None, None
 
 
 class _ShardedLoss(torch.autograd.Function):
