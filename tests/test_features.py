@@ -16,6 +16,7 @@ from data_factory import make_shards, picture
 from PIL import Image
 from processes import ROOT, run_script
 from safetensors.torch import load_file, save_file
+from tiny_clip import write_tiny_clip
 
 from mlcd_ds import checkpoint
 from mlcd_ds.clustering.builtin_patches import PatchDictionary, learn_dictionary
@@ -134,41 +135,6 @@ def test_run_extractor_is_the_trained_encoder(tars, tmp_path):
     with torch.no_grad():
         expected = torch.nn.functional.normalize(model(as_images(tars, 16)), dim=1)
     np.testing.assert_allclose(np.load(tmp_path / "f" / "img_emb" / "img_emb_00000.npy"), expected.numpy(), atol=1e-3)
-
-
-def write_tiny_clip(folder):
-    """A CLIP with random weights, its image preprocessing and a word-level tokenizer, as transformers saves them."""
-    import transformers
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-
-    torch.manual_seed(0)
-    text = {
-        "vocab_size": 50,
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-    }
-    text |= {"max_position_embeddings": 12, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    vision |= {"image_size": 24, "patch_size": 8}
-    model = transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=10))
-    model.save_pretrained(folder)
-    transformers.CLIPImageProcessor(size={"shortest_edge": 24}, crop_size={"height": 24, "width": 24}).save_pretrained(
-        folder
-    )
-    words = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3} | {
-        word: 4 + i for i, word in enumerate("a red blue cat".split())
-    }
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
-    )
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>"
-    ).save_pretrained(folder)
-    return model.eval()
 
 
 @pytest.fixture(scope="module")

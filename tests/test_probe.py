@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from data_factory import picture
+from tiny_clip import write_tiny_clip
 
 from mlcd_ds.checkpoint import save_encoder
 from mlcd_ds.config import ProbeConfig
@@ -22,6 +23,7 @@ from mlcd_ds.evaluation.logistic import LogisticRegressions
 from mlcd_ds.evaluation.metrics import average_precision, average_precisions
 from mlcd_ds.evaluation.probe import probe, search
 from mlcd_ds.models.vit import VisionTransformer, VitConfig
+from mlcd_ds.topology import Topology
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -201,6 +203,26 @@ def test_trained_untrained_and_stored_features(tiny, tmp_path):
     assert probe(ProbeConfig(**tiny | {"model": spec, "max_skipped_fraction": 0.1}), CPU)["skipped"]["test"] == {
         "without a feature": 1
     }
+
+
+def test_a_clip_and_a_patch_dictionary_can_be_probed(tiny, tmp_path):
+    """hf: and builtin: give the features that the extractor gives, not normalised ones of our own."""
+    from mlcd_ds.clustering.features import extract_features
+    from mlcd_ds.config import FeaturesConfig
+
+    write_tiny_clip(tmp_path / "clip")
+    folder = tmp_path / "f"
+    settings = {"dictionary_size": 16, "patch_features": 12, "images_to_fit": 40, "patches_to_fit": 500}
+    extract_features(FeaturesConfig(shards=tiny["train_shards"], output_dir=str(folder), **settings), Topology.single())
+    for model, dim in ((f"hf:{tmp_path / 'clip'}", 10), (f"builtin:{folder / 'patches.npz'}", 12)):
+        found = read_features(ProbeConfig(**tiny | {"model": model}), "train", CPU)
+        assert found.features.shape == (60, dim), model
+        assert np.isfinite(found.features).all()
+        result = probe(ProbeConfig(**tiny | {"model": model}), CPU)
+        assert result["model"] == model
+        assert result["mAP"] > 0.6, model  # the classes are colours; chance is 0.33
+    stored = np.concatenate([np.load(file) for file in sorted((folder / "img_emb").glob("*.npy"))])
+    np.testing.assert_allclose(found.features, stored, atol=2e-3)
 
 
 def test_classes_missing_on_one_side_are_stated(tiny, tmp_path):

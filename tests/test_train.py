@@ -316,6 +316,33 @@ def test_attempt_that_died_before_its_first_checkpoint_leaves_no_curve(data, tmp
     assert points == [24 * step for step in range(1, STEPS + 1)]
 
 
+def test_resumed_run_needs_neither_the_centers_nor_the_encoder_it_started_from(data, whole_run, tmp_path):
+    import numpy as np
+
+    from mlcd_ds.files import sha256
+
+    data = copied(data, tmp_path)
+    np.save(tmp_path / "centers.npy", np.random.default_rng(0).normal(size=(50, 128)).astype(np.float32))
+    make_labels(data / "labels", centers_hash=sha256(tmp_path / "centers.npy"))
+    shutil.copytree(whole_run[0], tmp_path / "first")
+    started_from = {
+        "centers": tmp_path / "centers.npy",
+        "init_from": tmp_path / "first",
+        "resume": "auto",
+        "workers": 0,
+    }
+    run = tmp_path / "run"
+    started = start_ranks(1, [TRAIN, *flags(data, run, **started_from)])
+    wait_for_step(run, 5, started)
+    os.kill(started[0][0].pid, signal.SIGKILL)
+    wait_ranks(started)
+    (tmp_path / "centers.npy").unlink()
+    shutil.rmtree(tmp_path / "first")
+    (ended,) = run_script(1, [TRAIN, *flags(data, run, **started_from)])
+    assert ended.code == 0, ended.output[-3000:]
+    assert [line["step"] for line in metrics(run)] == list(range(1, STEPS + 1))
+
+
 def test_finished_run_is_left_as_it_is(data, whole_run):
     run, _ = whole_run
     before = {path: path.stat().st_mtime_ns for path in (run / "checkpoints").rglob("*")}
