@@ -253,7 +253,14 @@ class ClusterConfig(Settings):
     max_points_per_center: int = Field(
         256, ge=1, description="use at most k times this many features (a stated sample)"
     )
+    init: str = Field("random", description="random, kmeans++-subset, or an .npy of k rows to start from")
+    assign: Literal["faiss", "torch", "ivf"] = Field(
+        "faiss", description="search for the nearest center: faiss and torch are exact, ivf is approximate"
+    )
+    nprobe: int = Field(16, ge=1, description="ivf: lists that are looked into")
+    stop_below: Finite = Field(0.0, ge=0, le=1, description="end early when no more than this share of features moves")
     seed: int = Field(0, ge=0)
+    timeout_minutes: Finite = Field(60.0, gt=0, description="longest wait for another rank")
 
 
 class AssignConfig(Settings):
@@ -265,6 +272,11 @@ class AssignConfig(Settings):
     top: int = Field(8, ge=1, description="l: nearest centers stored per image")
     threshold: Finite | None = Field(None, ge=-1, le=1, description="keep only centers with at least this cosine")
     batch_size: int = Field(4096, ge=1, description="images per search")
+    assign: Literal["faiss", "torch", "ivf"] = Field("faiss", description="as for tools/cluster.py")
+    nprobe: int = Field(64, ge=1, description="ivf: lists that are looked into")
+    verify: int = Field(0, ge=0, description="recompute so many random images exactly and report the recall")
+    seed: int = Field(0, ge=0, description="of the images that --verify draws")
+    timeout_minutes: Finite = Field(60.0, gt=0, description="with --verify: longest wait for another rank")
 
 
 class ProbeConfig(Settings):

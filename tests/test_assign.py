@@ -5,10 +5,10 @@ import pytest
 from processes import ROOT, run_script
 from test_kmeans import mixture, write_features
 
-from mlcd_ds.clustering.assign import assign_labels
+from mlcd_ds.clustering.assign import assign_labels, recall
 from mlcd_ds.config import AssignConfig
 from mlcd_ds.data.centers import Centers, save_centers
-from mlcd_ds.data.labels import read_label_shard
+from mlcd_ds.data.labels import read_label_shard, write_label_shard
 from mlcd_ds.errors import DataError
 from mlcd_ds.topology import Topology
 
@@ -134,3 +134,25 @@ def test_two_ranks_share_the_shards(prepared):
     assert "0 shards were finished before; 8.00 labels an image" in ended[0].output
     for path in (folder / "l").iterdir():
         assert (folder / "l2" / path.name).read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize("backend", ["faiss", "torch", "ivf"])
+def test_verify_reports_the_recall_of_the_search(prepared, backend):
+    folder, *_ = prepared
+    flags = {"features": folder / "f", "centers": folder / "c", "output_dir": folder / "l", "top": 4, "assign": backend}
+    arguments = [f"--{name}={value}" for name, value in (flags | {"verify": 200, "nprobe": 1}).items()]
+    for ended in run_script(2, [ROOT / "tools" / "assign_labels.py", *arguments]):
+        assert ended.code == 0, ended.output
+    found = recall(AssignConfig(**{n: str(v) if hasattr(v, "parts") else v for n, v in flags.items()}, verify=500))
+    assert found == 1.0  # 30 centers make one list
+    # Damage half of the labels of one shard: the recall says so.
+    path = folder / "l" / "00000.parquet"
+    shard = read_label_shard(path)
+    labels = shard.labels.copy()
+    for row in labels:
+        unused = [center for center in range(30) if center not in row[:2]]
+        row[2:] = unused[-2:]
+    write_label_shard(path, shard.keys, labels, shard.cosines, shard.info)
+    assert (
+        recall(AssignConfig(**{n: str(v) if hasattr(v, "parts") else v for n, v in flags.items()}, verify=500)) < 0.95
+    )

@@ -1,18 +1,25 @@
 """Spherical k-means: as good as faiss, deterministic, no empty cluster left, one clear word about bad input."""
 
 import json
+import os
+import signal
+import time
 
 import faiss
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from processes import ROOT, run_script
+from processes import ROOT, run_script, start_ranks, wait_ranks
+from ranks import run_ranks
 
+from mlcd_ds.clustering import kmeans as kmeans_module
+from mlcd_ds.clustering import nearest as nearest_module
 from mlcd_ds.clustering.features import FeatureFolder
 from mlcd_ds.clustering.kmeans import SphericalKMeans, split_largest
+from mlcd_ds.clustering.nearest import index_of
 from mlcd_ds.data.centers import Centers
-from mlcd_ds.errors import DataError
+from mlcd_ds.errors import ConfigError, DataError
 
 
 def write_features(folder, shards, model="toy"):
@@ -35,7 +42,11 @@ def mixture(seed=0, n=6000, d=24, groups=60):
 
 
 def fit(features, k, iterations=12, seed=0, limit=10**6):
-    return SphericalKMeans(k, iterations, limit, seed).fit(features, lambda *_: None)
+    return SphericalKMeans(k, iterations, limit, seed).fit(features, lambda _: None)
+
+
+def objectives(result):
+    return [iteration.objective for iteration in result.history]
 
 
 def mean_cosine(rows, centers):
@@ -52,7 +63,7 @@ def test_objective_is_as_good_as_faiss(tmp_path, k):
     theirs = faiss.Kmeans(rows.shape[1], k, niter=12, spherical=True, seed=1, max_points_per_centroid=10**6)
     theirs.train(rows.astype(np.float32))
     assert mean_cosine(rows, result.centers_kd) >= 0.995 * mean_cosine(rows, theirs.centroids)
-    assert result.objective[-1] > result.objective[0]
+    assert objectives(result)[-1] > objectives(result)[0]
     np.testing.assert_allclose(np.linalg.norm(result.centers_kd, axis=1), 1, atol=1e-5)
     assert result.sizes_k.sum() == len(rows) == result.num_used
 
@@ -61,23 +72,144 @@ def test_one_iteration_is_lloyds(tmp_path):
     """Against a dense float64 computation from the same initial rows."""
     rows = mixture(n=300)
     features = write_features(tmp_path / "f", [rows])
-    start = np.sort(np.random.default_rng(0).choice(300, 5, replace=False, shuffle=False))
     unit = rows.astype(np.float64) / np.linalg.norm(rows.astype(np.float64), axis=1, keepdims=True)
-    cosine = unit @ unit[start].T
+    start = unit[[3, 40, 77, 150, 299]]
+    np.save(tmp_path / "start.npy", start * 3)
+    cosine = unit @ start.T
     sums = np.stack([unit[cosine.argmax(1) == center].sum(0) for center in range(5)])
-    result = fit(features, 5, iterations=1)
+    result = SphericalKMeans(5, 1, 1000, 0, init=str(tmp_path / "start.npy")).fit(features, lambda _: None)
     np.testing.assert_allclose(result.centers_kd, sums / np.linalg.norm(sums, axis=1, keepdims=True), atol=1e-5)
-    assert result.objective == pytest.approx([cosine.max(1).mean()], rel=1e-6)
+    assert objectives(result) == pytest.approx([cosine.max(1).mean()], rel=1e-6)
+    assert result.sizes_k.tolist() == np.bincount(cosine.argmax(1), minlength=5).tolist()
 
 
-def test_split_over_shards_does_not_matter_and_the_seed_does(tmp_path):
+@pytest.mark.parametrize("k", [20, 50])
+@pytest.mark.parametrize("limit", [10**6, 20])
+def test_ranks_do_not_matter(tmp_path, monkeypatch, k, limit):
+    """1, 2 and 3 ranks, k not divisible by them, blocks smaller than shards, all features or a sample of them."""
+    monkeypatch.setattr(kmeans_module, "BLOCK_ROWS", 170)
+    folder = write_features(tmp_path / "f", np.array_split(mixture(n=2000), 3)).path
+
+    def one(topology):
+        return SphericalKMeans(k, 6, limit, 3, topology).fit(FeatureFolder(folder), lambda _: None)
+
+    alone = run_ranks(1, one)[0]
+    assert alone.num_used == min(2000, k * limit)
+    for world_size in (2, 3):
+        for result in run_ranks(world_size, one):
+            np.testing.assert_allclose(result.centers_kd, alone.centers_kd, atol=2e-5)
+            assert objectives(result) == pytest.approx(objectives(alone), rel=1e-6)
+            assert result.sizes_k.tolist() == alone.sizes_k.tolist()
+            assert [i.moved for i in result.history] == [i.moved for i in alone.history]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_resuming_after_an_iteration_changes_nothing(tmp_path, world_size):
+    folder = write_features(tmp_path / "f", np.array_split(mixture(n=1500), 2)).path
+    states = []
+
+    def whole(topology):
+        return SphericalKMeans(30, 7, 10**6, 0, topology).fit(FeatureFolder(folder), lambda _: None, keep=states.append)
+
+    expected = run_ranks(1, whole)[0]
+    assert [len(state.history) for state in states] == list(range(1, 8))
+
+    def rest(topology):
+        return SphericalKMeans(30, 7, 10**6, 0, topology).fit(FeatureFolder(folder), lambda _: None, resume=states[3])
+
+    result = run_ranks(world_size, rest)[0]
+    np.testing.assert_allclose(result.centers_kd, expected.centers_kd, atol=2e-5)
+    assert objectives(result) == pytest.approx(objectives(expected), rel=1e-6)
+    done = SphericalKMeans(30, 7, 10**6, 0).fit(FeatureFolder(folder), lambda _: None, resume=states[-1])
+    assert np.array_equal(done.centers_kd, expected.centers_kd)
+    assert done.sizes_k is None
+
+
+def test_it_ends_early_when_nothing_moves(tmp_path):
+    features = write_features(tmp_path / "f", [mixture(n=400, groups=4)])
+    result = SphericalKMeans(4, 100, 10**6, 0).fit(features, lambda _: None)
+    assert len(result.history) < 100
+    assert result.history[-1].moved == 0
+    sooner = SphericalKMeans(4, 100, 10**6, 0, stop_below=0.2).fit(features, lambda _: None)
+    assert len(sooner.history) <= len(result.history)
+    assert sooner.history[-1].moved <= 0.2
+
+
+def test_plus_plus_finds_every_group_where_random_rows_miss_some(tmp_path):
+    """Tight groups, one center each: the best possible objective is near 1."""
+    generator = np.random.default_rng(0)
+    means = generator.normal(size=(40, 24))
+    rows = np.repeat(means, 50, axis=0) + 0.01 * generator.normal(size=(2000, 24))
+    features = write_features(tmp_path / "f", [rows])
+    plus = SphericalKMeans(40, 3, 10**6, 0, init="kmeans++-subset").fit(features, lambda _: None)
+    random = SphericalKMeans(40, 3, 10**6, 0).fit(features, lambda _: None)
+    assert objectives(plus)[-1] > 0.995 > objectives(random)[-1]
+    with pytest.raises(ConfigError, match="meant for up to 20000 centers"):
+        SphericalKMeans(20_001, 1, 10**6, 0, init="kmeans++-subset")._initial(features, [], np.array([1]))
+
+
+@pytest.mark.parametrize(
+    ("array", "words"),
+    [
+        (np.ones((3, 24), np.float32), r"float32 \[3, 24\], expected floats \[5, 24\]"),
+        (np.zeros((5, 24), np.float32), "row 0 has no direction"),
+        (np.ones((5, 24), np.int64), "expected floats"),
+    ],
+)
+def test_initial_centers_that_do_not_fit_are_refused(tmp_path, array, words):
+    features = write_features(tmp_path / "f", [mixture(n=50)])
+    np.save(tmp_path / "start.npy", array)
+    with pytest.raises(DataError, match=words):
+        SphericalKMeans(5, 1, 100, 0, init=str(tmp_path / "start.npy")).fit(features, lambda _: None)
+    with pytest.raises(DataError, match="cannot be read.*expected random, kmeans"):
+        SphericalKMeans(5, 1, 100, 0, init="randm").fit(features, lambda _: None)
+
+
+@pytest.mark.parametrize("top", [1, 5])
+@pytest.mark.parametrize("backend", ["faiss", "torch"])
+def test_exact_searches_find_the_nearest(monkeypatch, backend, top):
+    monkeypatch.setattr(nearest_module, "TILE_CENTERS", 64)
+    monkeypatch.setattr(nearest_module, "TILE_FEATURES", 50)
+    rows, centers = mixture(n=130).astype(np.float32), mixture(seed=1, n=333).astype(np.float32)
+    exact = rows.astype(np.float64) @ centers.astype(np.float64).T
+    cosine, ids = index_of(centers, backend).search(rows, top)
+    assert np.array_equal(ids, np.argsort(-exact, axis=1)[:, :top])
+    np.testing.assert_allclose(cosine, -np.sort(-exact, axis=1)[:, :top], atol=1e-5)
+
+
+def test_candidates_in_bfloat16_are_ranked_again_in_float32(monkeypatch):
+    """The GPU's path, on the CPU: nearly all ids are the exact ones, and the cosines of those found are exact."""
+    monkeypatch.setattr(nearest_module, "TILE_CENTERS", 64)
+    rows, centers = mixture(n=400).astype(np.float32), mixture(seed=1, n=333).astype(np.float32)
+    search = index_of(centers, "torch")
+    search.is_exact, search.factor_kd = False, search.centers_kd.bfloat16()
+    cosine, ids = search.search(rows, 8)
+    exact, expected = index_of(centers, "faiss").search(rows, 8)
+    assert (ids == expected).mean() > 0.999
+    np.testing.assert_allclose(cosine[ids == expected], exact[ids == expected], atol=1e-5)
+
+
+def test_inverted_file_is_nearly_exact_and_exact_with_all_lists():
+    rows, centers = mixture(n=500).astype(np.float32), mixture(seed=1, n=4000).astype(np.float32)
+    _, exact = index_of(centers, "faiss").search(rows, 1)
+    _, some = index_of(centers, "ivf", nprobe=16).search(rows, 1)
+    _, every = index_of(centers, "ivf", nprobe=10**6).search(rows, 1)
+    assert (some == exact).mean() > 0.9
+    assert (every == exact).mean() > 0.999
+
+
+def test_seed_matters_and_from_given_centers_the_split_over_shards_does_not(tmp_path):
     rows = mixture(n=1000)
-    one = fit(write_features(tmp_path / "a", [rows]), 20)
-    again = fit(FeatureFolder(tmp_path / "a"), 20)
-    other = fit(write_features(tmp_path / "b", np.array_split(rows, 4)), 20)
+    one, again = (fit(write_features(tmp_path / name, [rows]), 20) for name in "ab")
     assert np.array_equal(one.centers_kd, again.centers_kd)
-    np.testing.assert_allclose(one.centers_kd, other.centers_kd, atol=1e-4)
     assert not np.allclose(one.centers_kd, fit(FeatureFolder(tmp_path / "a"), 20, seed=1).centers_kd, atol=1e-3)
+    np.save(tmp_path / "start.npy", rows[:20].astype(np.float32))
+    split = write_features(tmp_path / "c", np.array_split(rows, 4))
+    results = [
+        SphericalKMeans(20, 8, 10**6, 0, init=str(tmp_path / "start.npy")).fit(features, lambda _: None).centers_kd
+        for features in (FeatureFolder(tmp_path / "a"), split)
+    ]
+    np.testing.assert_allclose(*results, atol=1e-4)
 
 
 def test_empty_clusters_take_half_of_the_largest():
@@ -97,7 +229,7 @@ def test_duplicates_beyond_k_are_reported_not_hidden(tmp_path):
     result = fit(write_features(tmp_path / "f", [rows]), 10)
     assert np.isfinite(result.centers_kd).all()
     assert (result.sizes_k > 0).sum() == 6
-    assert result.reseeded[-1] == 4
+    assert result.history[-1].empty == 4
 
 
 def test_members_that_cancel_out_leave_a_center_that_can_be_used(tmp_path):
@@ -108,13 +240,22 @@ def test_members_that_cancel_out_leave_a_center_that_can_be_used(tmp_path):
         np.testing.assert_allclose(np.linalg.norm(centers, axis=1), 1, atol=1e-5)
 
 
-def test_sample_is_uniform_over_shards(tmp_path):
+def test_sample_is_uniform_over_shards_and_rows(tmp_path):
     features = write_features(tmp_path / "f", np.array_split(mixture(n=3000), 3))
-    kmeans = SphericalKMeans(10, 2, 60, 0)
-    selected = kmeans._sample(features, np.random.default_rng(0))
-    assert sum(len(rows) for rows in selected.values()) == 600
-    assert all(150 < len(rows) < 250 and (np.diff(rows) > 0).all() for rows in selected.values())
-    assert kmeans.fit(features, lambda *_: None).num_used == 600
+    seen = np.zeros(3000)
+    for seed in range(200):
+        kmeans = SphericalKMeans(10, 2, 60, seed)
+        blocks = kmeans_module._blocks(features)
+        counts = kmeans._sample_counts([block.stop - block.start for block in blocks])
+        assert counts.sum() == 600
+        for block, count in zip(blocks, counts, strict=True):
+            rows = kmeans._rows(block, count)
+            assert len(rows) == count and (np.diff(rows) > 0).all()
+            seen[1000 * block.number + rows] += 1
+    # Binomial(200, 0.2): mean 40, deviation 5.7.
+    assert abs(seen.mean() - 40) < 1e-9
+    assert 10 < seen.min() and seen.max() < 75
+    assert kmeans.fit(features, lambda _: None).num_used == 600
 
 
 def test_more_centers_than_features_and_bad_rows_are_refused(tmp_path):
@@ -128,7 +269,9 @@ def test_more_centers_than_features_and_bad_rows_are_refused(tmp_path):
 
 
 def cluster(features, output, *flags, world_size=1):
-    arguments = [f"--features={features}", f"--output_dir={output}", "--k=20", "--iterations=5", *flags]
+    given = {flag.partition("=")[0] for flag in flags}
+    defaults = [flag for flag in ("--k=20", "--iterations=5") if flag.partition("=")[0] not in given]
+    arguments = [f"--features={features}", f"--output_dir={output}", *defaults, *flags]
     return run_script(world_size, [ROOT / "tools" / "cluster.py", *arguments])
 
 
@@ -142,7 +285,7 @@ def test_tool_writes_reuses_and_refuses(tmp_path):
     described = json.loads((tmp_path / "c" / "centers.json").read_text())
     assert described["num_used"] == 500 and len(described["objective"]) == 5
     assert sum(entry["count"] for entry in described["size_histogram"]) == 20
-    first = (tmp_path / "c" / "centers.npy").read_bytes()
+    first, before = (tmp_path / "c" / "centers.npy").read_bytes(), np.array(centers.array)
 
     (ended,) = cluster(tmp_path / "f", tmp_path / "c", "--max_points_per_center=25")
     assert ended.code == 0 and "are there already" in ended.output
@@ -151,14 +294,58 @@ def test_tool_writes_reuses_and_refuses(tmp_path):
     write_features(tmp_path / "g", np.array_split(mixture(n=1000), 4))  # as many features, of other shards
     (ended,) = cluster(tmp_path / "g", tmp_path / "c", "--max_points_per_center=25")
     assert ended.code == 3 and "holds other centers (features_fingerprint" in ended.output
-    # Killed before centers.json: not taken for whole, and made again with the same bytes.
+    # Killed before centers.json: not taken for whole, and made again, by another number of ranks.
     (tmp_path / "c" / "centers.json").unlink()
     (tmp_path / "c" / "centers.npy").write_bytes(first[:50])
     with pytest.raises(DataError):
         Centers.load(tmp_path / "c")
     (ended, other) = cluster(tmp_path / "f", tmp_path / "c", "--max_points_per_center=25", world_size=2)
     assert (ended.code, other.code) == (0, 0), ended.output
-    assert (tmp_path / "c" / "centers.npy").read_bytes() == first
+    assert "going on" not in ended.output
+    np.testing.assert_allclose(Centers.load(tmp_path / "c").array, before, atol=2e-5)
+
+
+def test_killed_tool_goes_on_at_another_number_of_ranks(tmp_path):
+    """Killed after any iteration but the last; a half-written file beside the state is nothing to it."""
+    write_features(tmp_path / "f", np.array_split(mixture(n=4000), 2))
+    (ended,) = cluster(tmp_path / "f", tmp_path / "whole", "--iterations=400", "--k=150")
+    assert ended.code == 0, ended.output
+    flags = [f"--features={tmp_path / 'f'}", f"--output_dir={tmp_path / 'c'}", "--k=150", "--iterations=400"]
+    started = start_ranks(2, [ROOT / "tools" / "cluster.py", *flags])
+    state = tmp_path / "c" / "iterations" / "state.json"
+    deadline = time.monotonic() + 60
+    while not state.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(started[0][0].pid, signal.SIGKILL)
+    os.kill(started[1][0].pid, signal.SIGKILL)
+    wait_ranks(started)
+    reached = len(json.loads(state.read_text())["history"])
+    (state.parent / "centers_00399.npy.tmp").write_bytes(b"half")
+    (wrong,) = cluster(tmp_path / "f", tmp_path / "c", "--iterations=400", "--k=151")
+    assert wrong.code == 3 and "another clustering (k 150 then, 151 now)" in wrong.output
+    (ended,) = cluster(tmp_path / "f", tmp_path / "c", "--iterations=400", "--k=150")
+    assert ended.code == 0, ended.output
+    assert f"going on after iteration {reached} of 400" in ended.output
+    whole, resumed = Centers.load(tmp_path / "whole").array, Centers.load(tmp_path / "c").array
+    np.testing.assert_allclose(resumed, whole, atol=1e-4)
+    assert not state.parent.exists()
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "c" / "tensorboard"))
+    events.Reload()
+    history = json.loads((tmp_path / "c" / "centers.json").read_text())["history"]
+    assert [point.step for point in events.Scalars("Cluster/objective")] == [entry["number"] for entry in history]
+
+
+def test_bad_rows_of_one_rank_are_everybodys_message(tmp_path):
+    rows = mixture(n=200)
+    bad = rows.copy()
+    bad[17] = np.nan
+    write_features(tmp_path / "f", [rows, bad])
+    for ended in cluster(tmp_path / "f", tmp_path / "c", world_size=2):
+        assert ended.code == 3, ended.output
+        assert "img_emb_00001.npy: row 17" in ended.output
+    assert not (tmp_path / "c" / "centers.json").exists()
 
 
 def test_tool_refuses_more_centers_than_features(tmp_path):

@@ -1,6 +1,7 @@
 """Features and centers to labels: the nearest centers of every image, one label shard per tar.
 
 python tools/assign_labels.py --features features/ --centers centers/ --output_dir labels/ --top 8
+deepspeed --hostfile hosts tools/assign_labels.py ... [--assign ivf --verify 1000]
 """
 
 import sys
@@ -10,8 +11,8 @@ import fire
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mlcd_ds import cli
-from mlcd_ds.clustering.assign import assign_labels
+from mlcd_ds import cli, collectives
+from mlcd_ds.clustering.assign import assign_labels, recall
 from mlcd_ds.config import AssignConfig
 from mlcd_ds.topology import Topology
 
@@ -19,6 +20,8 @@ from mlcd_ds.topology import Topology
 def main(config: AssignConfig) -> None:
     """Writes the nearest centers of every image as label shards."""
     topology = Topology.from_environment()
+    if config.verify:
+        topology.start(config.timeout_minutes)  # rank 0 verifies when all have written
     summary = assign_labels(config, topology)
     if topology.is_main:
         figures = (
@@ -29,6 +32,15 @@ def main(config: AssignConfig) -> None:
             f"{config.output_dir}: this rank labelled {summary.images} images now, {summary.already} shards were finished "
             f"before{figures if summary.images else ''}"
         )
+    if config.verify:
+        collectives.barrier(topology)
+        share = collectives.on_main(topology, recall, config)
+        if topology.is_main:
+            print(
+                f"{config.output_dir}: recall {share:.5f} of the exact {config.top} nearest, "
+                f"on {config.verify} random images"
+            )
+        topology.stop()
 
 
 if __name__ == "__main__":

@@ -1,9 +1,12 @@
-"""Features to centers: spherical k-means.
+"""Features to centers: spherical k-means, on one process or many.
 
 python tools/cluster.py --features features/ --k 1000 --output_dir centers/
+deepspeed --hostfile hosts tools/cluster.py --features features/ --k 1000000 --output_dir centers/
 """
 
+import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import fire
@@ -12,10 +15,11 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mlcd_ds import cli
+from mlcd_ds import cli, collectives
 from mlcd_ds.clustering.assign import load_checked_centers
 from mlcd_ds.clustering.features import FeatureFolder
-from mlcd_ds.clustering.kmeans import SphericalKMeans
+from mlcd_ds.clustering.iterations import IterationStore
+from mlcd_ds.clustering.kmeans import Iteration, KMeansResult, SphericalKMeans
 from mlcd_ds.config import ClusterConfig
 from mlcd_ds.data.centers import read_description, save_centers
 from mlcd_ds.errors import DataError
@@ -23,74 +27,113 @@ from mlcd_ds.topology import Topology
 
 
 def main(config: ClusterConfig) -> None:
-    """Clusters unit-length features into k centers, by Lloyd's iterations on one process."""
-    topology = Topology.from_environment()
-    if not topology.is_main:
-        return
-    if topology.is_distributed:
-        print(f"clustering runs on one process: the other {topology.world_size - 1} ranks have nothing to do")
+    """Clusters unit-length features into k centers by Lloyd's iterations; the same command goes on where it was killed."""
+    topology = Topology.from_environment().start(config.timeout_minutes)
     folder = Path(config.output_dir)
     features = FeatureFolder(config.features)
-    made_from = {
+    made_from = description(config, features)
+    if collectives.on_main(topology, is_there, folder, made_from, config):
+        return
+    store = IterationStore(folder / "iterations", made_from)
+    resume = store.load() if collectives.on_main(topology, store.verify) else None
+    result = run(config, features, topology, store, resume)
+    if topology.is_main:
+        publish(config, features, made_from, result)
+        store.remove()
+    topology.stop()
+
+
+def description(config: ClusterConfig, features: FeatureFolder) -> dict:
+    """What decides the centers, but for the number of ranks, which moves rounding only."""
+    return {
         "k": config.k,
         "d": features.dim,
         "seed": config.seed,
         "iterations": config.iterations,
         "max_points_per_center": config.max_points_per_center,
+        "init": config.init,
+        "assign": config.assign,
+        "stop_below": config.stop_below,
         "feature_model": features.model,
         "num_features": features.num_features,
         "features_fingerprint": features.fingerprint(),
-    }
+    } | ({"nprobe": config.nprobe} if config.assign == "ivf" else {})
+
+
+def is_there(folder: Path, made_from: dict, config: ClusterConfig) -> bool:
+    """Whether these very centers are finished; DataError for others."""
     before = read_description(folder)
-    if before is not None:
-        if any(before.get(name) != value for name, value in made_from.items()):
-            differs = ", ".join(
-                f"{n} {before.get(n)!r} then, {v!r} now" for n, v in made_from.items() if before.get(n) != v
-            )
-            raise DataError(
-                f"{folder} holds other centers ({differs}). Choose another --output_dir, or remove that folder."
-            )
-        load_checked_centers(folder)
-        print(f"{folder}: these {config.k} centers are there already")
-        return
-    result = run(config, features)
-    edges = [0, 1, *(2**power for power in range(1, 40) if 2 ** (power - 1) <= result.sizes_k.max())]
-    histogram = np.histogram(result.sizes_k, edges)[0].tolist()
-    save_centers(
-        folder,
-        result.centers_kd,
-        made_from
-        | {
-            "features": str(features.path),
-            "num_used": result.num_used,
-            "objective": result.objective,
-            "reseeded": result.reseeded,
-            "size_histogram": [{"from": low, "count": count} for low, count in zip(edges, histogram, strict=False)],
-        },
-    )
-    print(
-        f"{folder}: {config.k} centers of {result.num_used} features; mean cosine to the nearest {result.objective[-1]:.4f} "
-        f"(first iteration {result.objective[0]:.4f}); cluster sizes {result.sizes_k.min()} to {result.sizes_k.max()}, "
-        f"median {int(np.median(result.sizes_k))}; {result.reseeded[-1]} empty in the last iteration"
-    )
+    if before is None:
+        return False
+    differs = ", ".join(f"{n} {before.get(n)!r} then, {v!r} now" for n, v in made_from.items() if before.get(n) != v)
+    if differs:
+        raise DataError(
+            f"{folder} holds other centers ({differs}). Choose another --output_dir, or remove that folder."
+        )
+    load_checked_centers(folder)
+    print(f"{folder}: these {config.k} centers are there already")
+    return True
 
 
-def run(config: ClusterConfig, features: FeatureFolder):
-    """k-means with a progress bar."""
+def run(config: ClusterConfig, features: FeatureFolder, topology: Topology, store: IterationStore, resume):
+    """k-means with a progress bar and TensorBoard curves on rank 0."""
     limit = config.k * config.max_points_per_center
-    if features.num_features > limit:
+    if topology.is_main and features.num_features > limit:
         print(
             f"using a uniform sample of {limit:,} of the {features.num_features:,} features "
             f"(--max_points_per_center {config.max_points_per_center})"
         )
-    kmeans = SphericalKMeans(config.k, config.iterations, config.max_points_per_center, config.seed)
-    with tqdm(total=config.iterations, desc="k-means", unit="iteration") as bar:
+    kmeans = SphericalKMeans(
+        config.k,
+        config.iterations,
+        config.max_points_per_center,
+        config.seed,
+        topology,
+        init=config.init,
+        backend=config.assign,
+        nprobe=config.nprobe,
+        stop_below=config.stop_below,
+    )
+    done = len(resume.history) if resume else 0
+    if topology.is_main and done:
+        print(f"going on after iteration {done} of {config.iterations}")
+    with tqdm(
+        total=config.iterations, initial=done, desc="k-means", unit="iteration", disable=not topology.is_main
+    ) as bar:
 
-        def tell(iteration: int, objective: float, empty: int) -> None:
-            bar.set_postfix_str(f"mean cosine {objective:.4f}, {empty} empty")
+        def tell(iteration: Iteration) -> None:
+            moved = "" if iteration.moved is None else f", {iteration.moved:.2%} moved"
+            bar.set_postfix_str(f"mean cosine {iteration.objective:.4f}, {iteration.empty} empty{moved}")
             bar.update()
 
-        return kmeans.fit(features, tell)
+        result = kmeans.fit(features, tell, resume, store.save)
+    return result
+
+
+def publish(config: ClusterConfig, features: FeatureFolder, made_from: dict, result: KMeansResult) -> None:
+    """Writes the centers and how they came about, and says it."""
+    first, last = result.history[0], result.history[-1]
+    facts = {
+        "features": str(features.path),
+        "num_used": result.num_used,
+        "objective": [iteration.objective for iteration in result.history],
+        "reseeded": [iteration.empty for iteration in result.history],
+        "history": [asdict(iteration) for iteration in result.history],
+    }
+    sizes = ""
+    if result.sizes_k is not None:  # a run killed after its last iteration has not counted again
+        edges = [0, 1, *(2**power for power in range(1, 40) if 2 ** (power - 1) <= result.sizes_k.max())]
+        histogram = np.histogram(result.sizes_k, edges)[0].tolist()
+        facts["size_histogram"] = [{"from": low, "count": count} for low, count in zip(edges, histogram, strict=False)]
+        sizes = (
+            f"; cluster sizes {result.sizes_k.min()} to {result.sizes_k.max()}, median {int(np.median(result.sizes_k))}"
+        )
+    save_centers(Path(config.output_dir), result.centers_kd, made_from | json.loads(json.dumps(facts)))
+    print(
+        f"{config.output_dir}: {config.k} centers of {result.num_used} features; mean cosine to the nearest "
+        f"{last.objective:.4f} (first iteration {first.objective:.4f}){sizes}; {last.empty} empty in the last of "
+        f"{len(result.history)} iterations"
+    )
 
 
 if __name__ == "__main__":

@@ -1,55 +1,123 @@
-"""Spherical k-means over memory-mapped features: Lloyd's iterations, assignment by faiss, empty clusters split again.
+"""Spherical k-means over memory-mapped features on any number of ranks: Lloyd's iterations, resumable after each one.
 
-Shapes: n features in use, k centers, d dimensions, b features of a block.
+Every rank streams its share of the features (float16 on the disk) block by block, finds each one's nearest center, and adds
+up the members. The sums are reduce-scattered by center, so each rank normalises k / W centers, which are then all-gathered.
+
+Shapes: n features in use, k centers, d dimensions, b features of a block, W ranks.
 """
 
+import heapq
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 
+from mlcd_ds import collectives
 from mlcd_ds.clustering.features import FeatureFolder
-from mlcd_ds.errors import DataError
+from mlcd_ds.clustering.nearest import index_of
+from mlcd_ds.errors import ConfigError, DataError
+from mlcd_ds.topology import Topology
 
 BLOCK_ROWS = 65_536
-"""Features in memory at a time: 200 MB at 768 dimensions."""
+"""Features in memory at a time: 200 MB at 768 dimensions. Part of what a sample means: it is drawn block by block."""
 
 SPLIT = 1 / 1024
 """Relative push, up and down by turns over the dimensions, that tells the halves of a split cluster apart (faiss's)."""
 
+PLUS_PLUS_ROWS = 20
+PLUS_PLUS_MOST_CENTERS = 20_000
+"""k-means++ looks at this many features per center, and is refused above so many centers: it takes k steps in turn."""
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """What one of Lloyd's iterations found.
+
+    number: from 0. objective: mean cosine to the nearest center, before the update. empty: clusters that were split anew.
+    moved: share of the features whose nearest center changed; None where the iteration before is not known.
+    """
+
+    number: int
+    objective: float
+    empty: int
+    moved: float | None
+
+
+@dataclass(frozen=True)
+class KMeansState:
+    """What an iteration leaves: all that the next one needs. centers_kd: float32, unit rows."""
+
+    centers_kd: np.ndarray
+    history: tuple[Iteration, ...]
+
 
 @dataclass(frozen=True)
 class KMeansResult:
-    """centers_kd: float32, unit rows. objective: mean cosine to the nearest center, before each iteration's update.
+    """centers_kd: float32, unit rows. history: of all iterations. num_used: n.
 
-    sizes_k: int64, features nearest to each center in the last iteration. reseeded: empty clusters that were split anew,
-    per iteration. num_used: n.
+    sizes_k: int64, features nearest to each center in the last iteration; None where none was left to be made.
     """
 
     centers_kd: np.ndarray
-    objective: list[float]
-    sizes_k: np.ndarray
-    reseeded: list[int]
+    history: tuple[Iteration, ...]
+    sizes_k: np.ndarray | None
     num_used: int
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Rows of one shard: start..stop, or those in `rows` (sorted)."""
+
+    number: int
+    name: str
+    start: int
+    stop: int
 
 
 class SphericalKMeans:
     """Lloyd's algorithm for unit vectors under the inner product (Dhillon and Modha, 2001).
 
     k, iterations, seed as they say. max_points_per_center: at most k times this many features are used, a uniform sample.
-    The same features and seed give the same bytes. Memory: the centers and their sums (8 k d bytes), and a block.
+    init: "random" (k different features), "kmeans++-subset" (Arthur and Vassilvitskii, 2007, on a sample), or the path of
+    an .npy with k rows of d. backend, nprobe: see `nearest`. stop_below: ends early once no more than this share of the
+    features moves.
+    The same features, seed and number of ranks give the same bytes; another number of ranks the same up to rounding.
+    Memory of a rank: 3 k d floats (centers, sums, the index's copy) and 2 k d / W while the sums are reduced, a block, and 4
+    bytes per feature of its share.
     """
 
-    def __init__(self, k: int, iterations: int, max_points_per_center: int, seed: int):
+    def __init__(
+        self,
+        k: int,
+        iterations: int,
+        max_points_per_center: int,
+        seed: int,
+        topology: Topology | None = None,
+        init: str = "random",
+        backend: str = "faiss",
+        nprobe: int = 16,
+        stop_below: float = 0.0,
+    ):
         self.k, self.iterations, self.seed = k, iterations, seed
         self.max_points_per_center = max_points_per_center
+        self.topology = topology or Topology.single()
+        self.init, self.backend, self.nprobe, self.stop_below = init, backend, nprobe, stop_below
 
-    def fit(self, features: FeatureFolder, tell: Callable[[int, float, int], None]) -> KMeansResult:
-        """Clusters `features`; `tell(iteration, objective, empty clusters)` after each iteration.
+    def fit(
+        self,
+        features: FeatureFolder,
+        tell: Callable[[Iteration], None],
+        resume: KMeansState | None = None,
+        keep: Callable[[KMeansState], None] | None = None,
+    ) -> KMeansResult:
+        """Clusters `features`; every rank must call it. `tell` and `keep` are called on rank 0 after each iteration.
 
-        Raises DataError for fewer features than k, and for rows that cannot be used (file and row named).
+        resume: the state to go on from, the same on every rank. Raises DataError for fewer features than k, for initial
+        centers that do not fit, and, on every rank, for rows that cannot be used (file and row named); ConfigError for
+        k-means++ with too many centers.
         """
         n = features.num_features
         if self.k > n:
@@ -57,80 +125,171 @@ class SphericalKMeans:
                 f"--k {self.k} is more than the {n} features in {features.path}: use at most {n} centers, and for clusters "
                 f"that mean something about {max(1, n // 39)} (39 features each)"
             )
-        generator = np.random.default_rng(self.seed)
-        selected = self._sample(features, generator)
-        num_used = n if selected is None else sum(len(rows) for rows in selected.values())
-        centers_kd = self._initial(features, selected, generator)
-        objective: list[float] = []
-        reseeded: list[int] = []
-        for iteration in range(self.iterations):
-            total, sums_kd, sizes_k = self._assign(features, selected, centers_kd)
-            objective.append(total / num_used)
-            sums_kd = sums_kd.numpy()
-            lengths_k1 = np.linalg.norm(sums_kd, axis=1, keepdims=True)
-            # Members that cancel out leave no direction: such a center is as good as empty. Where no other cluster is
-            # left to be split, it stays where it is.
-            lost_k = lengths_k1[:, 0] < 1e-6
-            centers_kd = np.where(lost_k[:, None], centers_kd, sums_kd / np.where(lost_k[:, None], 1, lengths_k1))
-            reseeded.append(split_largest(centers_kd, sizes_k, lost_k))
-            tell(iteration, objective[-1], reseeded[-1])
-        return KMeansResult(centers_kd, objective, sizes_k, reseeded, num_used)
+        blocks = _blocks(features)
+        counts = self._sample_counts([block.stop - block.start for block in blocks])
+        num_used = int(counts.sum())
+        own = range(self.topology.rank, len(blocks), self.topology.world_size)
+        parts = [(blocks[i], self._rows(blocks[i], counts[i])) for i in own]
+        state = resume or KMeansState(self._initial(features, blocks, counts), ())
+        nearest_before: list[np.ndarray] | None = None
+        sizes_k = None
+        while len(state.history) < self.iterations and not self._is_settled(state):
+            outcome = self._everywhere(lambda s=state, before=nearest_before: self._assign(features, parts, s, before))
+            total, sums_kd, sizes_k, nearest, moved = outcome
+            total, moved = self._sum(torch.tensor([total, float(moved)], dtype=torch.float64)).tolist()
+            sizes_k = self._sum(torch.from_numpy(sizes_k)).numpy()
+            centers_kd, lost_k = self._update(state.centers_kd, sums_kd)
+            empty = split_largest(centers_kd, sizes_k, lost_k)
+            share = None if nearest_before is None else moved / num_used
+            iteration = Iteration(len(state.history), total / num_used, empty, share)
+            state = KMeansState(centers_kd, (*state.history, iteration))
+            nearest_before = nearest
+            if self.topology.is_main:
+                tell(iteration)
+                if keep is not None:
+                    keep(state)
+        return KMeansResult(state.centers_kd, state.history, sizes_k, num_used)
 
-    def _sample(self, features: FeatureFolder, generator) -> dict[str, np.ndarray] | None:
-        """Sorted rows per shard, uniform without replacement; None for all of them."""
-        wanted, n = self.k * self.max_points_per_center, features.num_features
-        if n <= wanted:
+    def _is_settled(self, state: KMeansState) -> bool:
+        last = state.history[-1] if state.history else None
+        return last is not None and last.moved is not None and last.moved <= self.stop_below and last.empty == 0
+
+    def _sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Over the ranks; through the device, for NCCL knows no other memory."""
+        return collectives.sum_(tensor.to(self.topology.device), self.topology).cpu()
+
+    def _everywhere(self, function: Callable[[], tuple]) -> tuple:
+        """`function()` of this rank; what one rank raises for its rows, all raise."""
+        result, error = None, None
+        try:
+            result = function()
+        except DataError as raised:
+            error = raised
+        failed = torch.tensor([int(error is not None)], device=self.topology.device)
+        if int(collectives.max_(failed, self.topology)):
+            raise next(found for found in collectives.gather_objects(error, self.topology) if found is not None)
+        return result
+
+    # ------------------------------------------------------------------------------------------------ which features
+
+    def _sample_counts(self, rows: Sequence[int]) -> np.ndarray:
+        """How many features of each block are used: all, or shares of a uniform sample without replacement."""
+        wanted = self.k * self.max_points_per_center
+        if sum(rows) <= wanted:
+            return np.asarray(rows)
+        generator = np.random.default_rng([self.seed, 1])
+        return generator.multivariate_hypergeometric(rows, wanted, method="marginals")
+
+    def _rows(self, block: _Block, count: int) -> np.ndarray | None:
+        """The rows of a block that are used, sorted; None for all. A function of (seed, block)."""
+        length = block.stop - block.start
+        if count == length:
             return None
-        chosen = np.sort(generator.choice(n, wanted, replace=False, shuffle=False))
-        starts = np.concatenate([[0], np.cumsum(features.rows)])
-        parts = np.split(chosen, np.searchsorted(chosen, starts[1:-1]))
-        return {name: part - start for name, part, start in zip(features.names, parts, starts[:-1], strict=True)}
+        generator = np.random.default_rng([self.seed, 2, block.number])
+        return block.start + np.sort(generator.choice(length, count, replace=False, shuffle=False))
 
-    def _initial(self, features: FeatureFolder, selected, generator) -> np.ndarray:
-        """k different random rows."""
-        counts = [
-            len(selected[name]) if selected else rows for name, rows in zip(features.names, features.rows, strict=True)
-        ]
-        chosen = np.sort(generator.choice(sum(counts), self.k, replace=False, shuffle=False))
-        starts = np.concatenate([[0], np.cumsum(counts)])
-        parts = np.split(chosen, np.searchsorted(chosen, starts[1:-1]))
-        centers = []
-        for name, start, part in zip(features.names, starts[:-1], parts, strict=True):
-            rows = selected[name][part - start] if selected else part - start
-            if len(rows):
-                centers.append(features.unit_rows(name, 0, len(rows), rows))
-        return np.concatenate(centers)
+    def _draw(self, features: FeatureFolder, blocks, counts: np.ndarray, number: int, purpose: int) -> np.ndarray:
+        """`number` different used features, float32 [number, d] on every rank, in the order of the blocks."""
+        shares = np.random.default_rng([self.seed, purpose]).multivariate_hypergeometric(
+            counts, number, method="marginals"
+        )
+        drawn = torch.zeros(number, features.dim)
+        starts = np.concatenate([[0], np.cumsum(shares)])
 
-    def _assign(self, features: FeatureFolder, selected, centers_kd: np.ndarray):
-        """(sum of cosines, sums of the members [k, d], members [k]) of the assignment to `centers_kd`."""
-        index = index_of(centers_kd)
-        sums_kd = torch.zeros(centers_kd.shape)
+        def fill() -> tuple:
+            for i in range(self.topology.rank, len(blocks), self.topology.world_size):
+                if shares[i]:
+                    block, used = blocks[i], self._rows(blocks[i], counts[i])
+                    used = np.arange(block.start, block.stop) if used is None else used
+                    generator = np.random.default_rng([self.seed, purpose, block.number])
+                    rows = used[np.sort(generator.choice(len(used), shares[i], replace=False, shuffle=False))]
+                    values = features.unit_rows(block.name, 0, len(rows), rows)
+                    drawn[starts[i] : starts[i + 1]] = torch.from_numpy(values)
+            return ()
+
+        self._everywhere(fill)
+        return self._sum(drawn).numpy()
+
+    def _initial(self, features: FeatureFolder, blocks, counts: np.ndarray) -> np.ndarray:
+        if self.init == "random":
+            return self._draw(features, blocks, counts, self.k, purpose=3)
+        if self.init == "kmeans++-subset":
+            if self.k > PLUS_PLUS_MOST_CENTERS:
+                raise ConfigError(
+                    f"--init kmeans++-subset takes {self.k} steps in turn, each through {PLUS_PLUS_ROWS * self.k} features: "
+                    f"it is meant for up to {PLUS_PLUS_MOST_CENTERS} centers. Use --init random: at large k it loses little."
+                )
+            from sklearn.cluster import kmeans_plusplus
+
+            subset = self._draw(features, blocks, counts, min(PLUS_PLUS_ROWS * self.k, int(counts.sum())), purpose=4)
+            return kmeans_plusplus(subset, self.k, random_state=self.seed)[0].astype(np.float32)
+        return _initial_from(Path(self.init), self.k, features.dim)
+
+    # ------------------------------------------------------------------------------------------------ an iteration
+
+    def _assign(self, features: FeatureFolder, parts, state: KMeansState, before: list[np.ndarray] | None) -> tuple:
+        """(sum of cosines, sums [k' , d] with k' a multiple of W, sizes [k], nearest of each block, moved) of this rank."""
+        index = index_of(state.centers_kd, self.backend, self.topology.device, self.nprobe)
+        padded = -(-self.k // self.topology.world_size) * self.topology.world_size
+        sums_kd = torch.zeros(padded, features.dim, device=self.topology.device)
         sizes_k = np.zeros(self.k, np.int64)
-        total = 0.0
-        for block_bd in _blocks(features, selected):
+        total, moved, nearest = 0.0, 0, []
+        for number, (block, rows) in enumerate(parts):
+            start, stop = (block.start, block.stop) if rows is None else (0, len(rows))
+            block_bd = features.unit_rows(block.name, start, stop, rows)
             cosine_b1, nearest_b1 = index.search(block_bd, 1)
             nearest_b = nearest_b1[:, 0]
             total += float(cosine_b1.sum(dtype=np.float64))
-            sums_kd.index_add_(0, torch.from_numpy(nearest_b), torch.from_numpy(block_bd))
+            sums_kd.index_add_(
+                0, torch.from_numpy(nearest_b).to(sums_kd.device), torch.from_numpy(block_bd).to(sums_kd.device)
+            )
             sizes_k += np.bincount(nearest_b, minlength=self.k)
-        return total, sums_kd, sizes_k
+            nearest.append(nearest_b.astype(np.int32))
+            if before is not None:
+                moved += int((nearest[-1] != before[number]).sum())
+        return total, sums_kd, sizes_k, nearest, moved
+
+    def _update(self, centers_kd: np.ndarray, sums_kd: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """New centers [k, d] on every rank, each normalised by one; and whether its members cancelled out [k]."""
+        W, k = self.topology.world_size, self.k
+        own_kd = collectives.reduce_scatter(sums_kd, self.topology)
+        lengths_k1 = own_kd.norm(dim=1, keepdim=True)
+        # Members that cancel out leave no direction: such a center is as good as empty. Where no other cluster is left to
+        # be split, it stays where it is.
+        lost_k1 = lengths_k1 < 1e-6
+        old_kd = torch.zeros_like(own_kd)
+        first = self.topology.rank * (len(sums_kd) // W)
+        mine = torch.from_numpy(centers_kd[first : first + len(own_kd)])
+        old_kd[: len(mine)] = mine.to(old_kd.device)
+        own_kd = torch.where(lost_k1, old_kd, own_kd / lengths_k1.masked_fill(lost_k1, 1))
+        whole_kd = collectives.all_gather(own_kd, self.topology)[:k]
+        lost_k = collectives.all_gather(lost_k1[:, 0].to(torch.int32), self.topology)[:k]
+        return whole_kd.cpu().numpy().copy(), lost_k.cpu().numpy().astype(bool)
 
 
-def index_of(centers_kd: np.ndarray):
-    """faiss's exact index of centers [k, d] float32 under the inner product."""
-    import faiss  # a second of import time that only clustering needs
-
-    index = faiss.IndexFlatIP(centers_kd.shape[1])
-    index.add(np.ascontiguousarray(centers_kd))
-    return index
-
-
-def _blocks(features: FeatureFolder, selected: dict[str, np.ndarray] | None) -> Iterator[np.ndarray]:
+def _blocks(features: FeatureFolder) -> list[_Block]:
+    blocks: list[_Block] = []
     for name, count in zip(features.names, features.rows, strict=True):
-        rows = None if selected is None else selected[name]
-        length = count if rows is None else len(rows)
-        for start in range(0, length, BLOCK_ROWS):
-            yield features.unit_rows(name, start, min(start + BLOCK_ROWS, length), rows)
+        for start in range(0, count, BLOCK_ROWS):
+            blocks.append(_Block(len(blocks), name, start, min(start + BLOCK_ROWS, count)))
+    return blocks
+
+
+def _initial_from(path: Path, k: int, d: int) -> np.ndarray:
+    """Initial centers from an .npy. Raises DataError where they do not fit."""
+    try:
+        centers_kd = np.load(path, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"--init {path} cannot be read ({error}): expected random, kmeans++-subset, or an .npy of [{k}, {d}] floats"
+        ) from None
+    if centers_kd.shape != (k, d) or centers_kd.dtype.kind != "f":
+        raise DataError(f"--init {path} holds {centers_kd.dtype} {list(centers_kd.shape)}, expected floats [{k}, {d}]")
+    lengths_k1 = np.linalg.norm(centers_kd.astype(np.float32), axis=1, keepdims=True)
+    bad = ~np.isfinite(lengths_k1[:, 0]) | (lengths_k1[:, 0] == 0)
+    if bad.any():
+        raise DataError(f"--init {path}: row {int(bad.argmax())} has no direction ({int(bad.sum())} such rows)")
+    return (centers_kd / lengths_k1).astype(np.float32)
 
 
 def split_largest(centers_kd: np.ndarray, sizes_k: np.ndarray, lost_k: np.ndarray) -> int:
@@ -138,8 +297,6 @@ def split_largest(centers_kd: np.ndarray, sizes_k: np.ndarray, lost_k: np.ndarra
 
     Sizes are halved in the books only: the next assignment counts anew.
     """
-    import heapq
-
     empty = np.flatnonzero((sizes_k == 0) | lost_k)
     if len(empty) in (0, len(sizes_k)):
         return 0

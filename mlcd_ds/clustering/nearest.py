@@ -1,0 +1,102 @@
+"""The nearest centers of features, by one of three searches.
+
+    faiss   faiss's flat index: exact. On GPUs (faiss-gpu) with float16 centers.
+    torch   blocked products and a running top-l: exact in float32 on CPUs; on GPUs the products are in bfloat16 and the
+            candidates are ranked again in float32.
+    ivf     faiss's inverted file over the centers: approximate, for CPUs and very large k; `nprobe` lists are looked into.
+
+Shapes: b features of a block, k centers, d dimensions, l nearest ones wanted, t centers of a tile.
+"""
+
+import math
+from typing import Protocol
+
+import numpy as np
+import torch
+
+BACKENDS = ("faiss", "torch", "ivf")
+
+TILE_CENTERS = 65_536
+"""Centers that the torch search scores at a time: with a block of 4,096 features 1 GB of float32 scores."""
+TILE_FEATURES = 4096
+CANDIDATES = 4
+"""More than are wanted that bfloat16 scores bring before they are ranked again in float32."""
+CENTERS_PER_LIST = 39
+"""faiss's least number of training points per list: fewer, and it warns."""
+
+
+class Nearest(Protocol):
+    """An index of centers."""
+
+    def search(self, features_bd: np.ndarray, top: int) -> tuple[np.ndarray, np.ndarray]:
+        """(cosines float32 [b, l] falling, ids int64 [b, l]) of the `top` nearest centers of float32 unit rows."""
+        ...
+
+
+def index_of(
+    centers_kd: np.ndarray, backend: str = "faiss", device: torch.device | str = "cpu", nprobe: int = 16
+) -> Nearest:
+    """An index of float32 unit centers [k, d] under the inner product. It holds a copy of them (ivf: and a few of those).
+
+    Raises ValueError for an unknown backend.
+    """
+    device, centers_kd = torch.device(device), np.ascontiguousarray(centers_kd, np.float32)
+    if backend == "torch":
+        return TorchSearch(torch.from_numpy(centers_kd).to(device))
+    import faiss  # a second of import time that only clustering needs
+
+    k, d = centers_kd.shape
+    if backend == "faiss":
+        index = faiss.IndexFlatIP(d)
+        if device.type == "cuda" and hasattr(faiss, "StandardGpuResources"):
+            config = faiss.GpuIndexFlatConfig()
+            config.useFloat16, config.device = True, device.index or 0
+            index = faiss.GpuIndexFlatIP(faiss.StandardGpuResources(), d, config)
+    elif backend == "ivf":
+        lists = max(1, min(round(4 * math.sqrt(k)), k // CENTERS_PER_LIST))
+        index = faiss.IndexIVFFlat(faiss.IndexFlatIP(d), d, lists, faiss.METRIC_INNER_PRODUCT)
+        index.train(centers_kd)
+        index.nprobe = min(nprobe, lists)
+    else:
+        raise ValueError(f"backend {backend!r}: expected one of {', '.join(BACKENDS)}")
+    index.add(centers_kd)
+    return index
+
+
+class TorchSearch:
+    """Blocked search: never more than TILE_FEATURES x TILE_CENTERS scores at a time."""
+
+    def __init__(self, centers_kd: torch.Tensor):
+        self.centers_kd = centers_kd
+        self.is_exact = centers_kd.device.type == "cpu"
+        self.factor_kd = centers_kd if self.is_exact else centers_kd.bfloat16()
+
+    def search(self, features_bd: np.ndarray, top: int) -> tuple[np.ndarray, np.ndarray]:
+        """See `Nearest`."""
+        parts = [self._search(part, top) for part in torch.from_numpy(features_bd).split(TILE_FEATURES)]
+        if not parts:
+            return np.zeros((0, top), np.float32), np.zeros((0, top), np.int64)
+        return tuple(torch.cat(found).cpu().numpy() for found in zip(*parts, strict=True))
+
+    def _search(self, features_bd: torch.Tensor, top: int) -> tuple[torch.Tensor, torch.Tensor]:
+        features_bd = features_bd.to(self.centers_kd.device)
+        wanted = min(top if self.is_exact else top + CANDIDATES, len(self.centers_kd))
+        factor_bd = features_bd.to(self.factor_kd.dtype)
+        best, ids = None, None
+        for first in range(0, len(self.factor_kd), TILE_CENTERS):
+            tile_td = self.factor_kd[first : first + TILE_CENTERS]
+            scores_bt = factor_bd @ tile_td.T
+            found, at = (
+                scores_bt.max(1, keepdim=True) if wanted == 1 else scores_bt.topk(min(wanted, len(tile_td)), dim=1)
+            )
+            at = at + first
+            if best is not None:
+                found, at = torch.cat([best, found], 1), torch.cat([ids, at], 1)
+                found, order = found.topk(min(wanted, found.shape[1]), dim=1)
+                at = at.gather(1, order)
+            best, ids = found, at
+        if not self.is_exact:
+            exact = torch.einsum("bd,bld->bl", features_bd, self.centers_kd[ids])
+            best, order = exact.topk(min(top, exact.shape[1]), dim=1)
+            ids = ids.gather(1, order)
+        return best.float(), ids
