@@ -23,7 +23,7 @@ from mlcd_ds.ds_config import DeepSpeedSettings
 from mlcd_ds.errors import CheckpointError, NonFiniteError
 from mlcd_ds.files import save_tensors
 from mlcd_ds.models.vit import VisionTransformer, decay_groups
-from mlcd_ds.optim import RowAdamW, merge_gradients, sharded_norm
+from mlcd_ds.optim import GradientSum, RowAdamW, sharded_norm
 from mlcd_ds.partial_fc import Draw, PartialFC, RowGradient
 from mlcd_ds.topology import Topology, set_timeout_of_every_group
 
@@ -125,8 +125,10 @@ class TrainEngine:
         weights = self._weights(micro_batches)
         # All draws first: the host learns how many rows each has while the device has nothing else to do.
         draws = [self._draws(micro, step * self.settings.accumulation + i) for i, micro in enumerate(micro_batches)]
+        for head in self.heads:
+            head.take_gradients()  # of a step that was interrupted between its head and its encoder
+        sums = [GradientSum([draw.rows_S for draw in own]) for own in zip(*draws, strict=True)]
         losses, stats, broken = [], [], []
-        gradients = [[] for _ in self.heads]
         for index, micro in enumerate(micro_batches):
             micro = micro.to(self.topology.device)
             embeddings = self.engine(micro.images_BCHH)
@@ -136,16 +138,17 @@ class TrainEngine:
             ]
             loss = self._weighted([out.loss for out in outs]) * weights[index]
             self.engine.backward(loss)
-            gradients = [
-                [merge_gradients([*before, *head.take_gradients()])]
-                for before, head in zip(gradients, self.heads, strict=True)
-            ]
+            for head, total in zip(self.heads, sums, strict=True):
+                (gradient,) = head.take_gradients()
+                if not total.add(index, gradient):
+                    head.recycle(gradient)
             losses.append(loss.detach())
             broken.append(~torch.isfinite(embeddings.detach()).all())
             stats.append({f"{name}{head_suffix(h)}": x for h, out in enumerate(outs) for name, x in out.stats.items()})
             if index < len(micro_batches) - 1:
                 self.engine.step()
-        head_norms = [sharded_norm(gradient.values_SD, self.topology) for (gradient,) in gradients]
+        gradients = [total.gradient for total in sums]
+        head_norms = [sharded_norm(gradient.values_SD, self.topology) for gradient in gradients]
         # Whether the step may be taken must be known before it is taken: here the host waits for the device.
         loss, *head_norm_values = torch.stack([torch.stack(losses).mean(), *head_norms]).tolist()
         if not math.isfinite(loss):
@@ -158,12 +161,12 @@ class TrainEngine:
         self.engine.step()
         applied = bool(self.engine.was_step_applied())
         if applied:
-            for optimizer, (gradient,), head_norm in zip(self.head_optimizers, gradients, head_norms, strict=True):
+            for optimizer, gradient, head_norm in zip(self.head_optimizers, gradients, head_norms, strict=True):
                 self._step_head(optimizer, gradient, head_norm, learning_rate * self.config.head_lr_scale, step)
-            for head, (gradient,) in zip(self.heads, gradients, strict=True):
-                head.recycle(gradient)
         else:
             self.skipped_steps += 1
+        for head, gradient in zip(self.heads, gradients, strict=True):
+            head.recycle(gradient)
         norm = self.engine.get_global_grad_norm() if plain_norm is None else plain_norm
         return StepResult(
             loss=loss,

@@ -15,24 +15,44 @@ BLOCK_BYTES = {"cpu": 1 << 20, "cuda": 1 << 26}
 """Bytes of rows that are updated at a time: what stays in a CPU's cache, and on a GPU what bounds the temporaries."""
 
 
-def merge_gradients(gradients: Sequence[RowGradient]) -> RowGradient:
-    """Sum of several micro-steps' gradients, each row once. Raises ValueError for an empty list.
+class GradientSum:
+    """Sum of the micro-steps' gradients of one optimizer step, each row once.
 
-    Merged after each micro-step, no more than two gradients and their sum are ever alive. May reuse the first one's memory.
+    rows: what each micro-step draws (PartialFC.draw), known before the first gradient: the union is made here, where the
+    host may wait for its size. `add` then waits for nothing, and holds the sum and one gradient, never more.
+    Raises ValueError for an empty list.
     """
-    if not gradients:
-        raise ValueError("no gradients to merge: call after backward")
-    if len(gradients) == 1:
-        return gradients[0]
-    if all(g.is_whole for g in gradients):
-        for other in gradients[1:]:
-            gradients[0].values_SD.add_(other.values_SD)
-        return gradients[0]
-    rows, position = torch.cat([g.rows_S for g in gradients]).unique(return_inverse=True)
-    merged = gradients[0].values_SD.new_zeros(len(rows), gradients[0].values_SD.shape[1])
-    for gradient, at in zip(gradients, position.split([len(g.rows_S) for g in gradients]), strict=True):
-        merged.index_add_(0, at, gradient.values_SD)
-    return RowGradient(rows, merged)
+
+    def __init__(self, rows: Sequence[torch.Tensor]):
+        if not rows:
+            raise ValueError("a step has at least one micro-step")
+        self.rows_S = rows[0] if len(rows) == 1 else torch.cat(list(rows)).unique()
+        self._positions = [
+            None if len(own) == len(self.rows_S) else torch.searchsorted(self.rows_S, own) for own in rows
+        ]
+        self._sum: RowGradient | None = None
+
+    def add(self, micro_step: int, gradient: RowGradient) -> bool:
+        """Adds that micro-step's gradient. True where it became the sum itself: its memory must then be left alone."""
+        at = self._positions[micro_step]
+        if self._sum is None and at is None:
+            self._sum = gradient
+            return True
+        if self._sum is None:
+            values = gradient.values_SD
+            self._sum = RowGradient(self.rows_S, values.new_zeros(len(self.rows_S), values.shape[1]))
+        if at is None:
+            self._sum.values_SD.add_(gradient.values_SD)
+        else:
+            self._sum.values_SD.index_add_(0, at, gradient.values_SD)
+        return False
+
+    @property
+    def gradient(self) -> RowGradient:
+        """The sum. Raises ValueError before the first `add`."""
+        if self._sum is None:
+            raise ValueError("no gradient was added: call add after each backward")
+        return self._sum
 
 
 def sharded_norm(values: torch.Tensor, topology: Topology) -> torch.Tensor:
@@ -132,5 +152,6 @@ def round_stochastically(values: torch.Tensor, generator: torch.Generator) -> to
     """float32 to bfloat16, up or down with probabilities that make the expectation exact; finite values stay finite."""
     noise = torch.randint(0, 1 << 16, values.shape, dtype=torch.int32, device=values.device, generator=generator)
     bits = noise.add_(values.view(torch.int32)).bitwise_and_(-(1 << 16))
-    rounded = bits.view(torch.float32)
-    return torch.where(rounded.isfinite(), rounded, values).bfloat16()
+    largest = torch.finfo(torch.bfloat16).max
+    # What is infinite or NaN stays it; the last few numbers below infinity are rounded down.
+    return torch.where(values.isfinite(), bits.view(torch.float32).clamp(-largest, largest), values).bfloat16()

@@ -47,11 +47,15 @@ WORKSPACE_BYTES = 128 << 20
 MIN_CHUNK = 256
 """Images a product needs at least to run at full speed."""
 
+MAX_WORKSPACE_BYTES = 1_400_000_000
+"""What a workspace of MIN_CHUNK images may grow to; with more rows than that holds, chunks have fewer images."""
+
 TILE_BYTES = 32 << 20
 """Of float32 logits that the fused kernels make at a time: what stays in a GPU's second-level cache."""
 
-CACHED_BYTES = 1 << 20
-"""Bytes of rows that a CPU normalises or projects at a time, so that each is read from memory once."""
+ROW_BLOCK_BYTES = {"cpu": 1 << 20, "cuda": 1 << 26}
+"""Bytes of rows that are normalised or projected at a time: what stays in a CPU's cache, and on a GPU what bounds the
+temporaries."""
 
 INIT_STD = 0.01
 """Standard deviation of the elements of random initial centers, as in the published PartialFC."""
@@ -101,12 +105,12 @@ class PartialFC(nn.Module):
     gradients. After `loss.backward()` (or `engine.backward(loss)`) `take_gradients()` hands over the sampled rows'
     gradients, one item per backward; `optim.RowAdamW` applies them.
 
-    Collectives of a micro-step, whose number and bytes a rank do not depend on the number of ranks (G images, D columns, L
-    labels): one all-gather of the labels (4 G L bytes), one of the embeddings (4 G D bytes, 2 G D in bfloat16), one
-    all-reduce of [2, n] partial sums per row chunk (8 G bytes over all chunks; twice that where scale + log(K) leaves
-    float32's range, for the maxima), and on the way back one reduce-scatter of the embeddings' gradient (4 G D bytes). With
-    `collect_stats` one more all-reduce of a short vector; without `capacity` one more all-gather of one number (and a host
-    round trip) to learn the sizes.
+    Collectives of a micro-step (G images, D columns, L labels): one all-gather of the labels (4 G L bytes), one of the
+    embeddings (4 G D bytes, 2 G D in bfloat16), one all-reduce of [2, n] partial sums per row chunk (8 G bytes over all
+    chunks; twice that where scale + log(K) leaves float32's range, for the maxima), and on the way back one reduce-scatter
+    of the embeddings' gradient (4 G D bytes). The bytes do not depend on the number of ranks, nor does the number, but for
+    the chunks: smaller shards have fewer. With `collect_stats` one more all-reduce of a short vector; without `capacity`
+    one more all-gather of one number (and a host round trip) to learn the sizes.
 
     num_classes: K. embed_dim: D. init_centers: float [c, D], this shard's rows, or None for random rows that depend on
     (seed, global row) only. dtype: of the centers, and of all sums. precision: of the factors of the three products,
@@ -148,12 +152,11 @@ class PartialFC(nn.Module):
         self.partition = ClassPartition(num_classes, self.topology.world_size)
         self.embed_dim = embed_dim
         self.spec = LossSpec(objective, scale, margin, margin_type, margin_gradient, negative_filter)
+        self._check(sample_budget, precision, gather_precision, kernels, dtype)
         self.products = {"float32": _Products, "bfloat16": _BFloat16Products}[precision]()
         self.gather_dtype = {"float32": dtype, "bfloat16": torch.bfloat16}[gather_precision]
         self.workspace_mb = workspace_mb
         self.kernels = kernels
-        if kernels == "triton":
-            check_available(self.topology.device)
         shard = self.topology.rank
         self.start, self.stop = self.partition.start(shard), self.partition.stop(shard)
         self.sampler = ClassSampler(self.partition, shard, sample_rate, seed, sample_budget)
@@ -166,7 +169,21 @@ class PartialFC(nn.Module):
             )
         self.centers = nn.Parameter(init_centers.to(self.topology.device, dtype), requires_grad=False)
         self._gradients: list[RowGradient] = []
-        self._buffers = _Buffers(self.topology.device)
+        self._memory = _Buffers(self.topology.device)
+
+    def _check(self, sample_budget: str, precision: str, gather_precision: str, kernels: str, dtype) -> None:
+        for name, value, allowed in (
+            ("sample_budget", sample_budget, ("negatives", "total")),
+            ("precision", precision, ("float32", "bfloat16")),
+            ("gather_precision", gather_precision, ("float32", "bfloat16")),
+            ("kernels", kernels, ("torch", "triton")),
+        ):
+            if value not in allowed:
+                raise ConfigError(f"{name}={value!r}: expected one of {', '.join(allowed)}")
+        if kernels == "triton":
+            if dtype != torch.float32:
+                raise ConfigError(f"kernels='triton' work on float32 centers, these are {dtype}: use kernels='torch'")
+            check_available(self.topology.device)
 
     def extra_repr(self) -> str:
         return f"rows {self.start}..{self.stop} of {self.partition.num_classes}, D={self.embed_dim}, {self.spec}"
@@ -225,14 +242,16 @@ class PartialFC(nn.Module):
         e_bD = _UnitEmbeddings.apply(embeddings, draw.capacity, self.centers.dtype)
         e_GD = collectives.gather_rows(e_bD, self.topology, self.gather_dtype)
         shift = self._needs_shift(draw.labels_GL.shape[1])
+        fused = self.kernels == "triton" and not shift
         walk = _Walk(
             self.spec,
             self.topology,
             self.products,
-            self._buffers,
-            self._chunk_rows(len(e_GD), draw.labels_GL.numel()),
+            self._memory,
+            self._chunk_rows(len(e_GD), draw.labels_GL.numel(), fused),
             shift,
-            fused=self.kernels == "triton" and not shift and self.centers.dtype == torch.float32,
+            fused,
+            learns=torch.is_grad_enabled(),
         )
         # Backward must run even where the embeddings come from a frozen encoder: the centers always learn.
         anchor = e_GD.new_zeros((), requires_grad=torch.is_grad_enabled())
@@ -249,7 +268,7 @@ class PartialFC(nn.Module):
 
     def recycle(self, gradient: RowGradient) -> None:
         """Takes back the memory of a gradient that has been applied; whoever still holds it will see it change."""
-        self._buffers.give("gradient", gradient.values_SD)
+        self._memory.give("gradient", gradient.values_SD)
 
     def _needs_shift(self, labels_per_image: int) -> bool:
         """Whether a sum of exponentials may leave the dtype's range, so that sums are kept relative to a maximum.
@@ -267,9 +286,9 @@ class PartialFC(nn.Module):
         sizes = collectives.all_gather(torch.tensor([rows], device=self.centers.device), self.topology)
         return int(sizes.max())
 
-    def _chunk_rows(self, images: int, num_labels: int) -> int:
+    def _chunk_rows(self, images: int, num_labels: int, fused: bool) -> int:
         """Images per chunk so that the logits stay within the workspace; from numbers that all ranks share."""
-        bytes_per_logit = self.products.bytes_per_logit(self.centers, fused=self.kernels == "triton")
+        bytes_per_logit = self.products.bytes_per_logit(self.centers, fused)
         row_bytes = (self.sampler.likely_rows(num_labels) + ALIGNMENT) * bytes_per_logit
         most = max(1, workspace_bytes(self.workspace_mb, row_bytes) // row_bytes)
         chunks = max(1, -(-images // most))
@@ -281,7 +300,7 @@ class PartialFC(nn.Module):
         is_positive = torch.zeros(S + 1, dtype=torch.bool, device=device).index_fill_(
             0, draw.columns_GL.flatten(), True
         )
-        counts = torch.stack([torch.tensor(S, device=device), is_positive[:S].sum()])
+        counts = torch.stack([torch.full((), S, device=device), is_positive[:S].sum()])
         summed = collectives.sum_(torch.cat([stats["summed"], counts.to(stats["summed"].dtype)]), self.topology)
         bins = HISTOGRAM_BINS
         positive, negative, pairs_p, pairs_n = summed[:4]
@@ -300,7 +319,7 @@ class PartialFC(nn.Module):
 def workspace_bytes(workspace_mb: float | None, row_bytes: int) -> int:
     """Bytes of the workspace. row_bytes: of one image's logits."""
     if workspace_mb is None:
-        return max(WORKSPACE_BYTES, MIN_CHUNK * row_bytes)
+        return max(WORKSPACE_BYTES, min(MIN_CHUNK * row_bytes, MAX_WORKSPACE_BYTES))
     return int(workspace_mb * 2**20)
 
 
@@ -387,7 +406,11 @@ class _Buffers:
             return like.new_empty(shape)
         elements = math.prod(shape)
         flat = self._kept.pop(name, None)
-        if flat is None or flat.numel() < elements:
+        # Memory of inference mode may not be written outside of it, nor that of another dtype be taken for this one.
+        fits = (
+            flat is not None and flat.dtype == like.dtype and flat.is_inference() == torch.is_inference_mode_enabled()
+        )
+        if not fits or flat.numel() < elements:
             del flat  # the old one goes before the new one comes
             # A little more: the number of rows differs from step to step.
             flat = like.new_empty(elements + elements // 16)
@@ -404,7 +427,8 @@ class _Buffers:
 class _Walk:
     """How a shard's matrix is walked over: what all chunks share.
 
-    shift: see PartialFC._needs_shift. fused: by the kernels of kernels/epilogue.py.
+    shift: see PartialFC._needs_shift. fused: by the kernels of kernels/epilogue.py. learns: whether gradients are wanted;
+    without them, one product is enough.
     """
 
     spec: LossSpec
@@ -414,6 +438,7 @@ class _Walk:
     chunk_rows: int
     shift: bool
     fused: bool
+    learns: bool
 
 
 class _UnitEmbeddings(torch.autograd.Function):
@@ -450,14 +475,15 @@ class _ShardedLoss(torch.autograd.Function):
     def forward(ctx, e_GD, anchor, centers_cD, draw, walk, collect_stats, gradients):
         w_TD, norm_S = _unit_rows(centers_cD, draw.rows_S, walk.buffers)
         factor_TD = walk.products.factor(w_TD)
-        d_w_TD = walk.buffers.hand_out("gradient", tuple(w_TD.shape), w_TD)
-        d_e_GD = torch.empty_like(e_GD)
+        d_w_TD, d_e_GD = w_TD, e_GD  # nothing is written into them
+        if walk.learns:
+            d_w_TD, d_e_GD = walk.buffers.hand_out("gradient", tuple(w_TD.shape), w_TD), torch.empty_like(e_GD)
         weight_G = draw.counts_G.to(e_GD.dtype) / draw.counts_G.sum().clamp_min(1)
         like = factor_TD if walk.fused else e_GD
         workspace = walk.buffers.take("logits", (min(walk.chunk_rows, len(e_GD)), len(w_TD)), like).flatten()
         stats = _Statistics(e_GD, walk.spec) if collect_stats else None
         loss = e_GD.new_zeros(2)
-        if len(e_GD) == 0:
+        if len(e_GD) == 0 and walk.learns:
             d_w_TD.zero_()
         for first in range(0, len(e_GD), walk.chunk_rows):
             rows = slice(first, min(first + walk.chunk_rows, len(e_GD)))
@@ -465,8 +491,11 @@ class _ShardedLoss(torch.autograd.Function):
             loss += _chunk(*part, w_TD, factor_TD, d_w_TD, first == 0, workspace, walk, len(draw.rows_S), stats)
         named = {"loss_positive": loss[0], "loss_negative": loss[1]}
         S = len(draw.rows_S)
+        del workspace, factor_TD
         if stats is not None:
             named["summed"] = stats.finish(e_GD, w_TD[:S], draw.columns_GL, draw.counts_G)
+        if not walk.learns:
+            return loss.sum(), named
         d_w_SD = d_w_TD[:S]
         _project(d_w_SD, w_TD[:S], norm_S)
         ctx.made = d_e_GD, RowGradient(draw.rows_S, d_w_SD, is_whole=S == len(centers_cD))
@@ -484,10 +513,8 @@ class _ShardedLoss(torch.autograd.Function):
 
 
 def _row_blocks(rows: torch.Tensor) -> list[slice]:
-    """Blocks of rows that stay in a CPU's cache; one for all on a GPU, where each is a launch."""
-    size = max(1, len(rows))
-    if rows.device.type == "cpu":
-        size = max(1, CACHED_BYTES // (rows.shape[1] * rows.element_size()))
+    """Blocks of ROW_BLOCK_BYTES."""
+    size = max(1, ROW_BLOCK_BYTES[rows.device.type] // (rows.shape[1] * rows.element_size()))
     return [slice(first, min(first + size, len(rows))) for first in range(0, len(rows), size)]
 
 
@@ -547,11 +574,15 @@ def _chunk(
         common_2n.masked_fill_(common_2n == -torch.inf, 0)
         sums_2n.mul_((own_2n - common_2n).exp())
     summing = collectives.start_sum(sums_2n, topology)
-    products.put(terms.factor_nT, factor_TD, d_e_nD)
+    if walk.learns:
+        products.put(terms.factor_nT, factor_TD, d_e_nD)
     summing.wait()
 
     log_2n = sums_2n.log() + common_2n
     two = loss_from_sums(spec.objective, log_2n[0], log_2n[1])
+    losses_2 = torch.stack([two.positive_G @ weight_n, two.negative_G @ weight_n])
+    if not walk.learns:
+        return losses_2
     # d loss / d cosine, the mean's weight included. A row that is no image has weight zero.
     negative_n = (two.log_negative_weight_G + own_2n[0]).exp() * (weight_n * spec.scale)
     positive_nL = (minus_s_nL + (two.log_positive_weight_G + own_2n[1])[:, None]).exp() * -(weight_n * spec.scale)[
@@ -565,7 +596,7 @@ def _chunk(
     for columns_n, positive_n in zip(columns_nL.T, positive_nL.T, strict=True):
         d_e_nD.addcmul_(w_TD[columns_n], positive_n[:, None])
         d_w_TD.index_add_(0, columns_n, e_nD * positive_n[:, None])
-    return torch.stack([two.positive_G @ weight_n, two.negative_G @ weight_n])
+    return losses_2
 
 
 @dataclass(frozen=True)
@@ -612,7 +643,7 @@ def _exponentiate_fused(e_nD, columns_nL, weight_n, w_TD, factor_TD, out_nT, wal
     # Of the positives from unrounded factors: n L products instead of a gather from a matrix that is not there.
     cosine_nL = torch.stack([torch.linalg.vecdot(e_nD, w_TD[columns_n]) for columns_n in columns_nL.T], dim=1)
     if stats is not None:
-        rows = slice(0, stats.ROWS)
+        rows = slice(0, 0 if stats.seen else stats.ROWS)
         stats.add(spec.scale * e_nD[rows] @ w_TD[: S + 1].T, cosine_nL, columns_nL, weight_n)
     largest = None if spec.negative_filter is None else spec.scale * spec.negative_filter
     width = min(T, max(ALIGNMENT, TILE_BYTES // (4 * n) // ALIGNMENT * ALIGNMENT))
@@ -656,8 +687,9 @@ class _Statistics:
 
     def _count(self, which: int, cosine: torch.Tensor) -> None:
         bin_of = ((cosine.clamp(-2, 1) + 1) * (HISTOGRAM_BINS / 2)).floor().clamp(-1, HISTOGRAM_BINS - 1).long() + 1
-        counts = torch.bincount(bin_of.flatten(), minlength=HISTOGRAM_BINS + 1)[1:]
-        self.histogram_2H[which] += counts.to(self.histogram_2H.dtype)
+        ones = torch.ones((), dtype=self.histogram_2H.dtype, device=bin_of.device).expand(bin_of.numel())
+        counts = self.histogram_2H.new_zeros(HISTOGRAM_BINS + 1).scatter_add_(0, bin_of.flatten(), ones)
+        self.histogram_2H[which] += counts[1:]
 
     def finish(self, e_GD, w_SD, columns_GL, counts_G) -> torch.Tensor:
         everything = (e_GD * counts_G[:, None]).sum(dim=0) @ w_SD.sum(dim=0)

@@ -79,15 +79,17 @@ class ClassSampler:
         self.budget = budget
 
     def likely_rows(self, num_labels: int) -> int:
-        """More than any shard draws, but with a probability below 1e-9, when the global batch names `num_labels` positives.
+        """What a shard hardly exceeds when the global batch names `num_labels` positives; all ranks know it without asking.
 
-        All ranks know it without asking. Six deviations above the mean of the negatives, with all positives in one shard.
+        Six deviations above the mean of the negatives, and twice the distinct positives of `num_labels` uniform labels: true
+        labels fall unevenly on the shards. It sizes the chunks; where it is exceeded, they take more memory.
         """
         largest, r = self.partition.max_size, self.sample_rate
         if r >= 1:
             return largest
         negatives = r * largest + 6 * math.sqrt(r * (1 - r) * largest) + 1
-        return min(largest, math.ceil(negatives) + num_labels)
+        positives = largest * -math.expm1(-num_labels / self.partition.num_classes)
+        return min(largest, math.ceil(negatives + 2 * positives + 6 * math.sqrt(positives)))
 
     def draw(self, labels: torch.Tensor, step: int) -> torch.Tensor:
         """Sorted LOCAL rows [S] int64 of this micro-step.
@@ -101,9 +103,9 @@ class ClassSampler:
         if self.budget == "total":
             positive_K = _marked(labels, 0, self.partition.num_classes)
             positive = positive_K[self.start : self.stop]
-            missing = self.sample_rate * self.partition.num_classes - positive_K.sum()
-            share = missing / (self.partition.num_classes - positive_K.sum()).clamp_min(1)
-            threshold = (share.double().clamp_min(0) * (1 << _HASH_BITS)).to(torch.int32)
+            others = self.partition.num_classes - positive_K.sum().double()
+            share = 1 - (1 - self.sample_rate) * self.partition.num_classes / others.clamp_min(1)
+            threshold = (share.clamp(0, 1) * ((1 << _HASH_BITS) - 1)).to(torch.int32)
         else:
             positive = _marked(labels, self.start, self.stop)
             threshold = int(self.sample_rate * (1 << _HASH_BITS))

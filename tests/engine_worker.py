@@ -138,7 +138,7 @@ def poison_head(engine: TrainEngine, topology: Topology, classes=(CLASSES,)) -> 
 
     def nan_gradients():
         gradients = take()
-        if topology.rank == topology.world_size - 1:
+        if gradients and topology.rank == topology.world_size - 1:
             gradients[0].values_SD[0, 0] = torch.nan
         return gradients
 

@@ -1,5 +1,6 @@
 """The sharded head equals the dense float64 definition: loss, gradient of embeddings, gradient of centers."""
 
+import copy
 import itertools
 from dataclasses import dataclass, field
 
@@ -8,11 +9,13 @@ import torch
 import torch.distributed as dist
 from ranks import run_ranks
 
-from mlcd_ds import collectives
+from mlcd_ds import collectives, partial_fc
 from mlcd_ds.batch import NO_IMAGE, NO_LABEL
 from mlcd_ds.errors import ConfigError
 from mlcd_ds.losses import LossSpec, apply_margin, dense_loss, loss_from_sums
 from mlcd_ds.partial_fc import ALIGNMENT, HISTOGRAM_BINS, PartialFC, random_rows
+from mlcd_ds.partition import ClassPartition
+from mlcd_ds.sampling import ClassSampler
 from mlcd_ds.topology import Topology
 
 RTOL = 1e-10
@@ -89,8 +92,6 @@ def run_sharded(case: Case, world_size: int, workspace_mb: float = 1e-3):
 
 
 def _rows_of(centers, num_classes, topology):
-    from mlcd_ds.partition import ClassPartition
-
     partition = ClassPartition(num_classes, topology.world_size)
     return centers[partition.start(topology.rank) : partition.stop(topology.rank)].clone()
 
@@ -345,23 +346,25 @@ def test_gradients_stay_as_they_are_until_they_are_given_back():
     """Two micro-steps, then recycled memory: the same numbers as a head that allocates anew."""
     embeddings, labels, centers = Case(sample_rate=0.5).data()
 
-    def gradients(recycle):
-        head = PartialFC(37, 6, sample_rate=0.5, dtype=torch.float64, init_centers=centers)
-        found = []
-        for step in range(4):
-            for part in (slice(0, 7), slice(7, 13)):
-                head(embeddings[part].clone().requires_grad_(), labels[part], step=step).loss.backward()
-            both = head.take_gradients()
-            assert len(both) == 2
-            found.append([(g.rows_S.clone(), g.values_SD.clone()) for g in both])
-            for gradient in both if recycle else ():
-                head.recycle(gradient)
-        return found
+    def new_head():
+        return PartialFC(37, 6, sample_rate=0.5, dtype=torch.float64, init_centers=centers)
 
-    for plain, recycled in zip(gradients(False), gradients(True), strict=True):
-        for (rows, values), (other_rows, other_values) in zip(plain, recycled, strict=True):
-            assert torch.equal(rows, other_rows)
-            assert torch.equal(values, other_values)
+    def one(head, part, step):
+        head(embeddings[part].clone().requires_grad_(), labels[part], step=step).loss.backward()
+        return head.take_gradients()[0]
+
+    head = new_head()
+    for step in range(4):
+        parts = (slice(0, 7), slice(7, 13))
+        both = [one(head, part, step) for part in parts]
+        assert both[0].values_SD.data_ptr() != both[1].values_SD.data_ptr()
+        for gradient, part in zip(both, parts, strict=True):
+            fresh = one(new_head(), part, step)
+            assert torch.equal(gradient.rows_S, fresh.rows_S)
+            assert torch.equal(gradient.values_SD, fresh.values_SD)
+        if step % 2:
+            for gradient in both:
+                head.recycle(gradient)
 
 
 def test_draw_made_before_the_encoder_gives_the_same_step():
@@ -478,17 +481,82 @@ def test_five_million_classes_in_float32(objective, scale):
     torch.testing.assert_close(mine.grad.double(), expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
 
 
-def test_mlc_with_one_positive_is_cd_exactly():
-    embeddings, labels, centers = Case(labels_per_image=1, images=9).data()
+@pytest.mark.parametrize("margin_type", ["arc", "cos", "none"])
+@pytest.mark.parametrize("objective", ["mlc", "cd"])
+def test_one_positive_is_softmax_cross_entropy(objective, margin_type):
+    """Loss and both gradients in float64, against torch's own cross entropy on logits with the margin put in."""
+    embeddings, _, centers = Case().data()
+    target = torch.arange(13) * 2 % 37
+    options = {"objective": objective, "margin_type": margin_type, "margin_gradient": "exact"}
+    head = PartialFC(37, 6, sample_rate=1.0, dtype=torch.float64, init_centers=centers, **options)
+    mine = embeddings.clone().requires_grad_()
+    out = head(mine, target[:, None], step=0)
+    out.loss.backward()
+
+    e, c = embeddings.clone().requires_grad_(), centers.clone().requires_grad_()
+    cosine = torch.nn.functional.normalize(e, dim=1) @ torch.nn.functional.normalize(c, dim=1).T
+    own = cosine[torch.arange(13), target]
+    with_margin = {"arc": torch.cos(torch.arccos(own) + 0.3), "cos": own - 0.3, "none": own}[margin_type]
+    logits = (64 * cosine).scatter(1, target[:, None], 64 * with_margin[:, None])
+    loss = torch.nn.functional.cross_entropy(logits, target)
+    loss.backward()
+    assert out.loss.item() == pytest.approx(loss.item(), rel=1e-11)
+    torch.testing.assert_close(mine.grad, e.grad, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(head.take_gradients()[0].values_SD, c.grad, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("kept_as", ["cpu", "cuda"])
+@pytest.mark.parametrize("sample_rate", [0.4, 1.0])
+def test_no_tensor_has_the_size_of_the_logits(monkeypatch, sample_rate, kept_as):
+    """The largest tensor of forward and backward: the workspace, the rows or the images, never images x rows."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    G, D, K, chunk = 512, 8, 4000, 16
+    row_bytes = (ClassSampler(ClassPartition(K, 1), 0, sample_rate, 0).likely_rows(G * 4) + ALIGNMENT) * 4
+    head = PartialFC(K, D, sample_rate=sample_rate, workspace_mb=chunk * row_bytes / 2**20)
+    if kept_as == "cuda":  # where nothing is kept and blocks are large
+        head._memory._kept = None
+    monkeypatch.setitem(partial_fc.ROW_BLOCK_BYTES, "cpu", 4096)
+    sizes = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            found = result if isinstance(result, tuple | list) else [result]
+            sizes.extend((t.untyped_storage().nbytes(), str(func)) for t in found if isinstance(t, torch.Tensor))
+            return result
+
+    embeddings = torch.randn(G, D, requires_grad=True)
+    labels = torch.randint(0, K, (G, 4))
+    with Watch():
+        head(embeddings, labels, step=0, collect_stats=True).loss.backward()
+    largest, where = max(sizes)
+    # The statistics' 64 x S slice of cosines is the one thing beside the workspace.
+    assert largest <= 1.07 * max(chunk, 64) * (K + ALIGNMENT) * 4, where
+    assert largest < G * K * 4 / 7
+
+
+def test_evaluation_leaves_no_gradients_and_training_goes_on():
+    embeddings, labels, centers = Case(sample_rate=1.0).data()
+    head = PartialFC(37, 6, sample_rate=1.0, dtype=torch.float64, init_centers=centers)
     results = []
-    for objective in ("mlc", "cd"):
-        head = PartialFC(37, 6, objective=objective, dtype=torch.float64, init_centers=centers)
-        mine = embeddings.clone().requires_grad_()
-        out = head(mine, labels, step=0)
-        out.loss.backward()
-        results.append((out.loss.detach(), mine.grad, head.take_gradients()[0].values_SD))
-    for one, other in zip(*results, strict=True):
-        assert torch.equal(one, other)
+    for context in (torch.inference_mode(), torch.no_grad(), torch.enable_grad()):
+        with context:
+            results.append(head(embeddings.clone(), labels, step=0).loss)
+    assert results[0].item() == pytest.approx(results[2].item(), rel=1e-14)
+    assert results[1].item() == pytest.approx(results[2].item(), rel=1e-14)
+    assert head.take_gradients() == []
+    results[2].backward()
+    assert len(head.take_gradients()) == 1
+
+
+def test_head_is_a_module_like_any_other():
+    head = PartialFC(37, 6)
+    assert list(head.state_dict()) == ["centers"]
+    assert not head.eval().training
+    twin = copy.deepcopy(head.train().double())
+    assert twin.centers.dtype == torch.float64
+    assert not hasattr(head, "centres")
 
 
 def test_second_backward_is_refused():
@@ -497,6 +565,12 @@ def test_second_backward_is_refused():
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="first backward"):
         loss.backward()
+
+
+@pytest.mark.parametrize("name", ["sample_budget", "precision", "gather_precision", "kernels"])
+def test_misspelt_choices_are_refused(name):
+    with pytest.raises(ConfigError, match=f"{name}='all': expected one of"):
+        PartialFC(10, 4, **{name: "all"})
 
 
 def test_bad_arguments_are_named():
