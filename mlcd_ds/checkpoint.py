@@ -18,6 +18,7 @@ same file system.
 
 import itertools
 import json
+import re
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -129,6 +130,10 @@ class CheckpointStore:
                 read_state(path)
         except CheckpointError as error:
             found = str(error)
+        except (
+            Exception
+        ) as error:  # a bad disk, a manifest of another shape: whatever it is, this checkpoint is not whole
+            found = f"{path} cannot be read ({type(error).__name__}: {error})"
         return next((problem for problem in collectives.gather_objects(found, self.topology) if problem), None)
 
     def _prune(self) -> None:
@@ -147,8 +152,8 @@ def _name(step: int) -> str:
 
 
 def published(folder: Path) -> list[Path]:
-    """Checkpoint folders under their final names, oldest first."""
-    return sorted(path for path in folder.glob("step_*") if path.suffix != ".tmp" and path.is_dir())
+    """Checkpoint folders under their final names, oldest first; copies that users made under other names are not ours."""
+    return sorted(path for path in folder.glob("step_*") if re.fullmatch(r"step_\d{9}", path.name) and path.is_dir())
 
 
 def head_folder(index: int) -> str:

@@ -13,6 +13,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import get_args
 
 from pydantic import ValidationError
@@ -79,8 +80,9 @@ def parse_flags(argv: Sequence[str], settings: type[Settings]) -> dict[str, str]
     while items:
         item = _long_form(items.pop(0), fields)
         if not item.startswith("--") or item == "--":
+            quote = " Put quotes round a pattern, else the shell expands it." if Path(item).exists() else ""
             raise ConfigError(
-                f"unexpected argument {item!r}: every setting is a flag, like --{next(iter(fields))} VALUE"
+                f"unexpected argument {item!r}: every setting is a flag, like --{next(iter(fields))} VALUE.{quote}"
             )
         name, equals, value = item[2:].partition("=")
         name = name.replace("-", "_")

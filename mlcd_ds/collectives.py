@@ -110,13 +110,19 @@ def barrier(topology: Topology) -> None:
 
 
 def on_main(topology: Topology, function: Callable[..., T], *arguments) -> T:
-    """`function(*arguments)` on rank 0 alone: its result, or the UserError it raises, on every rank."""
+    """`function(*arguments)` on rank 0 alone: its result, or the error it raises, on every rank.
+
+    A UserError arrives as it is; what else goes wrong, as a RuntimeError on the others, so that they do not wait in vain.
+    """
     result, error = None, None
     if topology.is_main:
         try:
             result = function(*arguments)
         except UserError as raised:
             error = raised
+        except Exception as raised:
+            gather_objects((None, RuntimeError(f"rank 0: {type(raised).__name__}: {raised}")), topology)
+            raise
     result, error = gather_objects((result, error), topology)[0]
     if error is not None:
         raise error

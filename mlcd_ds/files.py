@@ -10,13 +10,15 @@ from typing import Any, BinaryIO
 import torch
 from safetensors.torch import save_file
 
+from mlcd_ds.errors import DataError
+
 
 def write_bytes(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Replaces `path` by what `write(file)` writes, so that a reader or a crash sees the old file or the new one.
 
     Nothing is left behind when `write` raises.
     """
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # two processes may write the same file
     try:
         with temporary.open("wb") as file:
             write(file)
@@ -44,6 +46,17 @@ def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[st
     mask = os.umask(0)
     os.umask(mask)
     path.chmod(0o666 & ~mask)
+
+
+def make_folder(path: Path) -> Path:
+    """Makes a folder to write into, and returns it. Raises DataError where that cannot be."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(
+            f"the folder {path} cannot be made ({error.strerror}): choose another place to write to, or mend its permissions"
+        ) from None
+    return path
 
 
 def sync_file(path: Path) -> None:

@@ -4,6 +4,7 @@ run/config.json     every resolved value        run/status.json   running, done 
 run/metrics.jsonl   one line per logged step    run/tensorboard/  run/checkpoints/
 """
 
+import errno
 import fcntl
 import json
 import os
@@ -18,17 +19,17 @@ from mlcd_ds.files import write_json
 
 FREE_TO_CHANGE = frozenset(
     "resume workers prefetch save_every_steps keep_last log_every_steps histogram_every_steps timeout_minutes shard_cache "
-    "max_skipped_fraction expect_world_size workspace_mb output_dir deepspeed_config init_from centers".split()
+    "max_skipped_fraction expect_world_size workspace_mb output_dir deepspeed_config init_from centers shards labels".split()
 )
 """Settings that a resumed run may change: they do not enter the mathematics (init_from, centers: only the first start;
-workspace_mb: only the order of sums)."""
+workspace_mb: only the order of sums; shards, labels: where the data lies, whose fingerprints are facts)."""
 
 JSON_FREE_TO_CHANGE = frozenset(
     "tensorboard csv_monitor wandb comet steps_per_print wall_clock_breakdown dump_state memory_breakdown flops_profiler "
     "comms_logger checkpoint train_micro_batch_size_per_gpu gradient_accumulation_steps reduce_bucket_size "
     "allgather_bucket_size overlap_comm contiguous_gradients stage3_prefetch_bucket_size stage3_max_live_parameters "
     "stage3_max_reuse_distance stage3_param_persistence_threshold sub_group_size pin_memory buffer_count "
-    "activation_checkpointing log_level disable_python_gc".split()
+    "activation_checkpointing log_level disable_python_gc timers round_robin_gradients reduce_scatter".split()
 )
 """Keys of the DeepSpeed JSON, at any depth, that a resumed run may change: monitors, logs, and how the same step is cut
 into buffers and micro-batches (another cut draws other negatives; the global batch is compared)."""
@@ -51,11 +52,19 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = (self.path / ".lock").open("a+")
         except OSError as error:
-            raise CheckpointError(f"--output_dir {self.path} cannot be written: {error.strerror}") from None
+            raise CheckpointError(
+                f"--output_dir {self.path} cannot be written ({error.strerror}): choose another folder, or mend its "
+                "permissions"
+            ) from None
         try:
             # POSIX locks belong to the process: loader workers do not inherit them, and a kill -9 releases them.
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise CheckpointError(
+                    f"--output_dir {self.path}: its file system cannot lock files ({error.strerror}), so two runs could not "
+                    "be kept apart. Choose a folder elsewhere, or have locks switched on."
+                ) from None
             self._lock.seek(0)
             holder = self._lock.read().strip() or "another process"
             raise CheckpointError(
@@ -64,7 +73,10 @@ class RunFolder:
         self._lock.truncate(0)
         self._lock.write(f"process {os.getpid()} on {socket.gethostname()}")
         self._lock.flush()
-        if not resume and (self.path / "config.json").exists():
+        left = [*(self.path / "checkpoints").glob("step_*"), *self.path.glob("metrics.jsonl")]
+        if not left:
+            (self.path / "config.json").unlink(missing_ok=True)  # of a run that never began
+        elif not resume:
             self._lock.close()
             raise CheckpointError(
                 f"--output_dir {self.path} already holds a run. Go on with it by --resume auto, or choose another folder."
@@ -78,7 +90,14 @@ class RunFolder:
         """
         path = self.path / "config.json"
         if path.exists():
-            before = json.loads(path.read_text())
+            try:
+                before = json.loads(path.read_text())
+                before["settings"], before["facts"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise CheckpointError(
+                    f"{path} is damaged ({error}): put back a copy, or choose another --output_dir. The checkpoints beside "
+                    "it can still be used by --init_from."
+                ) from None
             config_now = json.loads(json.dumps(config))
             changed = [
                 f"{name}: {before[part].get(name)!r} then, {value!r} now"
@@ -112,6 +131,13 @@ class RunFolder:
         """
         if not self.is_ours:
             return
+        try:
+            self._note(error, rank)
+        except (OSError, ValueError, KeyError) as trouble:
+            # The disk may be what failed. The error itself, which is about to be raised, matters more.
+            print(f"status.json of {self.path} could not be written: {trouble}", flush=True)
+
+    def _note(self, error: Exception, rank: int) -> None:
         reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         if rank > 0:
             time.sleep(errors.SECONDS_FOR_RANK_0)

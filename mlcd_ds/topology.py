@@ -83,6 +83,8 @@ class Topology:
 
         A process alone joins a group of one: DeepSpeed's engine wants a group even then.
         """
+        if not self.is_distributed:
+            os.environ.setdefault("LOCAL_RANK", "0")  # without a launcher; DeepSpeed insists on it
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         if not dist.is_initialized():

@@ -74,13 +74,15 @@ def train_in(run: RunFolder, config: RunConfig, raw: dict, batch: BatchSizes, to
     plan = plan_run(config, raw, batch, topology, table.num_samples, len(shards), table.labels_infos, table.unused())
     if topology.is_main:
         print(plan.card, flush=True)
+    begins = config.resume == "never" or not checkpoint.published(run.path / "checkpoints")
+    if begins:
+        collectives.on_main(topology, check_start, config, plan)
     collectives.on_main(topology, run.write_config, plan.record(config, table.fingerprint(), order.fingerprint()))
+    check_shared(run, topology)
     run.is_ours = True
 
     store = CheckpointStore(run.path, topology, config.keep_last, heads=len(table.labels_infos))
     found = store.find() if config.resume == "auto" else None
-    if found is None:
-        collectives.on_main(topology, check_centers, config, table.labels_infos)
     loader = ImageLabelLoader(config, table, order, plan.encoder.image_size, topology)
     engine = build_engine(config, plan, topology, from_scratch=found is None)
     step = 0 if found is None else resume(found, plan, engine, topology)
@@ -192,7 +194,9 @@ def plan_run(
 
 def dry_run(config: RunConfig, topology: Topology) -> None:
     """Prints the card for --world_size ranks; reads the labels' footers only, and starts nothing."""
-    world_size = config.world_size or topology.world_size
+    world_size = config.world_size or config.expect_world_size or topology.world_size
+    if config.expect_world_size not in (None, world_size):
+        raise ConfigError(f"--world_size {world_size} contradicts --expect_world_size {config.expect_world_size}")
     device = torch.device(config.device) if config.device else topology.device
     planned = Topology(0, world_size, 0, topology.local_world_size, device)
     shards = expand_shards(config.shards)
@@ -201,21 +205,37 @@ def dry_run(config: RunConfig, topology: Topology) -> None:
     labels, images = tuple(info for info, _ in found), max(sum(rows) for _, rows in found)
     raw = load_deepspeed_config(config.deepspeed_config)
     batch = BatchSizes.resolve(raw, world_size)
-    check_centers(config, labels)
+    plan = plan_run(config, raw, batch, planned, images, len(shards), labels)
+    check_start(config, plan)
     if topology.is_main:
-        print(plan_run(config, raw, batch, planned, images, len(shards), labels).card)
+        print(plan.card)
 
 
-def check_centers(config: RunConfig, labels: Sequence[LabelsInfo]) -> None:
-    """Refuses --centers that are not those of the labels: row i must be class i."""
+def check_shared(run: RunFolder, topology: Topology) -> None:
+    """Refuses hosts that do not share the run folder, now rather than at the first checkpoint."""
+    sees = collectives.gather_objects((run.path / "config.json").is_file(), topology)
+    if not all(sees):
+        blind = [rank for rank, found in enumerate(sees) if not found]
+        raise CheckpointError(
+            f"rank(s) {blind} do not see {run.path}, which rank 0 has written: "
+            "all hosts must share the file system under --output_dir. Give a folder that they share."
+        )
+
+
+def check_start(config: RunConfig, plan: RunPlan) -> None:
+    """Refuses what a run cannot begin from: --init_from without an encoder, --centers that are not those of the labels."""
+    if config.init_from is not None:
+        checkpoint.find_encoder(config.init_from)
     if config.centers is None:
         return
-    for path, folder, info in zip(split_paths(config.centers), split_paths(config.labels), labels, strict=True):
-        if Centers.load(path).hash != info.centers_hash:
+    for path, folder, info in zip(split_paths(config.centers), split_paths(config.labels), plan.labels, strict=True):
+        centers = Centers.load(path)
+        if centers.hash != info.centers_hash:  # row i must be class i
             raise DataError(
                 f"--centers {path} are not the centers that the labels in {folder} were made with. Give those, or leave "
                 "--centers out to start the head from random centers."
             )
+        load_center_rows(centers, 0, 0, info.num_classes, plan.encoder.embed_dim)  # their shape
 
 
 def check_launch(config: RunConfig, topology: Topology) -> None:

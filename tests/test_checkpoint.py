@@ -1,12 +1,15 @@
 """Checkpoints: published whole or not at all, damage found by name, rows found by their address."""
 
+import json
+import shutil
+
 import pytest
 import torch
 
 from mlcd_ds import checkpoint
 from mlcd_ds.checkpoint import CheckpointStore, load_rows, published, save_rows
 from mlcd_ds.errors import CheckpointError
-from mlcd_ds.files import save_tensors, write_json
+from mlcd_ds.files import save_tensors, sha256, write_json
 from mlcd_ds.models.vit import VisionTransformer, VitConfig
 from mlcd_ds.partition import ClassPartition
 from mlcd_ds.topology import Topology
@@ -146,6 +149,38 @@ def test_damaged_part_is_named_and_the_one_before_is_taken(tmp_path, how, part):
     write(tmp_path, 2, keep_last=1)
     assert store(tmp_path).find(said.append).step == 2
     assert [path.name for path in published(tmp_path / "checkpoints")] == ["step_000000002"]
+
+
+@pytest.mark.parametrize("text", ["null", "[]", '{"step": 2', "{}"])
+@pytest.mark.parametrize("name", ["state.json", "manifest.json"])
+def test_whatever_is_wrong_the_checkpoint_before_is_taken(tmp_path, name, text):
+    write(tmp_path, 1)
+    path = write(tmp_path, 2)
+    (path / name).write_text(text)
+    manifest = json.loads((path / "manifest.json").read_text()) if name == "state.json" else None
+    if manifest:  # a damage that the digest does not show
+        manifest["files"]["state.json"] = {"bytes": len(text), "sha256": sha256(path / name)}
+        write_json(path / "manifest.json", manifest)
+    said = []
+    assert store(tmp_path).find(said.append).step == 1
+    assert "step_000000002 is not usable" in said[0]
+
+
+@pytest.mark.parametrize("files", [[], {"state.json": {}}, {"state.json": None}, {"state.json": {"bytes": 12}}])
+def test_manifests_of_another_shape(tmp_path, files):
+    write(tmp_path, 1)
+    path = write(tmp_path, 2)
+    write_json(path / "manifest.json", {"format_version": 1, "files": files})
+    assert store(tmp_path).find(lambda _: None).step == 1
+
+
+def test_copies_that_users_made_are_neither_found_nor_pruned(tmp_path):
+    copy = write(tmp_path, 1).with_name("step_000000001_best")
+    shutil.copytree(copy.with_name("step_000000001"), copy)
+    for step in (2, 3, 4):
+        write(tmp_path, step, keep_last=1)
+    assert copy.is_dir()
+    assert [path.name for path in published(tmp_path / "checkpoints")] == ["step_000000004"]
 
 
 def test_manifest_missing_or_broken(tmp_path):

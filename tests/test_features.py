@@ -328,7 +328,7 @@ def published(folder, rows=5, dim=4, count=2):
     return folder
 
 
-def test_published_embeddings_work_as_they_are(tmp_path):
+def test_published_embeddings_open_as_they_are(tmp_path):
     folder = FeatureFolder(published(tmp_path / "laion"))
     assert (folder.names, folder.rows, folder.model) == (("0", "1"), (5, 5), "unknown:laion")
     assert folder.keys("1") == ["10", "11", "12", "13", "14"]

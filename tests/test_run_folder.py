@@ -1,10 +1,15 @@
 """The run folder: what a resumed run may change, and what it notes when it ends."""
 
 import json
+import subprocess
+import sys
 
 import pytest
+from processes import ROOT
 
 from mlcd_ds import errors
+from mlcd_ds.config import DeepSpeedDefaults
+from mlcd_ds.ds_config import BatchSizes, resolve_deepspeed_config
 from mlcd_ds.errors import CheckpointError, DataError
 from mlcd_ds.run_folder import RunFolder
 
@@ -40,6 +45,40 @@ def test_resumed_run_may_not_change_what_enters_the_numbers(tmp_path, changed, w
     assert str(caught.value).count(" then, ") == 1
 
 
+def resolved(**changes):
+    """What train.py compares: a JSON after ds_config has filled it in."""
+    raw = {
+        "train_batch_size": 24,
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "weight_decay": 0.1, "torch_adam": True}},
+        "zero_optimization": {"stage": 1},
+    } | changes
+    settings = resolve_deepspeed_config(
+        raw, batch=BatchSizes.resolve(raw, 1), total_steps=10, warmup_steps=1, output_dir="run", device_type="cpu",
+        defaults=DeepSpeedDefaults(),
+    )  # fmt: skip
+    return record() | {"deepspeed": settings.json}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"steps_per_print": 10},
+        {"wall_clock_breakdown": True},
+        {"tensorboard": {"enabled": True}},
+        {"activation_checkpointing": {}},
+        {"train_micro_batch_size_per_gpu": 12},
+        {"zero_optimization": {"stage": 1, "reduce_bucket_size": 1000, "round_robin_gradients": False}},
+    ],
+)
+def test_logs_monitors_and_buffers_may_change_in_the_json(tmp_path, changes):
+    RunFolder(tmp_path).write_config(resolved())
+    RunFolder(tmp_path).write_config(resolved(**changes))
+    with pytest.raises(CheckpointError, match=r"optimizer.params.lr of the DeepSpeed JSON: 0.001 then, 0.01 now"):
+        RunFolder(tmp_path).write_config(
+            resolved(optimizer={"type": "AdamW", "params": {"lr": 1e-2, "weight_decay": 0.1, "torch_adam": True}})
+        )
+
+
 def test_resumed_run_may_change_logs_buffers_and_micro_batches(tmp_path):
     RunFolder(tmp_path).write_config(record(tensorboard={"enabled": True}))
     changed = record(
@@ -66,3 +105,44 @@ def test_any_rank_notes_the_error_that_ends_the_run_and_the_first_word_stays(tmp
     run.fail(DataError("a broken tar"), rank=0)
     run.fail(DataError("late"), rank=2)
     assert json.loads((tmp_path / "status.json").read_text())["reason"] == "a broken tar"
+
+
+def test_noting_an_error_never_hides_it(tmp_path, monkeypatch, capsys):
+    """The disk may be what failed."""
+    monkeypatch.setattr(errors, "SECONDS_FOR_RANK_0", 0.0)
+    run = RunFolder(tmp_path / "gone")
+    run.is_ours = True
+    for rank in (0, 1):
+        run.fail(DataError("the disk is gone"), rank)
+    assert capsys.readouterr().out.count("could not be written") == 2
+
+
+def test_ranks_that_fail_together_leave_one_whole_status(tmp_path):
+    code = (
+        "import sys; from mlcd_ds import errors; from mlcd_ds.run_folder import RunFolder\n"
+        "errors.SECONDS_FOR_RANK_0 = 0.2; run = RunFolder(sys.argv[1]); run.is_ours = True\n"
+        "run.fail(errors.DataError('no disk'), int(sys.argv[2]))"
+    )
+    RunFolder(tmp_path).status("running", 3)
+    started = [
+        subprocess.Popen([sys.executable, "-c", code, str(tmp_path), str(rank)], cwd=ROOT) for rank in range(1, 4)
+    ]
+    assert [process.wait(60) for process in started] == [0, 0, 0]
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert status["state"] == "failed" and status["reason"].endswith("no disk")
+    assert list(tmp_path.glob("*.tmp")) == []
+
+
+def test_folder_of_a_run_that_never_began_is_taken_and_a_damaged_config_is_named(tmp_path):
+    first = RunFolder(tmp_path)
+    first.open(resume=False)
+    first.write_config(record())
+    second = RunFolder(tmp_path)
+    second.open(resume=False)
+    second.write_config(record() | {"settings": {"seed": 5}})
+    (tmp_path / "metrics.jsonl").write_text("{}")
+    with pytest.raises(CheckpointError, match="already holds a run"):
+        RunFolder(tmp_path).open(resume=False)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="config.json is damaged"):
+        RunFolder(tmp_path).write_config(record())

@@ -1,5 +1,6 @@
 """The main job end to end: it trains on two ranks, resumes bit for bit after a kill, and names what is wrong."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -365,11 +366,22 @@ def test_dry_run_plans_for_any_world_size_without_a_process_group(data, tmp_path
     assert not (tmp_path / "run").exists()
 
 
+def test_it_starts_without_a_launcher(data, tmp_path):
+    mine = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    command = [sys.executable, TRAIN, *flags(data, tmp_path / "run", steps=2, workers=0)]
+    done = subprocess.run(
+        command, cwd=ROOT, env=mine | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "done: 2 steps" in done.stdout
+
+
 def refused(ended, code: int, *words: str) -> None:
     """Every rank ended with `code`; the message stands once per rank at most, as the last word, and has all `words`."""
     for rank in ended:
         assert rank.code == code, rank.output[-3000:]
         assert "Traceback" not in rank.output, rank.output[-3000:]
+        assert sum(line.startswith("error") for line in rank.output.splitlines()) <= 1, rank.output[-3000:]
     last = ended[0].output.strip().splitlines()[-1]
     assert last.startswith("error: "), last
     for word in words:
@@ -470,6 +482,18 @@ def one_weight_for_two_heads(data):
     return {"labels": "a::b", "head_weights": 1}, 2, ("--head_weights names 1 weights, --labels 2 folders",)
 
 
+def centers_of_another_width(data):
+    import numpy as np
+
+    np.save(data / "centers.npy", np.eye(50, 64, dtype=np.float32))
+    make_labels(data / "labels", centers_hash=hashlib.sha256((data / "centers.npy").read_bytes()).hexdigest())
+    return {"centers": data / "centers.npy"}, 3, ("shape [50, 64]", "embedding 128 dimensions")
+
+
+def no_encoder_to_start_from(data):
+    return {"init_from": data / "nowhere"}, 4, ("nowhere holds no encoder",)
+
+
 def too_few_stored_labels(data):
     return {"num_positives": 9}, 3, ("store 8 centers an image", "--num_positives asks for 9")
 
@@ -491,6 +515,8 @@ def expected_more_ranks(data):
         no_tar_matches,
         typo_in_the_json,
         labels_of_other_centers,
+        centers_of_another_width,
+        no_encoder_to_start_from,
         centers_of_two_heads_in_the_wrong_order,
         second_label_folder_missing,
         label_folders_of_different_keys,
@@ -504,4 +530,4 @@ def test_bad_input_gives_one_message_with_the_cure(data, tmp_path, spoil):
     data = copied(data, tmp_path)
     changes, code, words = spoil(data)
     refused(run_script(2, [TRAIN, *flags(data, tmp_path / "run", **changes)]), code, *words)
-    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert not (tmp_path / "run" / "config.json").exists()

@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from mlcd_ds import cli
 from mlcd_ds.config import ProbeConfig
 from mlcd_ds.evaluation.probe import finished_result, probe
+from mlcd_ds.files import make_folder
 from mlcd_ds.topology import Topology
 
 
@@ -21,6 +22,8 @@ def linear_probe(config: ProbeConfig) -> None:
     topology = Topology.from_environment()
     if not topology.is_main:  # one process does it
         return
+    if config.output is not None:
+        make_folder(Path(config.output).parent)
     result = finished_result(config)
     kept = result is not None
     result = result or probe(config, topology.device)

@@ -17,7 +17,7 @@ from mlcd_ds.config import AssignConfig
 from mlcd_ds.data.centers import Centers
 from mlcd_ds.data.labels import LabelsInfo, label_path, read_label_info, read_label_shard, write_label_shard
 from mlcd_ds.errors import DataError
-from mlcd_ds.files import sha256, write_json
+from mlcd_ds.files import make_folder, sha256, write_json
 from mlcd_ds.topology import Topology
 
 
@@ -147,7 +147,7 @@ def _claim(folder: Path, info: LabelsInfo, config: AssignConfig, topology: Topol
             "remove that folder."
         )
     if before is None and topology.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         write_json(file, now)
 
 

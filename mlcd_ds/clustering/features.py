@@ -31,7 +31,7 @@ from mlcd_ds.data.decode import ImageError, decode_image
 from mlcd_ds.data.tars import expand_shards, image_extension, local_shard, read_samples, shard_name
 from mlcd_ds.data.transforms import resize_shorter_and_center_crop
 from mlcd_ds.errors import ConfigError, DataError
-from mlcd_ds.files import sha256, write_bytes, write_json
+from mlcd_ds.files import make_folder, sha256, write_bytes, write_json
 from mlcd_ds.topology import Topology
 
 FORMAT_VERSION = 1
@@ -109,12 +109,12 @@ def extract_features(config: FeaturesConfig, topology: Topology) -> dict:
     Returns {"model", "dim", "images", "skipped", "shards", "already"} of this rank. Raises DataError for shards, images or
     features that cannot be used, and for a folder that holds another model's.
     """
+    if config.embedding == "mean" and not config.model.startswith("hf:"):
+        raise ConfigError("--embedding mean needs texts' embeddings: only hf: models have them")
     folder = Path(config.output_dir)
     shards = collectives.on_main(topology, expand_shards, config.shards)
     collectives.on_main(topology, _prepare_builtin, config, shards, folder)
     spec = f"builtin:{folder / PATCHES_FILE}" if config.model == "builtin:patches" else config.model
-    if config.embedding == "mean" and not config.model.startswith("hf:"):
-        raise ConfigError("--embedding mean needs texts' embeddings: only hf: models have them")
     extractor = load_extractor(spec, topology.device, config.precision, config.embedding == "mean")
     described = {
         "format_version": FORMAT_VERSION,
@@ -139,7 +139,9 @@ def extract_features(config: FeaturesConfig, topology: Topology) -> dict:
             rate = counts["images"] * topology.world_size / (time.monotonic() - started)
             bar.set_postfix_str(f"{rate:,.0f} images/s on {topology.world_size} rank(s)")
             _judge(counts, names, config.max_skipped_fraction, final=False)
-    _judge(counts, names, config.max_skipped_fraction, final=True)
+    totals = collectives.gather_objects((counts, names), topology)
+    everywhere = {name: sum(part[name] for part, _ in totals) for name in counts}
+    _judge(everywhere, [name for _, part in totals for name in part], config.max_skipped_fraction, final=True)
     return described | counts | {"shards": len(shards), "already": len(own) - len(todo), "skipped_names": names[:3]}
 
 
@@ -171,7 +173,7 @@ def _prepare_builtin(config: FeaturesConfig, shards: Sequence[str], folder: Path
     for shard in sampled:
         images += [image for _, image, _ in itertools.islice(_decoded(shard, config, side), per_shard)]
     patches = learn_dictionary(np.stack(images).transpose(0, 3, 1, 2), config)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     patches.save(file)
 
 
@@ -184,7 +186,7 @@ def _claim(folder: Path, described: dict, names: Sequence[str]) -> None:
             f"{folder} holds features of {before.get('model')!r}, now asked for: {described['model']!r}. Choose another "
             "--output_dir, or remove that folder."
         )
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     now = described | {"shards": sorted({*before.get("shards", []), *names})}
     if now != before:
         write_json(file, now)
@@ -407,8 +409,8 @@ class FeatureFolder:
         if lacking:
             raise DataError(
                 f"{len(lacking)} of the {len(asked_for)} shards that {self.path / 'features.json'} lists have no features "
-                f"yet, e.g. {lacking[0]}. Run tools/extract_features.py again, which goes on where it was stopped; or take "
-                "them off the list to go on without them."
+                f"yet, e.g. {lacking[0]}. Run tools/extract_features.py again, which goes on where it was stopped; or, to "
+                f'go on without them, take their names ("{lacking[0]}", ...) out of "shards" in that file.'
             )
         written = {file.stem.removeprefix("img_emb_") for file in (self.path / "img_emb").glob("img_emb_*.npy")}
         unfinished = sorted(written - set(self.names))

@@ -14,7 +14,7 @@ import numpy as np
 
 from mlcd_ds.clustering.kmeans import Iteration, KMeansState
 from mlcd_ds.errors import DataError
-from mlcd_ds.files import sha256, write_bytes, write_json
+from mlcd_ds.files import make_folder, sha256, write_bytes, write_json
 
 
 class IterationStore:
@@ -26,7 +26,7 @@ class IterationStore:
 
     def save(self, state: KMeansState) -> None:
         """Publishes the state: the file of centers, then state.json, which names it; the one before goes last."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         number = len(state.history)
         file = self.folder / f"centers_{number:05d}.npy"
         write_bytes(file, lambda out: np.save(out, state.centers_kd, allow_pickle=False))

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from mlcd_ds.errors import DataError
-from mlcd_ds.files import sha256, write_bytes, write_json
+from mlcd_ds.files import make_folder, sha256, write_bytes, write_json
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def read_description(folder: Path) -> dict | None:
 
 def save_centers(folder: Path, centers_kd: np.ndarray, description: dict) -> str:
     """Writes centers.npy, then centers.json = `description` with the hash, which is returned."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     file = folder / "centers.npy"
     write_bytes(file, lambda out: np.save(out, centers_kd.astype(np.float32), allow_pickle=False))
     digest = sha256(file)

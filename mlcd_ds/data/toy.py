@@ -19,7 +19,7 @@ from tqdm import tqdm
 from mlcd_ds.config import ToyShardsConfig
 from mlcd_ds.data.tars import write_tar
 from mlcd_ds.errors import DataError
-from mlcd_ds.files import write_json
+from mlcd_ds.files import make_folder, write_json
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SPLITS = ("train", "test")
@@ -176,7 +176,7 @@ def write_toy_shards(config: ToyShardsConfig) -> bool:
     settings = config.model_dump(exclude={"output_dir"})
     if _read_marker(root, settings):
         return False
-    root.mkdir(parents=True, exist_ok=True)
+    make_folder(root)
     _write_marker(root, settings, finished=False)
     for split, total in zip(SPLITS, (config.num_train, config.num_test), strict=True):
         digits = load_digits(split)
