@@ -44,7 +44,7 @@ ALIGNMENT = 16
 WORKSPACE_BYTES = 128 << 20
 """Of logits that exist at one time, where `workspace_mb` leaves it open; more where they are less than MIN_CHUNK images."""
 
-MIN_CHUNK = 256
+MIN_CHUNK = 512
 """Images a product needs at least to run at full speed."""
 
 MAX_WORKSPACE_BYTES = 1_400_000_000
