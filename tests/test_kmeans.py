@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import time
+from dataclasses import asdict
 
 import faiss
 import numpy as np
@@ -11,7 +12,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from processes import ROOT, run_script, start_ranks, wait_ranks
-from ranks import run_ranks
 
 from mlcd_ds.clustering import kmeans as kmeans_module
 from mlcd_ds.clustering import nearest as nearest_module
@@ -83,45 +83,37 @@ def test_one_iteration_is_lloyds(tmp_path):
     assert result.sizes_k.tolist() == np.bincount(cosine.argmax(1), minlength=5).tolist()
 
 
-@pytest.mark.parametrize("k", [20, 50])
-@pytest.mark.parametrize("limit", [10**6, 20])
-def test_ranks_do_not_matter(tmp_path, monkeypatch, k, limit):
-    """1, 2 and 3 ranks, k not divisible by them, blocks smaller than shards, all features or a sample of them."""
-    monkeypatch.setattr(kmeans_module, "BLOCK_ROWS", 170)
-    folder = write_features(tmp_path / "f", np.array_split(mixture(n=2000), 3)).path
-
-    def one(topology):
-        return SphericalKMeans(k, 6, limit, 3, topology).fit(FeatureFolder(folder), lambda _: None)
-
-    alone = run_ranks(1, one)[0]
-    assert alone.num_used == min(2000, k * limit)
-    for world_size in (2, 3):
-        for result in run_ranks(world_size, one):
-            np.testing.assert_allclose(result.centers_kd, alone.centers_kd, atol=2e-5)
-            assert objectives(result) == pytest.approx(objectives(alone), rel=1e-6)
-            assert result.sizes_k.tolist() == alone.sizes_k.tolist()
-            assert [i.moved for i in result.history] == [i.moved for i in alone.history]
-
-
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_resuming_after_an_iteration_changes_nothing(tmp_path, world_size):
-    folder = write_features(tmp_path / "f", np.array_split(mixture(n=1500), 2)).path
+def test_ranks_do_not_matter_nor_does_a_stop_between(tmp_path):
+    """1, 2 and 3 ranks, k not divisible by them, blocks smaller than shards, all features or a sample of them; and a
+    clustering that goes on from its fourth iteration."""
+    features = write_features(tmp_path / "f", np.array_split(mixture(n=2000), 3))
     states = []
-
-    def whole(topology):
-        return SphericalKMeans(30, 7, 10**6, 0, topology).fit(FeatureFolder(folder), lambda _: None, keep=states.append)
-
-    expected = run_ranks(1, whole)[0]
+    SphericalKMeans(31, 7, 10**6, 0).fit(features, lambda _: None, keep=states.append)
     assert [len(state.history) for state in states] == list(range(1, 8))
-
-    def rest(topology):
-        return SphericalKMeans(30, 7, 10**6, 0, topology).fit(FeatureFolder(folder), lambda _: None, resume=states[3])
-
-    result = run_ranks(world_size, rest)[0]
-    np.testing.assert_allclose(result.centers_kd, expected.centers_kd, atol=2e-5)
-    assert objectives(result) == pytest.approx(objectives(expected), rel=1e-6)
-    done = SphericalKMeans(30, 7, 10**6, 0).fit(FeatureFolder(folder), lambda _: None, resume=states[-1])
-    assert np.array_equal(done.centers_kd, expected.centers_kd)
+    np.save(tmp_path / "fourth.npy", states[3].centers_kd)
+    cases = [
+        {"k": k, "iterations": 6, "max_points_per_center": limit, "seed": 3} for k in (20, 50) for limit in (10**6, 20)
+    ]
+    history = [asdict(iteration) for iteration in states[3].history]
+    resumed = {"k": 31, "iterations": 7, "max_points_per_center": 10**6, "seed": 0}
+    cases.append(resumed | {"resume": str(tmp_path / "fourth.npy"), "history": history})
+    (tmp_path / "cases.json").write_text(json.dumps(cases))
+    worker = ROOT / "tests" / "kmeans_worker.py"
+    for world_size in (1, 2, 3):
+        ended = run_script(world_size, [worker, tmp_path / "f", tmp_path / "cases.json", tmp_path])
+        assert [rank.code for rank in ended] == [0] * world_size, ended[0].output[-3000:]
+    for number, case in enumerate(cases):
+        alone = np.load(tmp_path / f"case{number}_world1_rank0.npz")
+        assert alone["num_used"] == min(2000, case["k"] * case["max_points_per_center"])
+        for world_size, rank in ((2, 0), (2, 1), (3, 0), (3, 1), (3, 2)):
+            found = np.load(tmp_path / f"case{number}_world{world_size}_rank{rank}.npz")
+            np.testing.assert_allclose(found["centers"], alone["centers"], atol=2e-5)
+            np.testing.assert_allclose(found["objective"], alone["objective"], rtol=1e-6)
+            assert np.array_equal(found["sizes"], alone["sizes"])
+            assert np.array_equal(found["moved"][-3:], alone["moved"][-3:])
+    np.testing.assert_allclose(alone["centers"], states[-1].centers_kd, atol=2e-5)
+    done = SphericalKMeans(31, 7, 10**6, 0).fit(features, lambda _: None, resume=states[-1])
+    assert np.array_equal(done.centers_kd, states[-1].centers_kd)
     assert done.sizes_k is None
 
 

@@ -1,0 +1,36 @@
+"""One rank of test_kmeans.py: clusters a features folder by the cases it is given and saves what it found."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from mlcd_ds.clustering import kmeans
+from mlcd_ds.clustering.features import FeatureFolder
+from mlcd_ds.clustering.kmeans import Iteration, KMeansState, SphericalKMeans
+from mlcd_ds.topology import Topology
+
+
+def main(features: Path, cases: Path, output: Path) -> None:
+    topology = Topology.from_environment().start(timeout_minutes=1.0)
+    kmeans.BLOCK_ROWS = 170  # several blocks a shard, so that every rank has some
+    for number, case in enumerate(json.loads(cases.read_text())):
+        resume = None
+        if "resume" in case:
+            history = tuple(Iteration(**iteration) for iteration in case.pop("history"))
+            resume = KMeansState(np.load(case.pop("resume")), history)
+        result = SphericalKMeans(**case, topology=topology).fit(FeatureFolder(features), lambda _: None, resume)
+        found = {
+            "centers": result.centers_kd,
+            "sizes": result.sizes_k,
+            "objective": [iteration.objective for iteration in result.history],
+            "moved": [-1 if iteration.moved is None else iteration.moved for iteration in result.history],
+            "num_used": result.num_used,
+        }
+        np.savez(output / f"case{number}_world{topology.world_size}_rank{topology.rank}.npz", **found)
+    topology.stop()
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:]))
