@@ -189,10 +189,10 @@ class TrainEngine:
         the A losses. Slots without an image make the micro-batches uneven: weighted by their images, the step's loss is
         the mean over all images of the step. One all-reduce of A numbers where A > 1.
         """
+        if len(micro_batches) == 1:
+            return torch.ones(1, device=self.topology.device)
         counts = [(micro.labels_BL[:, 0] != NO_IMAGE).sum() for micro in micro_batches]
         counts_A = torch.stack(counts).to(self.topology.device, torch.float32)
-        if len(micro_batches) == 1:
-            return torch.ones_like(counts_A)
         collectives.sum_(counts_A, self.topology)
         return counts_A * len(counts_A) / counts_A.sum().clamp_min(1)
 

@@ -7,6 +7,11 @@ SECONDS_FOR_RANK_0 = 5.0
 """So long the other ranks hold back their message: most errors are everybody's, and are to be read once."""
 
 
+def differences(before: dict, now: dict) -> str:
+    """What of `now` stood otherwise in `before`, for people: "k 150 then, 151 now", commas between; "" for nothing."""
+    return ", ".join(f"{name} {before.get(name)!r} then, {v!r} now" for name, v in now.items() if before.get(name) != v)
+
+
 class UserError(Exception):
     """Base of every error whose cause lies in the user's input, not in this program."""
 

@@ -75,14 +75,13 @@ class Draw:
 
     labels_GL: int64, what is positive for each image of the global batch. counts_G: bool, false in rows that are no image.
     rows_S: int64, the sampled rows of this shard. columns_GL: where each label stands among them, S where it does not (no
-    label, or another shard's). here_GL: bool, whether a label is this shard's. capacity: images a rank, padding included.
+    label, or another shard's). capacity: images a rank, padding included.
     """
 
     labels_GL: torch.Tensor
     counts_G: torch.Tensor
     rows_S: torch.Tensor
     columns_GL: torch.Tensor
-    here_GL: torch.Tensor
     capacity: int
 
 
@@ -209,7 +208,7 @@ class PartialFC(nn.Module):
         position_c[rows_S] = torch.arange(len(rows_S), device=rows_S.device)
         here_GL = (labels_GL >= self.start) & (labels_GL < self.stop)
         columns_GL = position_c[torch.where(here_GL, labels_GL - self.start, self.stop - self.start)]
-        return Draw(labels_GL, counts_G, rows_S, columns_GL, here_GL, capacity)
+        return Draw(labels_GL, counts_G, rows_S, columns_GL, capacity)
 
     def forward(
         self,

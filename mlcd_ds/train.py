@@ -74,9 +74,7 @@ def train_in(run: RunFolder, config: RunConfig, raw: dict, batch: BatchSizes, to
     plan = plan_run(config, raw, batch, topology, table.num_samples, len(shards), table.labels_infos, table.unused())
     if topology.is_main:
         print(plan.card, flush=True)
-    begins = config.resume == "never" or not checkpoint.published(run.path / "checkpoints")
-    if begins:
-        collectives.on_main(topology, check_start, config, plan)
+    collectives.on_main(topology, check_start, config, plan, run)
     collectives.on_main(topology, run.write_config, plan.record(config, table.fingerprint(), order.fingerprint()))
     check_shared(run, topology)
     run.is_ours = True
@@ -222,8 +220,13 @@ def check_shared(run: RunFolder, topology: Topology) -> None:
         )
 
 
-def check_start(config: RunConfig, plan: RunPlan) -> None:
-    """Refuses what a run cannot begin from: --init_from without an encoder, --centers that are not those of the labels."""
+def check_start(config: RunConfig, plan: RunPlan, run: RunFolder | None = None) -> None:
+    """Refuses what a run cannot begin from: --init_from without an encoder, --centers that are not those of the labels.
+
+    run: needs neither where it goes on from a checkpoint.
+    """
+    if run is not None and config.resume == "auto" and checkpoint.published(run.path / "checkpoints"):
+        return
     if config.init_from is not None:
         checkpoint.find_encoder(config.init_from)
     if config.centers is None:

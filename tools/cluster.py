@@ -22,7 +22,7 @@ from mlcd_ds.clustering.iterations import IterationStore
 from mlcd_ds.clustering.kmeans import Iteration, KMeansResult, SphericalKMeans
 from mlcd_ds.config import ClusterConfig
 from mlcd_ds.data.centers import read_description, save_centers
-from mlcd_ds.errors import DataError
+from mlcd_ds.errors import DataError, differences
 from mlcd_ds.topology import Topology
 
 
@@ -65,7 +65,7 @@ def is_there(folder: Path, made_from: dict, config: ClusterConfig) -> bool:
     before = read_description(folder)
     if before is None:
         return False
-    differs = ", ".join(f"{n} {before.get(n)!r} then, {v!r} now" for n, v in made_from.items() if before.get(n) != v)
+    differs = differences(before, made_from)
     if differs:
         raise DataError(
             f"{folder} holds other centers ({differs}). Choose another --output_dir, or remove that folder."

@@ -30,7 +30,7 @@ from mlcd_ds.config import FeaturesConfig
 from mlcd_ds.data.decode import ImageError, decode_image
 from mlcd_ds.data.tars import expand_shards, image_extension, local_shard, read_samples, shard_name
 from mlcd_ds.data.transforms import resize_shorter_and_center_crop
-from mlcd_ds.errors import ConfigError, DataError
+from mlcd_ds.errors import ConfigError, DataError, differences
 from mlcd_ds.files import make_folder, sha256, write_bytes, write_json
 from mlcd_ds.topology import Topology
 
@@ -155,11 +155,9 @@ def _prepare_builtin(config: FeaturesConfig, shards: Sequence[str], folder: Path
     if file.exists():
         before = PatchDictionary.load(file).learnt_with
         if before != now:
-            differs = ", ".join(f"{name} {before.get(name)!r} then, {value!r} now" for name, value in now.items()
-                                if before.get(name) != value)  # fmt: skip
             raise DataError(
-                f"{file} was learnt with other settings ({differs}). Give those, take it as it is with --model "
-                f"builtin:{file}, or choose another --output_dir."
+                f"{file} was learnt with other settings ({differences(before, now)}). Give those, take it as it is with "
+                f"--model builtin:{file}, or choose another --output_dir."
             )
         return
     generator = np.random.default_rng(config.seed)

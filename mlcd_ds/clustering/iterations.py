@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from mlcd_ds.clustering.kmeans import Iteration, KMeansState
-from mlcd_ds.errors import DataError
+from mlcd_ds.errors import DataError, differences
 from mlcd_ds.files import make_folder, sha256, write_bytes, write_json
 
 
@@ -54,10 +54,10 @@ class IterationStore:
             before, digest = found["made_from"], found["sha256"]
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{file} cannot be read ({error}): remove {self.folder} to begin anew") from None
-        differs = [f"{n} {before.get(n)!r} then, {v!r} now" for n, v in self.made_from.items() if before.get(n) != v]
+        differs = differences(before, self.made_from)
         if differs:
             raise DataError(
-                f"{self.folder} holds the iterations of another clustering ({', '.join(differs)}). Give the same settings, "
+                f"{self.folder} holds the iterations of another clustering ({differs}). Give the same settings, "
                 "choose another --output_dir, or remove that folder."
             )
         if not centers.is_file() or sha256(centers) != digest:

@@ -12,6 +12,7 @@ import io
 import json
 import mmap
 import os
+import shutil
 import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -140,20 +141,13 @@ def local_shard(path: str, cache_dir: str | Path | None) -> Path:
     if target.exists():
         return target
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f"{target.name}.{os.getpid()}.tmp"
     try:
-        with _open_remote(path) as source, temporary.open("wb") as sink:
-            while chunk := source.read(1 << 22):
-                sink.write(chunk)
-            sink.flush()
-            os.fsync(sink.fileno())
-        temporary.replace(target)
+        with _open_remote(path) as source:
+            write_bytes(target, lambda sink: shutil.copyfileobj(source, sink, 1 << 22))
     except DataError:
         raise
     except Exception as error:  # any backend's own exception types
         raise DataError(f"cannot fetch {path} to {target}: {type(error).__name__}: {error}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
     return target
 
 
