@@ -24,7 +24,8 @@ from mlcd_ds.errors import CheckpointError, NonFiniteError
 from mlcd_ds.files import save_tensors
 from mlcd_ds.models.vit import VisionTransformer, decay_groups
 from mlcd_ds.optim import GradientSum, RowAdamW, sharded_norm
-from mlcd_ds.partial_fc import Draw, PartialFC, RowGradient
+from mlcd_ds.partial_fc import Draw, PartialFC
+from mlcd_ds.sharded_loss import RowGradient
 from mlcd_ds.topology import Topology, set_timeout_of_every_group
 
 ENGINE_TAG = "engine"

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from mlcd_ds import collectives
-from mlcd_ds.partial_fc import RowGradient
+from mlcd_ds.sharded_loss import RowGradient
 from mlcd_ds.topology import Topology
 
 BLOCK_BYTES = {"cpu": 1 << 20, "cuda": 1 << 26}

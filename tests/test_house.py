@@ -27,6 +27,8 @@ FLOORS = {  # DESIGN's table: a file imports from its own floor or below; a fold
     "collectives": 1,
     "losses": 2,
     "sampling": 2,
+    "products": 2,
+    "sharded_loss": 2,
     "partial_fc": 2,
     "optim": 2,
     "kernels": 2,

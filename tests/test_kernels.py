@@ -11,12 +11,13 @@ from processes import ROOT
 
 pytest.importorskip("triton", reason="the kernels' tests need triton, which exists for Linux alone")
 
-from mlcd_ds import partial_fc
+from mlcd_ds import sharded_loss
 from mlcd_ds.batch import NO_LABEL
 from mlcd_ds.kernels.epilogue import exponentials
 from mlcd_ds.losses import LossSpec, dense_loss
 from mlcd_ds.optim import RowAdamW
-from mlcd_ds.partial_fc import PartialFC, RowGradient
+from mlcd_ds.partial_fc import PartialFC
+from mlcd_ds.sharded_loss import RowGradient
 
 OBJECTIVES, MARGINS = ("mlcd", "mlc", "cd"), ("arc", "cos", "none")
 
@@ -76,7 +77,7 @@ def assert_near(ours, dense, tolerance):
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("dim", [64, 512, 768, 1024])
 def test_head_with_the_kernels_equals_the_dense_definition(monkeypatch, dim, precision):
-    monkeypatch.setattr(partial_fc, "TILE_BYTES", 4 * 37 * 96)  # several tiles of columns
+    monkeypatch.setattr(sharded_loss, "TILE_BYTES", 4 * 37 * 96)  # several tiles of columns
     embeddings, centers, labels = case(dim)
     # bfloat16 factors move the logits, of up to 16, by some hundredths.
     tolerance = {"float32": 2e-5, "bfloat16": 2e-2}[precision]

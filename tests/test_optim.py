@@ -6,7 +6,7 @@ from ranks import run_ranks
 
 from mlcd_ds import optim
 from mlcd_ds.optim import GradientSum, RowAdamW, round_stochastically, sharded_norm
-from mlcd_ds.partial_fc import RowGradient
+from mlcd_ds.sharded_loss import RowGradient
 
 SETTINGS = {"betas": (0.9, 0.98), "eps": 1e-6, "weight_decay": 0.2}
 

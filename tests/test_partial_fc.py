@@ -9,13 +9,14 @@ import torch
 import torch.distributed as dist
 from ranks import run_ranks
 
-from mlcd_ds import collectives, partial_fc
+from mlcd_ds import collectives, sharded_loss
 from mlcd_ds.batch import NO_IMAGE, NO_LABEL
 from mlcd_ds.errors import ConfigError
 from mlcd_ds.losses import LossSpec, apply_margin, dense_loss, loss_from_sums
-from mlcd_ds.partial_fc import ALIGNMENT, HISTOGRAM_BINS, PartialFC, random_rows
+from mlcd_ds.partial_fc import PartialFC, random_rows
 from mlcd_ds.partition import ClassPartition
 from mlcd_ds.sampling import ClassSampler
+from mlcd_ds.sharded_loss import ALIGNMENT, HISTOGRAM_BINS
 from mlcd_ds.topology import Topology
 
 RTOL = 1e-10
@@ -516,7 +517,7 @@ def test_no_tensor_has_the_size_of_the_logits(monkeypatch, sample_rate, kept_as)
     head = PartialFC(K, D, sample_rate=sample_rate, workspace_mb=chunk * row_bytes / 2**20)
     if kept_as == "cuda":  # where nothing is kept and blocks are large
         head._memory._kept = None
-    monkeypatch.setitem(partial_fc.ROW_BLOCK_BYTES, "cpu", 4096)
+    monkeypatch.setitem(sharded_loss.ROW_BLOCK_BYTES, "cpu", 4096)
     sizes = []
 
     class Watch(TorchDispatchMode):

@@ -18,7 +18,8 @@ from mlcd_ds.errors import ConfigError
 from mlcd_ds.files import write_json
 from mlcd_ds.losses import NORM_FLOOR, LossSpec, loss_from_sums, positive_logits
 from mlcd_ds.optim import RowAdamW
-from mlcd_ds.partial_fc import ALIGNMENT, INIT_STD, PartialFC
+from mlcd_ds.partial_fc import INIT_STD, PartialFC
+from mlcd_ds.sharded_loss import ALIGNMENT
 from mlcd_ds.topology import Topology
 
 DEFAULT_SHAPES = {
