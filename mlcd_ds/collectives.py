@@ -67,11 +67,10 @@ def max_(tensor: torch.Tensor, topology: Topology) -> torch.Tensor:
 
 class _GatherRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows_bD, topology, dtype):
+    def forward(ctx, rows_bD, gathering, topology):
         ctx.topology = topology
-        sent_bD = rows_bD.to(dtype)
-        gathered_GD = all_gather(sent_bD, topology) if topology.is_distributed else sent_bD.view_as(sent_bD)
-        return gathered_GD.to(rows_bD.dtype)
+        gathered_GD = gathering.finish()
+        return gathered_GD.view_as(gathered_GD) if gathered_GD.dtype == rows_bD.dtype else gathered_GD.to(rows_bD.dtype)
 
     @staticmethod
     def backward(ctx, grad_GD):
@@ -84,14 +83,51 @@ class _GatherRows(torch.autograd.Function):
         return (grad_bD * ctx.topology.world_size if ctx.topology.is_distributed else grad_bD), None, None
 
 
-def gather_rows(rows_bD: torch.Tensor, topology: Topology, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """Differentiable all-gather for a loss that every rank computes as the mean over the GLOBAL batch.
+class _Transfer:
+    """An all-gather that has been started. The host waits in `finish`, or, on a GPU, only its stream does."""
 
-    Forward: one all-gather, [b, D] -> [G, D]. Backward: one reduce-scatter (sum), times W, because the data-parallel
-    engine will average gradients over the ranks (the derivation stands in the code). At world size 1 both are free.
-    dtype: what the rows are rounded to on their way, at every world size; None: their own. The gradient is not rounded.
+    def __init__(self, sent_bD: torch.Tensor, topology: Topology):
+        self._gathered, self._handle = sent_bD, _Done()
+        if topology.is_distributed:
+            self._sent = sent_bD.contiguous()  # must live until it has been sent
+            self._gathered = sent_bD.new_empty(topology.world_size * len(sent_bD), *sent_bD.shape[1:])
+            self._handle = _all_gather_single(self._gathered, self._sent, group=topology.group, async_op=True)
+
+    def finish(self) -> torch.Tensor:
+        self._handle.wait()
+        return self._gathered
+
+
+class GatheringRows:
+    """Rows on their way from every rank to every rank, see `start_gather_rows`."""
+
+    def __init__(self, rows_bD: torch.Tensor, topology: Topology, dtype: torch.dtype):
+        self.own_bD = rows_bD
+        self._topology = topology
+        self._transfer = _Transfer(rows_bD.detach().to(dtype), topology)
+        self._gathered_GD: torch.Tensor | None = None
+
+    def wait(self) -> torch.Tensor:
+        """The rows of every rank [G, D], in rank order; the same tensor at every call, so that there is one way back."""
+        if self._gathered_GD is None:
+            self._gathered_GD = _GatherRows.apply(self.own_bD, self._transfer, self._topology)
+        return self._gathered_GD
+
+
+def start_gather_rows(rows_bD: torch.Tensor, topology: Topology, dtype: torch.dtype | None = None) -> GatheringRows:
+    """Starts a differentiable all-gather for a loss that every rank computes as the mean over the GLOBAL batch.
+
+    Forward: one all-gather, [b, D] -> [G, D], under way until `wait()`. Backward: one reduce-scatter (sum), times W,
+    because the data-parallel engine will average gradients over the ranks (the derivation stands in the code). At world
+    size 1 both are free. dtype: what the rows are rounded to on their way, at every world size; None: their own. The
+    gradient is not rounded.
     """
-    return _GatherRows.apply(rows_bD, topology, dtype or rows_bD.dtype)
+    return GatheringRows(rows_bD, topology, dtype or rows_bD.dtype)
+
+
+def gather_rows(rows_bD: torch.Tensor, topology: Topology, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """`start_gather_rows`, waited for."""
+    return start_gather_rows(rows_bD, topology, dtype).wait()
 
 
 def gather_objects(item: T, topology: Topology) -> list[T]:

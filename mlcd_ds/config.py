@@ -70,7 +70,9 @@ class HeadConfig(Settings):
         "auto", description="of the embeddings that ranks send each other; auto: as head_precision"
     )
     head_kernels: Literal["torch", "triton"] = Field(
-        "torch", description="triton: fused kernels for GPUs, tested in Triton's interpreter, not yet measured on a GPU"
+        "torch",
+        description="triton: fused kernels for GPUs, tested in Triton's interpreter, not yet measured on a GPU. "
+        "Sums that need a maximum (scale + log K beyond 87) are made by torch all the same",
     )
     head_moments: Literal["float32", "bfloat16"] = Field(
         "float32", description="dtype of the centers' AdamW moments; bfloat16 is rounded stochastically"

@@ -17,14 +17,15 @@ import torch
 from safetensors.torch import load_file
 
 from mlcd_ds import checkpoint, collectives
-from mlcd_ds.batch import NO_IMAGE, ImageLabelBatch, head_suffix
+from mlcd_ds.batch import ImageLabelBatch, head_suffix
 from mlcd_ds.config import HeadConfig
 from mlcd_ds.ds_config import DeepSpeedSettings
 from mlcd_ds.errors import CheckpointError, NonFiniteError
 from mlcd_ds.files import save_tensors
 from mlcd_ds.models.vit import VisionTransformer, decay_groups
 from mlcd_ds.optim import GradientSum, RowAdamW, sharded_norm
-from mlcd_ds.partial_fc import Draw, PartialFC
+from mlcd_ds.partial_fc import PartialFC
+from mlcd_ds.sampling import Draw, Marked, positions
 from mlcd_ds.sharded_loss import RowGradient
 from mlcd_ds.topology import Topology, set_timeout_of_every_group
 
@@ -57,6 +58,21 @@ class StepResult:
     head_learning_rate: float
     applied: bool
     stats: dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class _Marks:
+    """The classes of a step's A micro-batches and H heads, before the host knows how many there are.
+
+    of_heads: [A][H]. unions: [H], bool [c] each, which rows any micro-batch has; None where that is each of them. sizes:
+    int64, all that the host must learn: of each mark its two, of each union its one.
+    """
+
+    batch: ImageLabelBatch
+    step: int
+    of_heads: list[list[Marked]]
+    unions: list[torch.Tensor | None]
+    sizes: torch.Tensor
 
 
 class TrainEngine:
@@ -99,12 +115,13 @@ class TrainEngine:
                 settings.eps,
                 decay,
                 moments=moments,
-                seed=seed,
+                seed=head.sampler.seed * topology.world_size + topology.rank,
                 kernels=config.head_kernels,
             )
-            for seed, head in enumerate(heads, start=topology.rank * len(heads))
+            for head in heads
         ]
         self.skipped_steps = 0
+        self._ahead: tuple[_Marks, list[int]] | None = None
 
     @property
     def monitor_events(self):
@@ -116,25 +133,39 @@ class TrainEngine:
         """The SummaryWriter of the JSON's tensorboard block on rank 0, else None."""
         return getattr(self.engine.monitor.tb_monitor, "summary_writer", None)
 
-    def train_step(self, batch: ImageLabelBatch, step: int, collect_stats: bool = False) -> StepResult:
+    def train_step(
+        self,
+        batch: ImageLabelBatch,
+        step: int,
+        collect_stats: bool = False,
+        next_batch: ImageLabelBatch | None = None,
+    ) -> StepResult:
         """One optimizer step on this rank's images of the step, in micro-batches.
 
+        next_batch: that of the step after this one, on every rank or on none. Its classes are sampled behind this step's
+        backward, and how many there are comes to the host with this step's loss; without it the next step begins by
+        waiting for that.
         Raises NonFiniteError, on every rank and before anything moves, when the loss or the norm of a head's gradient is
         no number.
         """
         micro_batches = batch.split(self.settings.micro_batch)
-        weights = self._weights(micro_batches)
-        # All draws first: the host learns how many rows each has while the device has nothing else to do.
-        draws = [self._draws(micro, step * self.settings.accumulation + i) for i, micro in enumerate(micro_batches)]
+        marks, sizes = self._ahead or (None, [])
+        if marks is None or marks.batch is not batch or marks.step != step:
+            marks = self._mark(batch, step)
+            sizes = marks.sizes.tolist()
+        self._ahead = None
+        draws, sums = self._draw(marks, sizes)
+        weights = self._weights(draws)
+        del marks
         for head in self.heads:
             head.take_gradients()  # of a step that was interrupted between its head and its encoder
-        sums = [GradientSum([draw.rows_S for draw in own]) for own in zip(*draws, strict=True)]
         losses, stats, broken = [], [], []
         for index, micro in enumerate(micro_batches):
             micro = micro.to(self.topology.device)
             embeddings = self.engine(micro.images_BCHH)
+            gathering = self.heads[0].gather(embeddings, self.settings.micro_batch)
             outs = [
-                head(embeddings, draw, collect_stats=collect_stats)
+                head(gathering, draw, collect_stats=collect_stats)
                 for head, draw in zip(self.heads, draws[index], strict=True)
             ]
             loss = self._weighted([out.loss for out in outs]) * weights[index]
@@ -150,8 +181,13 @@ class TrainEngine:
                 self.engine.step()
         gradients = [total.gradient for total in sums]
         head_norms = [sharded_norm(gradient.values_SD, self.topology) for gradient in gradients]
-        # Whether the step may be taken must be known before it is taken: here the host waits for the device.
-        loss, *head_norm_values = torch.stack([torch.stack(losses).mean(), *head_norms]).tolist()
+        ahead = None if next_batch is None else self._mark(next_batch, step + 1)
+        # Whether the step may be taken must be known before it is taken: here the host waits for the device, once a step.
+        told = [torch.stack(losses).mean().double()[None], torch.stack(head_norms).double()]
+        loss, *rest = torch.cat(told if ahead is None else [*told, ahead.sizes.double()]).tolist()
+        head_norm_values = rest[: len(head_norms)]
+        if ahead is not None:
+            self._ahead = ahead, [int(size) for size in rest[len(head_norms) :]]
         if not math.isfinite(loss):
             self._stop_on_bad_loss(loss, step, torch.stack(broken).any().item())
         for index, value in enumerate(head_norm_values):
@@ -161,6 +197,8 @@ class TrainEngine:
         learning_rate = self.engine.get_lr()[0]
         self.engine.step()
         applied = bool(self.engine.was_step_applied())
+        norm = self.engine.get_global_grad_norm() if plain_norm is None else plain_norm
+        norm = math.nan if norm is None else float(norm)  # before the heads' steps are queued: the host may wait for it
         if applied:
             for optimizer, gradient, head_norm in zip(self.head_optimizers, gradients, head_norms, strict=True):
                 self._step_head(optimizer, gradient, head_norm, learning_rate * self.config.head_lr_scale, step)
@@ -168,10 +206,9 @@ class TrainEngine:
             self.skipped_steps += 1
         for head, gradient in zip(self.heads, gradients, strict=True):
             head.recycle(gradient)
-        norm = self.engine.get_global_grad_norm() if plain_norm is None else plain_norm
         return StepResult(
             loss=loss,
-            grad_norm=math.nan if norm is None else float(norm),
+            grad_norm=norm,
             head_grad_norms=tuple(head_norm_values),
             learning_rate=learning_rate,
             head_learning_rate=learning_rate * self.config.head_lr_scale,
@@ -183,18 +220,14 @@ class TrainEngine:
         """The heads' losses, weighted and summed."""
         return sum(loss * weight for loss, weight in zip(losses, self.head_weights, strict=True))
 
-    def _weights(self, micro_batches: list[ImageLabelBatch]) -> torch.Tensor:
+    def _weights(self, draws: list[list[Draw]]) -> torch.Tensor:
         """[A] float32: by how much each of the A micro-batches counts, 1 on average.
 
         The head's loss is the mean over the images of one micro-batch of all ranks, and the engine takes the plain mean of
         the A losses. Slots without an image make the micro-batches uneven: weighted by their images, the step's loss is
-        the mean over all images of the step. One all-reduce of A numbers where A > 1.
+        the mean over all images of the step.
         """
-        if len(micro_batches) == 1:
-            return torch.ones(1, device=self.topology.device)
-        counts = [(micro.labels_BL[:, 0] != NO_IMAGE).sum() for micro in micro_batches]
-        counts_A = torch.stack(counts).to(self.topology.device, torch.float32)
-        collectives.sum_(counts_A, self.topology)
+        counts_A = torch.stack([own[0].counts_G.sum() for own in draws]).float()
         return counts_A * len(counts_A) / counts_A.sum().clamp_min(1)
 
     def _norm_without_zero(self, step: int) -> float | None:
@@ -207,13 +240,37 @@ class TrainEngine:
             raise _bad_gradient(step, "encoder's", norm, "; with ZeRO stage 1 such steps are skipped")
         return norm
 
-    def _draws(self, micro: ImageLabelBatch, micro_step: int) -> list[Draw]:
-        """Each head's classes of one micro-batch."""
-        labels = micro.labels_of_heads(len(self.heads))
-        return [
-            head.draw(labels_BL, step=micro_step, capacity=self.settings.micro_batch)
-            for head, labels_BL in zip(self.heads, labels, strict=True)
+    def _mark(self, batch: ImageLabelBatch, step: int) -> _Marks:
+        """Samples the classes of a step; on a GPU the host waits for nothing."""
+        micro_batches = batch.split(self.settings.micro_batch)
+        of_heads = [
+            [
+                head.mark(labels_bL, step=step * self.settings.accumulation + i, capacity=self.settings.micro_batch)
+                for head, labels_bL in zip(self.heads, micro.labels_of_heads(len(self.heads)), strict=True)
+            ]
+            for i, micro in enumerate(micro_batches)
         ]
+        unions: list[torch.Tensor | None] = []
+        for own in zip(*of_heads, strict=True):
+            masks = [marked.marked_c for marked in own]
+            same = len(masks) == 1 or masks[0] is None
+            unions.append(None if same else torch.stack(masks).any(dim=0))
+        sizes = [marked.sizes_2 for own in of_heads for marked in own]
+        sizes += [union_c.sum()[None] for union_c in unions if union_c is not None]
+        return _Marks(batch, step, of_heads, unions, torch.cat(sizes))
+
+    def _draw(self, marks: _Marks, sizes: list[int]) -> tuple[list[list[Draw]], list[GradientSum]]:
+        """The draws [A][H], and of each head where its gradients are summed. sizes: marks.sizes, known to the host."""
+        known = iter(sizes)
+        draws = [
+            [head.draw(marked, (next(known), next(known))) for head, marked in zip(self.heads, own, strict=True)]
+            for own in marks.of_heads
+        ]
+        sums = []
+        for own, union_c in zip(zip(*draws, strict=True), marks.unions, strict=True):
+            union_S = None if union_c is None else positions(union_c, next(known))
+            sums.append(GradientSum([draw.rows_S for draw in own], union_S))
+        return draws, sums
 
     def _step_head(
         self, optimizer: RowAdamW, gradient: RowGradient, norm: torch.Tensor, learning_rate: float, step: int

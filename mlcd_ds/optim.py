@@ -18,15 +18,15 @@ BLOCK_BYTES = {"cpu": 1 << 20, "cuda": 1 << 26}
 class GradientSum:
     """Sum of the micro-steps' gradients of one optimizer step, each row once.
 
-    rows: what each micro-step draws (PartialFC.draw), known before the first gradient: the union is made here, where the
-    host may wait for its size. `add` then waits for nothing, and holds the sum and one gradient, never more.
+    rows: what each micro-step draws (PartialFC.draw), known before the first gradient. union_S: the distinct ones of all,
+    sorted; or None, where there is one micro-step, or all draw the same. `add` holds the sum and one gradient, never more.
     Raises ValueError for an empty list.
     """
 
-    def __init__(self, rows: Sequence[torch.Tensor]):
+    def __init__(self, rows: Sequence[torch.Tensor], union_S: torch.Tensor | None = None):
         if not rows:
             raise ValueError("a step has at least one micro-step")
-        self.rows_S = rows[0] if len(rows) == 1 else torch.cat(list(rows)).unique()
+        self.rows_S = rows[0] if union_S is None else union_S
         self._positions = [
             None if len(own) == len(self.rows_S) else torch.searchsorted(self.rows_S, own) for own in rows
         ]

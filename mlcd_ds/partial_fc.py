@@ -12,14 +12,15 @@ from torch import nn
 
 from mlcd_ds import collectives
 from mlcd_ds.batch import NO_IMAGE
+from mlcd_ds.collectives import GatheringRows
 from mlcd_ds.config import HeadConfig
 from mlcd_ds.errors import ConfigError
 from mlcd_ds.kernels import check_available
 from mlcd_ds.losses import LossSpec, labels_for
 from mlcd_ds.partition import ClassPartition
 from mlcd_ds.products import BFloat16Products, Buffers, Products
-from mlcd_ds.sampling import ClassSampler
-from mlcd_ds.sharded_loss import ALIGNMENT, HISTOGRAM_BINS, RowGradient, ShardedLoss, UnitEmbeddings, Walk
+from mlcd_ds.sampling import ClassSampler, Draw, Marked, positions
+from mlcd_ds.sharded_loss import ALIGNMENT, HISTOGRAM_BINS, RowGradient, ShardedLoss, UnitEmbeddings, Walk, unit_rows
 from mlcd_ds.topology import Topology
 
 _DEFAULTS = HeadConfig()
@@ -46,22 +47,6 @@ class HeadOutput:
 
     loss: torch.Tensor
     stats: dict[str, torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Draw:
-    """Which images and classes meet in a micro-step, see PartialFC.draw.
-
-    labels_GL: int64, what is positive for each image of the global batch. counts_G: bool, false in rows that are no image.
-    rows_S: int64, the sampled rows of this shard. columns_GL: where each label stands among them, S where it does not (no
-    label, or another shard's). capacity: images a rank, padding included.
-    """
-
-    labels_GL: torch.Tensor
-    counts_G: torch.Tensor
-    rows_S: torch.Tensor
-    columns_GL: torch.Tensor
-    capacity: int
 
 
 class PartialFC(nn.Module):
@@ -154,11 +139,11 @@ class PartialFC(nn.Module):
     def extra_repr(self) -> str:
         return f"rows {self.start}..{self.stop} of {self.partition.num_classes}, D={self.embed_dim}, {self.spec}"
 
-    def draw(self, labels: torch.Tensor, *, step: int, capacity: int | None = None) -> Draw:
-        """Gathers the labels of a micro-step and draws its classes; needs no embeddings.
+    def mark(self, labels: torch.Tensor, *, step: int, capacity: int | None = None) -> Marked:
+        """Gathers the labels of a micro-step and marks the classes that take part; needs no embeddings.
 
-        So it can run before the encoder does, for all micro-steps of a step at once, when the device has nothing else to
-        do: `nonzero` makes the host wait for the number of rows, and nothing later does. Arguments as for `forward`.
+        With `capacity` given, the host waits for nothing on a GPU: a step ahead, this runs behind the encoder's backward.
+        Arguments as for `forward`.
         """
         labels = labels.to(self.centers.device, non_blocking=True)
         capacity = self._largest_batch(len(labels)) if capacity is None else capacity
@@ -170,16 +155,42 @@ class PartialFC(nn.Module):
         labels_GL = collectives.all_gather(labels.to(torch.int32), self.topology).long()
         counts_G = labels_GL[:, 0] != NO_IMAGE
         labels_GL = labels_for(self.spec.objective, labels_GL)
-        rows_S = self.sampler.draw(labels_GL, step)
-        position_c = torch.full((self.stop - self.start + 1,), len(rows_S), device=rows_S.device)
-        position_c[rows_S] = torch.arange(len(rows_S), device=rows_S.device)
         here_GL = (labels_GL >= self.start) & (labels_GL < self.stop)
-        columns_GL = position_c[torch.where(here_GL, labels_GL - self.start, self.stop - self.start)]
-        return Draw(labels_GL, counts_G, rows_S, columns_GL, capacity)
+        marked_c, rows = None, torch.full((), self.stop - self.start, device=labels_GL.device)
+        if not self.sampler.takes_all:
+            marked_c = self.sampler.mark(labels_GL, step)
+            rows = marked_c.sum()
+        return Marked(labels_GL, counts_G, here_GL, marked_c, torch.stack([rows, here_GL.sum()]), capacity)
+
+    def draw(self, marked: Marked, sizes: tuple[int, int] | None = None) -> Draw:
+        """The marked classes with their columns. sizes: `marked.sizes_2`; where it is None, the host waits for it."""
+        num_rows, num_pairs = sizes or marked.sizes_2.tolist()
+        c, device = self.stop - self.start, marked.labels_GL.device
+        column_c = torch.arange(c + 1, device=device)
+        rows_S = column_c[:c]
+        if marked.marked_c is not None:
+            rows_S = positions(marked.marked_c, num_rows)
+            column_c = torch.full((c + 1,), num_rows, device=device)
+            column_c[rows_S] = torch.arange(num_rows, device=device)
+        columns_GL = column_c[torch.where(marked.here_GL, marked.labels_GL - self.start, c)]
+        pairs_P = positions(marked.here_GL.flatten(), num_pairs)
+        return Draw(marked.labels_GL, marked.counts_G, rows_S, columns_GL, pairs_P, marked.capacity)
+
+    def gather(self, embeddings: torch.Tensor, capacity: int) -> GatheringRows:
+        """Starts gathering the embeddings [b, D] of all ranks, at unit length, with zero rows up to `capacity`.
+
+        Several heads of the same dtypes on one encoder take what one of them has gathered.
+        """
+        if embeddings.dim() != 2 or embeddings.shape[1] != self.embed_dim or len(embeddings) > capacity:
+            raise ConfigError(
+                f"embeddings {tuple(embeddings.shape)} do not fit {capacity} label rows and D={self.embed_dim}"
+            )
+        e_bD = UnitEmbeddings.apply(embeddings, capacity, self.centers.dtype)
+        return collectives.start_gather_rows(e_bD, self.topology, self.gather_dtype)
 
     def forward(
         self,
-        embeddings: torch.Tensor,
+        embeddings: torch.Tensor | GatheringRows,
         labels: torch.Tensor | Draw,
         *,
         step: int | None = None,
@@ -188,25 +199,27 @@ class PartialFC(nn.Module):
     ) -> HeadOutput:
         """Loss of the global batch.
 
-        embeddings: [b, D] of this rank, any floating dtype, not normalised. labels: int64 [b, L], global classes, nearest
-        first, NO_LABEL where there is none; rows that begin with NO_IMAGE take no part in anything. Or the `draw` made of
-        them, which holds the other arguments. step: selects the negatives. capacity: the same number >= b on every rank
-        (usually the micro-batch), or None to ask the others.
+        embeddings: [b, D] of this rank, any floating dtype, not normalised; or what `gather` made of them. labels: int64
+        [b, L], global classes, nearest first, NO_LABEL where there is none; rows that begin with NO_IMAGE take no part in
+        anything. Or the `draw` made of them, which holds the other arguments. step: selects the negatives. capacity: the
+        same number >= b on every rank (usually the micro-batch), or None to ask the others.
         Raises ConfigError when shapes do not fit. Labels >= K are the loader's to refuse: here they would need a host
         round trip in every step, and are ignored.
         """
-        rows = labels.capacity if isinstance(labels, Draw) else len(labels)
-        if embeddings.dim() != 2 or embeddings.shape[1] != self.embed_dim or len(embeddings) > rows:
-            raise ConfigError(
-                f"embeddings {tuple(embeddings.shape)} do not fit {rows} label rows and D={self.embed_dim}"
-            )
-        if not isinstance(labels, Draw):
-            if len(embeddings) != rows:
-                raise ConfigError(f"{len(embeddings)} embeddings do not fit {rows} label rows")
-            labels = self.draw(labels, step=step, capacity=capacity)
         draw = labels
-        e_bD = UnitEmbeddings.apply(embeddings, draw.capacity, self.centers.dtype)
-        e_GD = collectives.gather_rows(e_bD, self.topology, self.gather_dtype)
+        if not isinstance(draw, Draw):
+            if not isinstance(embeddings, GatheringRows) and len(embeddings) != len(labels):
+                raise ConfigError(f"{len(embeddings)} embeddings do not fit {len(labels)} label rows")
+            draw = self.draw(self.mark(labels, step=step, capacity=capacity))
+        gathering = embeddings if isinstance(embeddings, GatheringRows) else self.gather(embeddings, draw.capacity)
+        if gathering.own_bD.shape != (draw.capacity, self.embed_dim) or gathering.own_bD.dtype != self.centers.dtype:
+            raise ConfigError(
+                f"gathered embeddings {tuple(gathering.own_bD.shape)} of {gathering.own_bD.dtype} do not fit "
+                f"{draw.capacity} label rows, D={self.embed_dim} and centers of {self.centers.dtype}"
+            )
+        # Before the embeddings of the other ranks are here.
+        rows = unit_rows(self.centers.detach(), draw.rows_S, self.products, self._memory)
+        e_GD = gathering.wait()
         shift = self._needs_shift(draw.labels_GL.shape[1])
         fused = self.kernels == "triton" and not shift
         walk = Walk(
@@ -218,10 +231,11 @@ class PartialFC(nn.Module):
             shift,
             fused,
             learns=torch.is_grad_enabled(),
+            shard_rows=len(self.centers),
         )
         # Backward must run even where the embeddings come from a frozen encoder: the centers always learn.
         anchor = e_GD.new_zeros((), requires_grad=torch.is_grad_enabled())
-        loss, stats = ShardedLoss.apply(e_GD, anchor, self.centers.detach(), draw, walk, collect_stats, self._gradients)
+        loss, stats = ShardedLoss.apply(e_GD, anchor, rows, draw, walk, collect_stats, self._gradients)
         return HeadOutput(loss, self._name_stats(stats, draw) if collect_stats else {})
 
     def take_gradients(self) -> list[RowGradient]:

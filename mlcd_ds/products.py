@@ -1,6 +1,7 @@
 """What the head multiplies with: products in float32 or of bfloat16 factors, and the memory that its steps reuse."""
 
 import math
+from functools import cache
 
 import torch
 
@@ -47,12 +48,26 @@ class BFloat16Products(Products):
             torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
 
     def add(self, a: torch.Tensor, b: torch.Tensor, into: torch.Tensor) -> None:
+        if into.is_cuda and _accumulates_in_place(into.device):
+            torch.addmm(into, a, b, out_dtype=into.dtype, out=into)
+            return
         rows = max(1, self.BLOCK // into.shape[1])
         product = into.new_empty(min(rows, len(into)), into.shape[1])
         for first in range(0, len(into), rows):
             block = into[first : first + rows]
             self.put(a[first : first + rows], b, product[: len(block)])
             block += product[: len(block)]
+
+
+@cache
+def _accumulates_in_place(device: torch.device) -> bool:
+    """Whether this torch adds a product of bfloat16 factors to a float32 sum; it learned to after `mm` with out_dtype."""
+    into, factor = torch.ones(16, 16, device=device), torch.ones(16, 16, device=device, dtype=torch.bfloat16)
+    try:
+        torch.addmm(into, factor, factor, out_dtype=into.dtype, out=into)
+    except RuntimeError:
+        return False
+    return True
 
 
 class Buffers:

@@ -16,6 +16,7 @@ c classes of this shard, S sampled rows, G images, L labels.
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 
@@ -65,6 +66,40 @@ def _signed_32(value: int) -> int:
     return value - (1 << 32) if value >= 1 << 31 else value
 
 
+@dataclass(frozen=True)
+class Marked:
+    """The classes of a micro-step before the host knows how many there are, see PartialFC.mark.
+
+    labels_GL: int64, what is positive for each image of the global batch. counts_G: bool, false in rows that are no image.
+    here_GL: bool, whether this shard has the label. marked_c: bool, which local rows take part; None: all. sizes_2: int64,
+    how many rows that is, and how many pairs of an image and a label are here. capacity: images a rank, padding included.
+    """
+
+    labels_GL: torch.Tensor
+    counts_G: torch.Tensor
+    here_GL: torch.Tensor
+    marked_c: torch.Tensor | None
+    sizes_2: torch.Tensor
+    capacity: int
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Which images and classes meet in a micro-step, see PartialFC.draw.
+
+    labels_GL, counts_G, capacity: as in Marked. rows_S: int64, the sampled rows of this shard, sorted. columns_GL: where
+    each label stands among them, S where it does not (no label, or another shard's). pairs_P: int64, the positions of the
+    others in columns_GL, taken as flat.
+    """
+
+    labels_GL: torch.Tensor
+    counts_G: torch.Tensor
+    rows_S: torch.Tensor
+    columns_GL: torch.Tensor
+    pairs_P: torch.Tensor
+    capacity: int
+
+
 class ClassSampler:
     """Draws this shard's rows of a micro-step.
 
@@ -91,15 +126,19 @@ class ClassSampler:
         positives = largest * -math.expm1(-num_labels / self.partition.num_classes)
         return min(largest, math.ceil(negatives + 2 * positives + 6 * math.sqrt(positives)))
 
-    def draw(self, labels: torch.Tensor, step: int) -> torch.Tensor:
-        """Sorted LOCAL rows [S] int64 of this micro-step.
+    @property
+    def takes_all(self) -> bool:
+        """Whether every row takes part in every step."""
+        return self.sample_rate >= 1
+
+    def mark(self, labels: torch.Tensor, step: int) -> torch.Tensor:
+        """bool [c]: which local rows take part in this micro-step. On a GPU the host waits for nothing.
 
         labels: int64, any shape, the positives of the global batch as global rows; entries outside 0..K-1 are ignored.
-        The host waits for S on a GPU, as nothing can be allocated without it; everything else stays on the device.
         """
         device = labels.device
-        if self.sample_rate >= 1:
-            return torch.arange(self.stop - self.start, device=device)
+        if self.takes_all:
+            return torch.ones(self.stop - self.start, dtype=torch.bool, device=device)
         if self.budget == "total":
             positive_K = _marked(labels, 0, self.partition.num_classes)
             positive = positive_K[self.start : self.stop]
@@ -115,7 +154,22 @@ class ClassSampler:
             stop = min(first + piece, self.stop)
             drawn = hash_rows(first, stop, self.seed, step, device) < threshold
             positive[first - self.start : stop - self.start].logical_or_(drawn)
-        return positive.nonzero().squeeze(1)
+        return positive
+
+    def draw(self, labels: torch.Tensor, step: int) -> torch.Tensor:
+        """The marked rows, sorted, int64 [S]. Here the host waits for their number."""
+        marked = self.mark(labels, step)
+        return positions(marked, int(marked.sum()))
+
+
+def positions(marked: torch.Tensor, number: int) -> torch.Tensor:
+    """Where a bool vector is true, sorted, int64 [number]. number: of true entries, exactly.
+
+    Given it, the host waits for nothing on a GPU, where `nonzero` would count first and stop the host for the count.
+    """
+    if marked.is_cuda:
+        return torch.nonzero_static(marked, size=number).squeeze(1)
+    return marked.nonzero().squeeze(1)  # counts again, and is faster all the same
 
 
 def _marked(labels: torch.Tensor, first: int, stop: int) -> torch.Tensor:

@@ -17,10 +17,12 @@ scales them.
 from dataclasses import dataclass
 
 import torch
+from torch.nn.functional import embedding_bag
 
 from mlcd_ds import collectives
 from mlcd_ds.losses import NORM_FLOOR, LossSpec, apply_margin, loss_from_sums
 from mlcd_ds.products import Buffers, Products
+from mlcd_ds.sampling import Draw
 from mlcd_ds.topology import Topology
 
 HISTOGRAM_BINS = 100
@@ -54,7 +56,7 @@ class Walk:
     """How a shard's matrix is walked over: what all chunks share.
 
     shift: see PartialFC._needs_shift. fused: by the kernels of kernels/epilogue.py. learns: whether gradients are wanted;
-    without them, one product is enough.
+    without them, one product is enough. shard_rows: c.
     """
 
     spec: LossSpec
@@ -65,6 +67,21 @@ class Walk:
     shift: bool
     fused: bool
     learns: bool
+    shard_rows: int
+
+
+@dataclass(frozen=True)
+class UnitRows:
+    """The sampled rows at unit length.
+
+    w_TD: S rows and at least one more, aligned. The rows from S on are zero: "no positive here" points at row S, so that
+    no index needs a host round trip to be filtered. factor_TD: the same as a factor of the products. norm_S: the lengths
+    they had.
+    """
+
+    w_TD: torch.Tensor
+    factor_TD: torch.Tensor
+    norm_S: torch.Tensor
 
 
 class UnitEmbeddings(torch.autograd.Function):
@@ -93,38 +110,39 @@ class UnitEmbeddings(torch.autograd.Function):
 class ShardedLoss(torch.autograd.Function):
     """Loss and both gradients in one walk over row chunks; see the head of this file.
 
-    e_GD: unit rows. anchor: a scalar whose gradient nobody reads. centers_cD: raw rows of the shard. gradients: the list
+    e_GD: unit rows. anchor: a scalar whose gradient nobody reads. rows: of the shard, by `unit_rows`. gradients: the list
     to which backward appends the centers' RowGradient.
     """
 
     @staticmethod
-    def forward(ctx, e_GD, anchor, centers_cD, draw, walk, collect_stats, gradients):
-        w_TD, norm_S = unit_rows(centers_cD, draw.rows_S, walk.buffers)
-        factor_TD = walk.products.factor(w_TD)
+    def forward(ctx, e_GD, anchor, rows, draw, walk, collect_stats, gradients):
+        w_TD, S = rows.w_TD, len(draw.rows_S)
         d_w_TD, d_e_GD = w_TD, e_GD  # nothing is written into them
         if walk.learns:
             d_w_TD, d_e_GD = walk.buffers.hand_out("gradient", tuple(w_TD.shape), w_TD), torch.empty_like(e_GD)
+        d_positive_GL = e_GD.new_empty(draw.columns_GL.shape)
         weight_G = draw.counts_G.to(e_GD.dtype) / draw.counts_G.sum().clamp_min(1)
-        like = factor_TD if walk.fused else e_GD
+        like = rows.factor_TD if walk.fused else e_GD
         workspace = walk.buffers.take("logits", (min(walk.chunk_rows, len(e_GD)), len(w_TD)), like).flatten()
         stats = _Statistics(e_GD, walk.spec) if collect_stats else None
         loss = e_GD.new_zeros(2)
         if len(e_GD) == 0 and walk.learns:
             d_w_TD.zero_()
         for first in range(0, len(e_GD), walk.chunk_rows):
-            rows = slice(first, min(first + walk.chunk_rows, len(e_GD)))
-            part = e_GD[rows], draw.columns_GL[rows], weight_G[rows], d_e_GD[rows]
-            loss += _chunk(*part, w_TD, factor_TD, d_w_TD, first == 0, workspace, walk, len(draw.rows_S), stats)
+            images = slice(first, min(first + walk.chunk_rows, len(e_GD)))
+            given = e_GD[images], draw.columns_GL[images], weight_G[images]
+            chunk = _Chunk(*given, d_e_GD[images], d_positive_GL[images], is_first=first == 0)
+            loss += _walk_chunk(chunk, rows, d_w_TD, workspace, walk, stats)
         named = {"loss_positive": loss[0], "loss_negative": loss[1]}
-        S = len(draw.rows_S)
-        del workspace, factor_TD
+        del workspace
         if stats is not None:
             named["summed"] = stats.finish(e_GD, w_TD[:S], draw.columns_GL, draw.counts_G)
         if not walk.learns:
             return loss.sum(), named
+        _add_positives(draw, d_positive_GL, e_GD, d_w_TD)
         d_w_SD = d_w_TD[:S]
-        _project(d_w_SD, w_TD[:S], norm_S)
-        ctx.made = d_e_GD, RowGradient(draw.rows_S, d_w_SD, is_whole=S == len(centers_cD))
+        _project(d_w_SD, w_TD[:S], rows.norm_S)
+        ctx.made = d_e_GD, RowGradient(draw.rows_S, d_w_SD, is_whole=S == walk.shard_rows)
         ctx.gradients = gradients
         return loss.sum(), named
 
@@ -144,12 +162,8 @@ def _row_blocks(rows: torch.Tensor) -> list[slice]:
     return [slice(first, min(first + size, len(rows))) for first in range(0, len(rows), size)]
 
 
-def unit_rows(centers_cD: torch.Tensor, rows_S: torch.Tensor, buffers: Buffers) -> tuple[torch.Tensor, torch.Tensor]:
-    """The sampled rows at unit length [T, D], and their lengths [S].
-
-    T: S and at least one more, aligned. The rows from S on are zero: "no positive here" points at row S, so that no index
-    needs a host round trip to be filtered.
-    """
+def unit_rows(centers_cD: torch.Tensor, rows_S: torch.Tensor, products: Products, buffers: Buffers) -> UnitRows:
+    """The sampled rows (raw: centers_cD) at unit length; on a GPU the host waits for nothing."""
     S, D = len(rows_S), centers_cD.shape[1]
     w_TD = buffers.take("centers", (aligned(S + 1), D), centers_cD)
     w_TD[S:] = 0
@@ -160,7 +174,16 @@ def unit_rows(centers_cD: torch.Tensor, rows_S: torch.Tensor, buffers: Buffers) 
         raw_nD = centers_cD[block] if whole else torch.index_select(centers_cD, 0, rows_S[block], out=w_nD)
         torch.linalg.vector_norm(raw_nD, dim=1, out=norm_n).clamp_min_(NORM_FLOOR)
         torch.div(raw_nD, norm_n[:, None], out=w_nD)
-    return w_TD, norm_S
+    return UnitRows(w_TD, products.factor(w_TD), norm_S)
+
+
+def _add_positives(draw: Draw, d_positive_GL: torch.Tensor, e_GD: torch.Tensor, d_w_TD: torch.Tensor) -> None:
+    """Adds the positives' part of the centers' gradient: of the pairs of this shard alone, a block of them at a time."""
+    columns, slopes, L = draw.columns_GL.flatten(), d_positive_GL.flatten(), d_positive_GL.shape[1]
+    size = max(1, ROW_BLOCK_BYTES[e_GD.device.type] // (e_GD.shape[1] * e_GD.element_size()))
+    for pairs_p in draw.pairs_P.split(size):
+        of_images = e_GD.index_select(0, pairs_p // L).mul_(slopes[pairs_p, None])
+        d_w_TD.index_add_(0, columns[pairs_p], of_images)
 
 
 def aligned(columns: int) -> int:
@@ -175,12 +198,28 @@ def _project(d_w_SD: torch.Tensor, w_SD: torch.Tensor, norm_S: torch.Tensor) -> 
         d_nD.addcmul_(w_nD, along_n[:, None], value=-1).div_(norm_S[block, None])
 
 
-def _chunk(
-    e_nD, columns_nL, weight_n, d_e_nD, w_TD, factor_TD, d_w_TD, is_first: bool, workspace, walk: Walk, S: int, stats
-) -> torch.Tensor:
-    """One row chunk: puts its gradient into d_e_nD, adds to d_w_TD, returns its [positive, negative] part of the loss."""
+@dataclass(frozen=True)
+class _Chunk:
+    """Some images of the batch. d_e_nD and d_positive_nL: where their gradients go, see _walk_chunk."""
+
+    e_nD: torch.Tensor
+    columns_nL: torch.Tensor
+    weight_n: torch.Tensor
+    d_e_nD: torch.Tensor
+    d_positive_nL: torch.Tensor
+    is_first: bool
+
+
+def _walk_chunk(chunk: _Chunk, rows: UnitRows, d_w_TD: torch.Tensor, workspace, walk: Walk, stats) -> torch.Tensor:
+    """One row chunk: returns its [positive, negative] part of the loss, and writes its gradients.
+
+    d_e_nD becomes the embeddings' gradient, d_positive_nL d loss / d cosine of the positives, zero where there is none; the
+    negatives' part of the centers' gradient is added to d_w_TD.
+    """
     spec, topology, products = walk.spec, walk.topology, walk.products
-    n, T = len(e_nD), len(w_TD)
+    e_nD, columns_nL, weight_n, d_e_nD = chunk.e_nD, chunk.columns_nL, chunk.weight_n, chunk.d_e_nD
+    w_TD, factor_TD = rows.w_TD, rows.factor_TD
+    n, T, S = len(e_nD), len(w_TD), len(rows.norm_S)
     here_nL = columns_nL != S
     exponentiate = _exponentiate_fused if walk.fused else _exponentiate
     terms = exponentiate(e_nD, columns_nL, weight_n, w_TD, factor_TD, workspace[: n * T].view(n, T), walk, S, stats)
@@ -211,17 +250,15 @@ def _chunk(
         return losses_2
     # d loss / d cosine, the mean's weight included. A row that is no image has weight zero.
     negative_n = (two.log_negative_weight_G + own_2n[0]).exp() * (weight_n * spec.scale)
-    positive_nL = (minus_s_nL + (two.log_positive_weight_G + own_2n[1])[:, None]).exp() * -(weight_n * spec.scale)[
-        :, None
-    ]
+    positive_nL = minus_s_nL + (two.log_positive_weight_G + own_2n[1])[:, None]
+    torch.mul(positive_nL.exp_(), -(weight_n * spec.scale)[:, None], out=chunk.d_positive_nL)
     if spec.margin_gradient == "exact":
-        positive_nL = positive_nL * slope_nL
+        chunk.d_positive_nL.mul_(slope_nL)
     d_e_nD.mul_(negative_n[:, None])
-    make = products.put if is_first else products.add
+    make = products.put if chunk.is_first else products.add
     make(terms.factor_nT.T, products.factor(e_nD * negative_n[:, None]), d_w_TD)
-    for columns_n, positive_n in zip(columns_nL.T, positive_nL.T, strict=True):
-        d_e_nD.addcmul_(w_TD[columns_n], positive_n[:, None])
-        d_w_TD.index_add_(0, columns_n, e_nD * positive_n[:, None])
+    # Where an image has no positive here its column is S, a row of zeros, and its slope zero.
+    d_e_nD.add_(embedding_bag(columns_nL, w_TD, mode="sum", per_sample_weights=chunk.d_positive_nL))
     return losses_2
 
 

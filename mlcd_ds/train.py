@@ -5,9 +5,10 @@ deepspeed [--hostfile hosts] mlcd_ds/train.py --deepspeed_config ds_configs/vit_
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import fire
 import torch
@@ -35,6 +36,8 @@ from mlcd_ds.progress import Progress
 from mlcd_ds.run_folder import RunFolder
 from mlcd_ds.schedule import RunLength, resolve_run_length
 from mlcd_ds.topology import Topology
+
+T = TypeVar("T")
 
 
 def train(config: RunConfig) -> None:
@@ -94,10 +97,10 @@ def train_in(run: RunFolder, config: RunConfig, raw: dict, batch: BatchSizes, to
         samples_per_epoch=table.num_samples,
     )
     run.step = step
-    for images in progress.timing_waits(loader.iterate(step, plan.length.total_steps)):
+    for images, next_images in _with_next(progress.timing_waits(loader.iterate(step, plan.length.total_steps))):
         reported = is_due(step + 1, config.log_every_steps, plan.length) or step + 1 == 1
         histograms = is_due(step + 1, config.histogram_every_steps, plan.length)
-        result = engine.train_step(images, step, collect_stats=reported or histograms)
+        result = engine.train_step(images, step, collect_stats=reported or histograms, next_batch=next_images)
         step = run.step = step + 1
         if reported or histograms:
             progress.report(step, images, result, loader, engine.skipped_steps, histograms)
@@ -108,6 +111,16 @@ def train_in(run: RunFolder, config: RunConfig, raw: dict, batch: BatchSizes, to
         monitor.close()
         run.status("done", step)
         print(f"done: {step} steps. Encoder: {checkpoint.find_encoder(run.path)}", flush=True)
+
+
+def _with_next(items: Iterable[T]) -> Iterator[tuple[T, T | None]]:
+    """Each item with the one after it, None after the last."""
+    arriving = iter(items)
+    item = next(arriving, None)
+    while item is not None:
+        following = next(arriving, None)
+        yield item, following
+        item = following
 
 
 @dataclass(frozen=True)

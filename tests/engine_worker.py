@@ -16,6 +16,8 @@ from mlcd_ds.partial_fc import PartialFC
 from mlcd_ds.topology import Topology
 
 IMAGES, CLASSES = 12, 37
+STEPS, EPS, SAMPLE_RATE = 3, 1e-3, 0.3
+"""Of the sampled run; eps far above rounding, so that AdamW's first steps do not blow it up."""
 TWO_HEADS, TWO_WEIGHTS = (CLASSES, 23), (1.0, 0.5)
 ENCODER = VitConfig(
     image_size=16, patch_size=8, layers=2, width=16, heads=2, mlp_width=32, embed_dim=8, rope=False, activation="gelu",
@@ -38,14 +40,20 @@ def config(**options) -> HeadConfig:
 
 
 def build(
-    topology: Topology, stage: int, accumulation: int, checkpointing: bool, options: dict, classes=(CLASSES,)
+    topology: Topology,
+    stage: int,
+    accumulation: int,
+    checkpointing: bool,
+    options: dict,
+    classes=(CLASSES,),
+    eps: float = 1e-8,
 ) -> TrainEngine:
     raw = {
         "train_batch_size": IMAGES,
         "gradient_accumulation_steps": accumulation,
         "zero_optimization": {"stage": stage},
         "gradient_clipping": 1e9,  # finite, so that the norm is computed, and never reached
-        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "weight_decay": 0.1, "torch_adam": True}},
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "eps": eps, "weight_decay": 0.1, "torch_adam": True}},
         **({"activation_checkpointing": {}} if checkpointing else {}),
     }
     settings = resolve_deepspeed_config(
@@ -110,6 +118,34 @@ def own_part(batch: ImageLabelBatch, topology: Topology) -> ImageLabelBatch:
     return batch.split(IMAGES // topology.world_size)[topology.rank]
 
 
+def batch_of_step(step: int) -> ImageLabelBatch:
+    """Other images at each step, one of them missing in the second."""
+    batch = global_batch(missing=(4,) if step == 1 else ())
+    order = torch.arange(IMAGES).roll(5 * step)
+    labels = torch.where(batch.labels_BL >= 0, (batch.labels_BL + 11 * step) % CLASSES, batch.labels_BL)
+    return ImageLabelBatch(batch.images_BCHH[order], labels[order], batch.keys)
+
+
+def sampled_run(topology: Topology, ahead: bool) -> dict:
+    """STEPS steps of three micro-batches at a sample rate below one; ahead: each sampled in the step before."""
+    options = {"sample_rate": SAMPLE_RATE, "head_lr_scale": 2.0}
+    engine = build(topology, 1, 3, False, options, eps=EPS)
+    batches = [own_part(batch_of_step(step), topology) for step in range(STEPS)]
+    results = []
+    for step, batch in enumerate(batches):
+        following = batches[step + 1] if ahead and step + 1 < STEPS else None
+        results.append(engine.train_step(batch, step, next_batch=following))
+    return {
+        "losses": [result.loss for result in results],
+        "learning_rates": [result.learning_rate for result in results],
+        "head_norms": [result.head_grad_norms[0] for result in results],
+        "betas": engine.settings.betas,
+        "encoder": engine.encoder_weights(),
+        "centers": engine.heads[0].centers.detach().clone(),
+        **engine.head_optimizers[0].state_dict(),
+    }
+
+
 def poison(engine: TrainEngine, topology: Topology) -> dict:
     """A gradient that is no number on the last rank alone: nothing may move, on any rank."""
     weights = engine.encoder_weights()
@@ -163,6 +199,8 @@ def main(folder: Path) -> None:
             results[f"{stage},{accumulation}"] = captured_step(engine, own_part(global_batch(), topology))
             if stage == 1:
                 results[f"poison,{accumulation}"] = poison(engine, topology)
+    results["sampled"] = sampled_run(topology, ahead=False)
+    results["sampled ahead"] = sampled_run(topology, ahead=True)
     engine = build(topology, 1, 1, False, {})
     results["missing"] = captured_step(engine, own_part(global_batch(missing=(0, 7, 8)), topology))
     engine = build(topology, 1, 3, False, {})

@@ -2,13 +2,26 @@
 
 import pytest
 import torch
-from engine_worker import CLASSES, ENCODER, TWO_HEADS, TWO_WEIGHTS, global_batch
+from engine_worker import (
+    CLASSES,
+    ENCODER,
+    EPS,
+    IMAGES,
+    SAMPLE_RATE,
+    STEPS,
+    TWO_HEADS,
+    TWO_WEIGHTS,
+    batch_of_step,
+    global_batch,
+)
 from processes import ROOT, run_script
 
 from mlcd_ds.batch import NO_IMAGE, head_suffix
 from mlcd_ds.losses import LossSpec, dense_loss
-from mlcd_ds.models.vit import VisionTransformer
+from mlcd_ds.models.vit import VisionTransformer, decay_groups
 from mlcd_ds.partial_fc import random_rows
+from mlcd_ds.partition import ClassPartition
+from mlcd_ds.sampling import ClassSampler
 
 RTOL = 2e-4
 ATOL_OF_LARGEST = 2e-5
@@ -18,6 +31,13 @@ ATOL_OF_LARGEST = 2e-5
 def assert_close(ours, reference, name):
     atol = ATOL_OF_LARGEST * reference.abs().max().item()
     torch.testing.assert_close(ours.double(), reference, rtol=RTOL, atol=atol, msg=lambda m: f"{name}: {m}")
+
+
+def assert_moved_alike(ours, reference, learning_rates, name):
+    """To a thousandth of what AdamW's steps may move a weight."""
+    torch.testing.assert_close(
+        ours.double(), reference, rtol=0, atol=1e-3 * sum(learning_rates), msg=lambda m: f"{name}: {m}"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +155,75 @@ def test_head_follows_the_engines_learning_rate(results):
     encoder, head = results[2][0]["1,1"]["learning_rates"]
     assert encoder == pytest.approx(1e-3)
     assert head == pytest.approx(2e-3)
+
+
+def sampled_oracle(world_size, learning_rates, betas):
+    """The sampled run in one float64 process: autograd, torch's AdamW for the encoder, plain AdamW for the union of rows."""
+    model = VisionTransformer(ENCODER, seed=1).double()
+    encoder_optimizer = torch.optim.AdamW(decay_groups(model, 0.1), betas=betas, eps=EPS)
+    centers = random_rows(0, CLASSES, CLASSES, 8, seed=1).double().requires_grad_()
+    m, v, steps = torch.zeros_like(centers), torch.zeros_like(centers), torch.zeros(CLASSES, dtype=torch.int32)
+    sampler = ClassSampler(ClassPartition(CLASSES, 1), 0, SAMPLE_RATE, seed=1)
+    spec = LossSpec("mlcd", 64.0, 0.3, "arc", "straight_through", None)
+    position = torch.arange(IMAGES).view(world_size, 3, -1)  # rank, micro-batch, its images
+    losses, norms = [], []
+    for step, learning_rate in enumerate(learning_rates):
+        batch, union, loss = batch_of_step(step), torch.zeros(CLASSES, dtype=torch.bool), 0
+        images_of_step = (batch.labels_BL[:, 0] != NO_IMAGE).sum()
+        for micro in range(3):
+            images = position[:, micro].flatten()
+            rows = sampler.draw(batch.labels_BL[images], step * 3 + micro)
+            images = images[batch.labels_BL[images, 0] != NO_IMAGE]
+            labels = torch.searchsorted(rows, batch.labels_BL[images])
+            share = len(images) / images_of_step
+            loss = loss + share * dense_loss(model(batch.images_BCHH[images]), centers[rows], labels, spec)
+            union[rows] = True
+        encoder_optimizer.zero_grad()
+        centers.grad = None
+        loss.backward()
+        for group in encoder_optimizer.param_groups:
+            group["lr"] = learning_rate
+        encoder_optimizer.step()
+        with torch.no_grad():
+            g, rate = centers.grad[union], 2 * learning_rate
+            steps[union] += 1
+            m[union] = betas[0] * m[union] + (1 - betas[0]) * g
+            v[union] = betas[1] * v[union] + (1 - betas[1]) * g.square()
+            count = steps[union].double()[:, None]
+            change = m[union] / (1 - betas[0] ** count) / ((v[union] / (1 - betas[1] ** count)).sqrt() + EPS)
+            centers[union] = centers[union] * (1 - rate * 0.1) - rate * change
+        losses.append(loss.item())
+        norms.append(centers.grad.norm().item())
+    encoder = {name: p.detach() for name, p in model.named_parameters()}
+    return {"losses": losses, "head_norms": norms, "encoder": encoder, "centers": centers.detach(), "steps": steps}
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_sampled_steps_with_accumulation_are_those_of_a_dense_oracle(results, world_size):
+    per_rank = [rank["sampled"] for rank in results[world_size]]
+    expected = sampled_oracle(world_size, per_rank[0]["learning_rates"], per_rank[0]["betas"])
+    steps = torch.cat([rank["steps"] for rank in per_rank])
+    assert torch.equal(steps, expected["steps"])
+    assert 0 < (steps < STEPS).sum() < CLASSES  # some rows missed a step
+    for rank in per_rank:
+        assert rank["losses"] == pytest.approx(expected["losses"], rel=2e-5)
+        assert rank["head_norms"] == pytest.approx(expected["head_norms"], rel=2e-4)
+        for name, weights in expected["encoder"].items():
+            assert_moved_alike(rank["encoder"][name], weights, rank["learning_rates"], name)
+    assert_moved_alike(
+        torch.cat([rank["centers"] for rank in per_rank]), expected["centers"], per_rank[0]["learning_rates"], "centers"
+    )
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_sampling_a_step_ahead_changes_nothing(results, world_size):
+    for rank in results[world_size]:
+        plain, ahead = rank["sampled"], rank["sampled ahead"]
+        assert plain["losses"] == ahead["losses"]
+        for name in ("centers", "exp_avg", "exp_avg_sq", "steps"):
+            assert torch.equal(plain[name], ahead[name]), name
+        for name, weights in plain["encoder"].items():
+            assert torch.equal(weights, ahead["encoder"][name]), name
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

@@ -64,7 +64,7 @@ def test_micro_steps_are_summed_row_by_row():
         (torch.tensor([0, 4]), [[10.0], [20.0]]),
         (torch.tensor([4]), [[100.0]]),
     ]
-    total = GradientSum([rows for rows, _ in parts])
+    total = GradientSum([rows for rows, _ in parts], torch.tensor([0, 1, 4]))
     with pytest.raises(ValueError, match="no gradient was added"):
         _ = total.gradient
     for index, (rows, values) in enumerate(parts):

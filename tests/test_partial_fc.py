@@ -262,6 +262,61 @@ def test_collectives_are_those_the_docstring_counts(monkeypatch, chunks, scale):
     assert sorted(calls, key=str) == sorted(expected * world_size, key=str)
 
 
+def test_several_heads_gather_and_give_back_the_embeddings_once(monkeypatch):
+    """And learn the same as heads that each do it for themselves."""
+    calls = []
+
+    def noting(function, name):
+        def wrapper(*args, **kwargs):
+            calls.append(name)
+            return function(*args, **kwargs)
+
+        return wrapper
+
+    for name in ("_all_gather_single", "_reduce_scatter_single"):
+        monkeypatch.setattr(collectives, name, noting(getattr(collectives, name), name))
+    embeddings, labels, centers = Case(sample_rate=0.5).data()
+    partition = ClassPartition(37, 2)
+
+    def one(topology, shared):
+        part = slice(topology.rank * 7, min(topology.rank * 7 + 7, len(embeddings)))
+        heads = [
+            PartialFC(
+                37,
+                6,
+                topology,
+                sample_rate=0.5,
+                dtype=torch.float64,
+                seed=seed,
+                init_centers=centers[partition.start(topology.rank) : partition.stop(topology.rank)],
+            )
+            for seed in (0, 1)
+        ]
+        mine = embeddings[part].clone().requires_grad_()
+        draws = [head.draw(head.mark(labels[part], step=0, capacity=7)) for head in heads]
+        given = heads[0].gather(mine, 7) if shared else mine
+        loss = sum(head(given, draw).loss * weight for head, draw, weight in zip(heads, draws, (1, 0.5), strict=True))
+        loss.backward()
+        return [loss.detach(), mine.grad, *[head.take_gradients()[0].values_SD for head in heads]]
+
+    separate = run_ranks(2, lambda topology: one(topology, False))
+    assert calls.count("_reduce_scatter_single") == 2 * 2
+    calls.clear()
+    shared = run_ranks(2, lambda topology: one(topology, True))
+    assert calls.count("_all_gather_single") == 2 * 3  # two of labels, one of embeddings
+    assert calls.count("_reduce_scatter_single") == 2 * 1
+    for ours, theirs in zip(shared, separate, strict=True):
+        for one_tensor, other in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(one_tensor, other)
+
+
+def test_what_was_gathered_for_another_head_must_fit():
+    head = PartialFC(37, 6, dtype=torch.float64)
+    draw = head.draw(head.mark(torch.zeros(4, 2, dtype=torch.long), step=0))
+    with pytest.raises(ConfigError, match="gathered embeddings .* do not fit 4 label rows"):
+        head(head.gather(torch.ones(3, 6), 5), draw)
+
+
 def test_initial_centers_do_not_depend_on_the_world_size():
     whole = run_ranks(1, lambda t: PartialFC(2500, 4, t, seed=3).centers.detach())[0]
     for world_size in (2, 3, 8):
@@ -374,13 +429,17 @@ def test_draw_made_before_the_encoder_gives_the_same_step():
     for early in (False, True):
         head = PartialFC(37, 6, sample_rate=0.5, dtype=torch.float64, init_centers=centers)
         mine = embeddings.clone().requires_grad_()
-        out = head(mine, head.draw(labels, step=3, capacity=15)) if early else head(mine, labels, step=3, capacity=15)
+        out = (
+            head(mine, head.draw(head.mark(labels, step=3, capacity=15)))
+            if early
+            else head(mine, labels, step=3, capacity=15)
+        )
         out.loss.backward()
         results.append((out.loss.detach(), mine.grad, head.take_gradients()[0].values_SD))
     for one, other in zip(*results, strict=True):
         assert torch.equal(one, other)
     with pytest.raises(ConfigError, match="do not fit 15 label rows"):
-        head(torch.zeros(16, 6, dtype=torch.float64), head.draw(labels, step=3, capacity=15))
+        head(torch.zeros(16, 6, dtype=torch.float64), head.draw(head.mark(labels, step=3, capacity=15)))
 
 
 def test_centers_learn_under_a_frozen_encoder():
