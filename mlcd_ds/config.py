@@ -328,7 +328,9 @@ class BenchHeadConfig(Settings):
     ranks: int = Field(1, ge=1, description="processes on this machine, a shard of the classes each")
     repeats: int = Field(7, ge=1, description="rounds; each times every contender once")
     threads: int | None = Field(None, ge=1, description="of each rank; none: the cores divided by the ranks")
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the factors of the products")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="of the products' factors, of shapes that do not end in _float32 or _bfloat16"
+    )
     workspace_mb: int | None = Field(None, ge=1, description="the head's, as in train.py")
     kernels: Literal["torch", "triton"] = Field("torch", description="train.py's --head_kernels")
     materialised: bool = Field(True, description="also autograd on the whole [B, S] logits (with one rank)")

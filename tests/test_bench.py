@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mlcd_ds.benchmarks import head as benchmarks_head
 from mlcd_ds.benchmarks.head import HeadStep, MaterialisedStep, Shape, bench_head, parse_shapes, peers_draw
 from mlcd_ds.config import BenchHeadConfig
 from mlcd_ds.errors import ConfigError
@@ -74,7 +75,7 @@ def test_the_materialised_step_is_the_head_in_float64(rate):
     step = HeadStep(Shape(6, 2500, 16, rate), config, Topology.single(), dtype=torch.float64)
     loss, gradient = step.run()
     embeddings = step.embeddings_bD.grad
-    other = MaterialisedStep(step, "float32")
+    other = MaterialisedStep(step)
     other_loss, other_gradient = other.run()
     assert torch.equal(other.rows_S, gradient.rows_S)
     torch.testing.assert_close(other_loss, loss, rtol=1e-12, atol=0)
@@ -82,12 +83,47 @@ def test_the_materialised_step_is_the_head_in_float64(rate):
     torch.testing.assert_close(step.embeddings_bD.grad, embeddings, rtol=1e-9, atol=1e-12)
 
 
-def test_bfloat16_is_checked_too(monkeypatch):
+@pytest.fixture
+def on_cpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     threads = torch.get_num_threads()
-    result = bench_head(BenchHeadConfig(shapes=TINY, repeats=1, threads=1, dtype="bfloat16"))
+    yield
     torch.set_num_threads(threads)
-    assert 0 <= result["timing"][0]["loss_difference"] <= 1e-2
+
+
+def test_bfloat16_is_checked_too(on_cpu):
+    result = bench_head(BenchHeadConfig(shapes=f"{TINY},{TINY}_bfloat16", repeats=1, threads=1))
+    one, other = result["timing"]
+    assert (one["dtype"], other["dtype"]) == ("float32", "bfloat16")
+    assert one["loss_difference"] <= 1e-4 and other["loss_difference"] <= 1e-2
+    assert one["loss"] != other["loss"]
+
+
+def test_materialised_logits_that_do_not_fit_are_said_and_the_rest_is_measured(on_cpu, monkeypatch, tmp_path, capsys):
+    def out_of_memory(step):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 70 GiB")
+
+    monkeypatch.setattr(MaterialisedStep, "run", out_of_memory)
+    bench_head(BenchHeadConfig(shapes=TINY, repeats=1, threads=1, output=str(tmp_path / "x.json")))
+    assert "materialised: CUDA out of memory" in capsys.readouterr().out
+    (row,) = json.loads((tmp_path / "x.json").read_text())["timing"]
+    assert row["peak_bytes"] == {"materialised": None} and "materialised" not in row["seconds"]
+
+
+def test_every_shape_is_written_before_the_next_is_measured(on_cpu, tmp_path, monkeypatch):
+    output = tmp_path / "x.json"
+    measured = []
+
+    def time_shape(shape, config, topology):
+        measured.append(json.loads(output.read_text())["timing"] if output.exists() else [])
+        if len(measured) == 3:
+            raise KeyboardInterrupt
+        return {"shape": str(shape)}
+
+    monkeypatch.setattr(benchmarks_head, "_time_shape", time_shape)
+    with pytest.raises(KeyboardInterrupt):
+        bench_head(BenchHeadConfig(shapes=",".join([TINY] * 3), threads=1, output=str(output)))
+    assert [len(before) for before in measured] == [0, 1, 2]
 
 
 def test_peers_draw_keeps_the_positives():

@@ -6,7 +6,7 @@ shard, L labels an image.
 
 import platform
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -33,28 +33,29 @@ LOSS_TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2}
 
 @dataclass(frozen=True)
 class Shape:
-    """What one line of the table measures: B images, K classes, D embedding, r sample rate."""
+    """What one line of the table measures: B images, K classes, D embedding, r sample rate, factors of the products."""
 
     B: int
     K: int
     D: int
     r: float
+    dtype: str = "float32"
 
     def __str__(self) -> str:
-        return f"B{self.B}_K{self.K}_D{self.D}_r{self.r:g}"
+        return f"B{self.B}_K{self.K}_D{self.D}_r{self.r:g}" + (self.dtype != "float32") * f"_{self.dtype}"
 
 
-def parse_shapes(text: str) -> list[Shape]:
-    """Shapes from `B256_K200000_D512_r0.1,...`; ConfigError for anything else."""
+def parse_shapes(text: str, dtype: str = "float32") -> list[Shape]:
+    """Shapes from `B256_K200000_D512_r0.1,...`, with `dtype` where one does not end in its own; else ConfigError."""
     shapes = []
     for part in text.split(","):
-        found = re.fullmatch(r"B(\d+)_K(\d+)_D(\d+)_r(\d+\.?\d*|\.\d+)", part.strip())
+        found = re.fullmatch(r"B(\d+)_K(\d+)_D(\d+)_r(\d+\.?\d*|\.\d+)(_float32|_bfloat16)?", part.strip())
         if found is None:
             raise ConfigError(
                 f"--shapes {part!r}: expected B256_K200000_D512_r0.1 (global batch, classes, embedding, sample rate), "
-                "several joined by commas"
+                "or B256_K200000_D512_r0.1_bfloat16, several joined by commas"
             )
-        shape = Shape(int(found[1]), int(found[2]), int(found[3]), float(found[4]))
+        shape = Shape(int(found[1]), int(found[2]), int(found[3]), float(found[4]), (found[5] or f"_{dtype}")[1:])
         if min(shape.B, shape.K, shape.D) < 1 or not 0 < shape.r <= 1:
             raise ConfigError(f"--shapes {part!r}: B, K and D must be at least 1, and r above 0 and at most 1")
         shapes.append(shape)
@@ -82,27 +83,32 @@ def bench_head(config: BenchHeadConfig) -> dict:
         f"head on {device}: {config.ranks} ranks, {result['threads']} threads each, torch {torch.__version__}, "
         f"{config.dtype}, workspace {config.workspace_mb or 'auto'} MB"
     )
-    if config.timing:
+
+    def keep(part: str, row: dict) -> None:
+        """After each shape: what has been measured outlives what comes."""
+        result.setdefault(part, []).append(row)
+        if config.output is not None:
+            write_json(Path(config.output), result)
+
+    for shape in shapes if config.timing else ():
         if config.ranks == 1:
             torch.set_num_threads(_threads(config))
-            topology = Topology.single("cuda" if on_gpu else "cpu")
-            timing = [_time_shape(shape, config, topology) for shape in shapes]
+            keep("timing", _time_shape(shape, config, Topology.single("cuda" if on_gpu else "cpu")))
         else:
-            timing = in_processes(config.ranks, _time_on_rank, config, shapes)
-        result["timing"] = timing
-        print(_time_table(timing))
+            keep("timing", in_processes(config.ranks, _time_on_rank, config, shape))
+    if config.timing:
+        print(_time_table(result["timing"]))
+    for shape in shapes if config.memory else ():
+        keep("memory", _memory_of(shape, batches, config))
     if config.memory:
-        result["memory"] = [_memory_of(shape, batches, config) for shape in shapes]
         print(_memory_table(result["memory"]))
-    if config.output is not None:
-        write_json(Path(config.output), result)
     return result
 
 
 def _checked(config: BenchHeadConfig) -> tuple[list[Shape], list[int]]:
     """Shapes and batches of `config`; ConfigError where they or the other flags do not fit together."""
     device = "cuda" if torch.cuda.device_count() >= config.ranks else "cpu"
-    shapes = parse_shapes(config.shapes or DEFAULT_SHAPES[device])
+    shapes = parse_shapes(config.shapes or DEFAULT_SHAPES[device], config.dtype)
     for shape in shapes:
         if shape.B % config.ranks:
             raise ConfigError(f"--shapes {shape}: the global batch {shape.B} does not divide by --ranks {config.ranks}")
@@ -131,12 +137,12 @@ def _threads(config: BenchHeadConfig) -> int:
     return config.threads or max(1, torch.get_num_threads() // config.ranks)
 
 
-def _time_on_rank(rank: int, config: BenchHeadConfig, shapes: list[Shape], folder: Path) -> list[dict]:
+def _time_on_rank(rank: int, config: BenchHeadConfig, shape: Shape, folder: Path) -> dict:
     topology = Topology.on_this_machine(rank, config.ranks, folder / "store")
     torch.set_num_threads(_threads(config))
-    timing = [_time_shape(shape, config, topology) for shape in shapes]
+    row = _time_shape(shape, config, topology)
     topology.stop()
-    return timing
+    return row
 
 
 # --- what is measured -----------------------------------------------------------------------------------------------
@@ -149,7 +155,7 @@ class HeadStep:
     """
 
     def __init__(self, shape: Shape, config: BenchHeadConfig, topology: Topology, dtype: torch.dtype = torch.float32):
-        self.topology = topology
+        self.shape, self.topology = shape, topology
         b, device = shape.B // topology.world_size, topology.device
         generator = torch.Generator().manual_seed(config.seed)
         # Distinct labels without a permutation of K classes an image: one of each L-th of the classes.
@@ -172,7 +178,7 @@ class HeadStep:
             seed=config.seed,
             init_centers=centers_cD,
             dtype=dtype,
-            precision=config.dtype,
+            precision=shape.dtype,
             kernels=config.kernels,
         )
 
@@ -195,8 +201,8 @@ class HeadStep:
 class MaterialisedStep:
     """The same step with one rank by plain autograd on the whole logits [B, S]."""
 
-    def __init__(self, step: HeadStep, dtype: str):
-        self.step, self.dtype = step, dtype
+    def __init__(self, step: HeadStep):
+        self.step, self.dtype = step, step.shape.dtype
         self.rows_S = step.draw()
         self.columns_BL = torch.searchsorted(self.rows_S, step.labels_BL)
 
@@ -289,21 +295,29 @@ def _time_shape(shape: Shape, config: BenchHeadConfig, topology: Topology) -> di
     head = step.head
     optimizer = RowAdamW(head.centers, (0.9, 0.999), 1e-8, 0.0, kernels=config.kernels)
     contenders: dict[str, Contender] = {
-        "products": bare_products(shape.B, S, shape.D, config.dtype, topology.device),
+        "products": bare_products(shape.B, S, shape.D, shape.dtype, topology.device),
         "head": step.run_and_recycle,
         "sampling": step.draw,
         "peers_sampling": lambda: peers_draw(step.labels_BL, head.start, head.stop, shape.r),
         "optimizer": lambda: optimizer.step(gradient, 1e-9),
     }
-    checked = None
+    checked, peaks = None, {}
+    if topology.device.type == "cuda":
+        peaks["head"] = peak_bytes(step.run_and_recycle, topology.device)
     if config.materialised and not topology.is_distributed:
-        materialised = MaterialisedStep(step, config.dtype)
-        checked = float((materialised.run()[0] / loss - 1).abs())
-        if not checked <= LOSS_TOLERANCE[config.dtype]:
+        materialised = MaterialisedStep(step)
+        try:
+            checked = float((materialised.run()[0] / loss - 1).abs())
+            if topology.device.type == "cuda":
+                peaks["materialised"] = peak_bytes(materialised.run, topology.device)
+            contenders["materialised"] = materialised.run
+        except torch.OutOfMemoryError as error:
+            say(f"materialised: {str(error).splitlines()[0]}")
+            peaks["materialised"] = None
+        if checked is not None and not checked <= LOSS_TOLERANCE[shape.dtype]:
             raise RuntimeError(
                 f"{shape}: the head's loss differs from the materialised one by {checked:.1e} (relative)"
             )
-        contenders["materialised"] = materialised.run
     if topology.device.type == "cuda":
         contenders["cube"] = bare_cube(topology.device)
     seconds = time_in_turn(contenders, config.repeats, topology, say)
@@ -315,6 +329,7 @@ def _time_shape(shape: Shape, config: BenchHeadConfig, topology: Topology) -> di
         "S": mean_S,
         "loss": float(loss),
         "loss_difference": checked,
+        "peak_bytes": peaks,
         "seconds": seconds,
         **_ratios({name: times["min"] for name, times in seconds.items()}, flops),
     }
@@ -362,6 +377,8 @@ def _time_table(timing: list[dict]) -> str:
                 "optimizer ms": least["optimizer"],
             }
         )
+        for name, peak in row["peak_bytes"].items():  # None: it ran out of memory
+            lines[-1][f"{name} GB"] = "out of memory" if peak is None else f"{peak / 1e9:.2f}"
     return _table(lines)
 
 
@@ -381,7 +398,7 @@ def _memory_of(shape: Shape, batches: list[int], config: BenchHeadConfig) -> dic
         row["head_per_materialised"] = row["head_bytes"] / row["materialised_bytes"]
     row["batches"] = []
     for B in batches:
-        total = row["head_bytes"] if B == shape.B else peak(Shape(B, shape.K, shape.D, shape.r), "head")
+        total = row["head_bytes"] if B == shape.B else peak(replace(shape, B=B), "head")
         beyond = total - 2 * B * shape.D * 4  # the gathered embeddings and their gradient
         first = row["batches"][0]["beyond_bytes"] if row["batches"] else beyond
         row["batches"].append({"B": B, "head_bytes": total, "beyond_bytes": beyond, "per_first": beyond / first})
@@ -395,9 +412,9 @@ def _memory_on_rank(rank: int, config: BenchHeadConfig, shape: Shape, contender:
 
     def prepared(shape: Shape) -> Contender:
         step = HeadStep(shape, config, topology)
-        return step.run if contender == "head" else MaterialisedStep(step, config.dtype).run
+        return step.run if contender == "head" else MaterialisedStep(step).run
 
-    prepared(Shape(8, max(64, config.labels_per_image), 16, shape.r))()
+    prepared(replace(shape, B=8, K=max(64, config.labels_per_image), D=16))()
     return peak_bytes(prepared(shape), topology.device)
 
 
@@ -417,7 +434,7 @@ def _memory_table(memory: list[dict]) -> str:
         for at in row["batches"]:
             flatness.append(
                 {
-                    "shape": str(Shape(at["B"], row["K"], row["D"], row["r"])),
+                    "shape": str(Shape(at["B"], row["K"], row["D"], row["r"], row["dtype"])),
                     "head MB": f"{at['head_bytes'] / 2**20:.0f}",
                     "beyond the gathered inputs and outputs MB": f"{at['beyond_bytes'] / 2**20:.0f}",
                     "to the first": f"{at['per_first']:.3f}",
@@ -427,7 +444,8 @@ def _memory_table(memory: list[dict]) -> str:
 
 
 def _table(lines: list[dict[str, str]]) -> str:
-    """Aligned columns, the keys as their heads."""
-    rows = [list(lines[0]), *(list(line.values()) for line in lines)]
+    """Aligned columns, the keys as their heads, "-" where a line has no such key."""
+    names = list(dict.fromkeys(name for line in lines for name in line))
+    rows = [names, *([line.get(name, "-") for name in names] for line in lines)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
