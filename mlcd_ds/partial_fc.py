@@ -68,7 +68,7 @@ class PartialFC(nn.Module):
     "float32" (the centers' dtype) or "bfloat16", accumulated in float32 either way. gather_precision: of the embeddings on
     their way to the other ranks; their gradient comes back in the centers' dtype. kernels: "torch", or "triton" for
     float32 centers and sums that need no maximum. The other arguments are those of config.HeadConfig.
-    Raises ConfigError for fewer classes than ranks, an unknown objective, or centers of another shape.
+    Raises ConfigError for fewer classes than ranks or 2^31 of them, an unknown objective, or centers of another shape.
     """
 
     SETTINGS = (
@@ -100,6 +100,8 @@ class PartialFC(nn.Module):
     ):
         super().__init__()
         self.topology = topology or Topology.single()
+        if num_classes >= 1 << 31:
+            raise ConfigError(f"{num_classes} classes: labels travel as int32, at most {(1 << 31) - 1} are possible")
         self.partition = ClassPartition(num_classes, self.topology.world_size)
         self.embed_dim = embed_dim
         self.spec = LossSpec(objective, scale, margin, margin_type, margin_gradient, negative_filter)

@@ -642,3 +642,22 @@ def test_bad_arguments_are_named():
         PartialFC(10, 4, init_centers=torch.zeros(10, 5))
     with pytest.raises(ConfigError, match="D=4"):
         PartialFC(10, 4)(torch.zeros(2, 5), torch.zeros(2, 1, dtype=torch.long), step=0)
+
+
+def test_classes_beyond_int32_are_refused():
+    with pytest.raises(ConfigError, match="labels travel as int32"):
+        PartialFC(1 << 31, 2)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="on a CPU there is nothing to wait for")
+def test_the_host_waits_for_nothing_once_the_sizes_are_known():
+    head = PartialFC(1000, 64, Topology.single("cuda"), sample_rate=0.3)
+    embeddings = torch.randn(32, 64, device="cuda", requires_grad=True)
+    marked = head.mark(torch.randint(0, 1000, (32, 4)).pin_memory(), step=0, capacity=32)
+    sizes = tuple(marked.sizes_2.tolist())
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        head(embeddings, head.draw(marked, sizes)).loss.backward()
+        head.mark(torch.randint(0, 1000, (32, 4)).pin_memory(), step=1, capacity=32)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
