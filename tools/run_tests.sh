@@ -14,7 +14,8 @@ check() {
 
 check .venv/bin/ruff check .
 check .venv/bin/ruff format --check .
-check .venv/bin/python -m pytest "$@"
+# Two files at a time: most of a test is one process that imports.
+check .venv/bin/python -m pytest -n 2 --dist loadfile "$@"
 
 if [ ${#failed[@]} -gt 0 ]; then
   printf 'failed: %s\n' "${failed[@]}" >&2
