@@ -32,11 +32,15 @@ from mlcd_ds import collectives
 from mlcd_ds.batch import head_suffix
 from mlcd_ds.errors import CheckpointError
 from mlcd_ds.files import save_tensors, sha256, sync_file, sync_folder, write_json, write_text
-from mlcd_ds.models.vit import VisionTransformer, VitConfig
+from mlcd_ds.models import hf
+from mlcd_ds.models.hf import PROJECTION
+from mlcd_ds.models.vit import VisionTransformer, VitConfig, resize_positions
 from mlcd_ds.topology import Topology
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+HUGGING_FACE = "hf:"
+"""Begins the name of an encoder that lies in a Hugging Face folder."""
 
 
 @dataclass(frozen=True)
@@ -280,11 +284,17 @@ def find_encoder(path: str | Path) -> Path:
 
 
 def load_encoder(path: str | Path, untrained: bool = False, seed: int = 0) -> VisionTransformer:
-    """The encoder under `path` (see `find_encoder`) in evaluation mode, float32 on the CPU.
+    """The encoder under `path` (see `find_encoder`, or hf:FOLDER) in evaluation mode, float32 on the CPU.
 
     untrained: its architecture with initial weights of `seed` instead. Raises CheckpointError when files are missing or
     do not fit each other.
     """
+    if str(path).startswith(HUGGING_FACE):
+        config, weights = hf.read_folder(str(path).removeprefix(HUGGING_FACE))
+        model = VisionTransformer(config, seed=seed)
+        if not untrained:
+            fit_weights(model, weights, str(path))
+        return model.eval()
     folder = find_encoder(path)
     try:
         described = json.loads((folder / "encoder.json").read_text())
@@ -299,21 +309,46 @@ def load_encoder(path: str | Path, untrained: bool = False, seed: int = 0) -> Vi
     return model.eval()
 
 
-def load_weights(model: VisionTransformer, folder: Path) -> None:
-    """Copies the weights of an encoder folder into `model`; raises CheckpointError naming what does not fit."""
+def load_weights(model: VisionTransformer, path: str | Path) -> list[str]:
+    """Copies the weights of an encoder (see `find_encoder`, or hf:FOLDER) into `model`; what had to be adapted, in words.
+
+    Raises CheckpointError naming what does not fit.
+    """
+    if str(path).startswith(HUGGING_FACE):
+        _, weights = hf.read_folder(str(path).removeprefix(HUGGING_FACE))
+        return fit_weights(model, weights, str(path))
+    folder = find_encoder(path)
     try:
         weights = load_file(folder / "encoder.safetensors")
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{folder / 'encoder.safetensors'} cannot be read: {error}") from None
-    own = model.state_dict()
+    return fit_weights(model, weights, str(folder))
+
+
+def fit_weights(model: VisionTransformer, weights: dict[str, torch.Tensor], where: str) -> list[str]:
+    """Copies a state dict into `model`, and says what of it had to be adapted.
+
+    Learned positions of another resolution are resized; without a projection (Hugging Face's MLCD has none) the model
+    keeps its own. Raises CheckpointError for any other difference. where: for messages.
+    """
+    weights, own, adapted = dict(weights), model.state_dict(), []
+    positions, wanted = weights.get("embeddings.positions"), own.get("embeddings.positions")
+    if positions is not None and wanted is not None and positions.shape[1] == wanted.shape[1] != 0:
+        if len(positions) != len(wanted):
+            weights["embeddings.positions"] = resize_positions(positions, model.config.grid)
+            adapted.append(f"positions resized from {len(positions) - 1} to {len(wanted) - 1} patches")
+    if PROJECTION not in weights:
+        weights[PROJECTION] = own[PROJECTION]
+        adapted.append("it has no projection: that one keeps its initial weights")
     differing = [name for name in own if name not in weights or weights[name].shape != own[name].shape]
     differing += [name for name in weights if name not in own]
     if differing:
         raise CheckpointError(
-            f"{folder} holds another architecture: {len(differing)} tensors differ ({_few(differing)}). Choose the --model "
+            f"{where} holds another architecture: {len(differing)} tensors differ ({_few(differing)}). Choose the --model "
             "and --image_size that it was trained with."
         )
     model.load_state_dict(weights)
+    return adapted
 
 
 def _few(names: Iterable[str]) -> str:

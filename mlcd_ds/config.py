@@ -137,7 +137,9 @@ class RunConfig(HeadConfig):
     default_epochs: Finite = Field(32.0, gt=0, description="length when none of epochs, samples, steps is given")
     warmup_steps: int = Field(2000, ge=0, description="steps of linear warm-up (at most a tenth of the run)")
     resume: Literal["auto", "never"] = Field("never", description="auto: go on from the last complete checkpoint")
-    init_from: str | None = Field(None, description="run folder whose encoder weights to start from")
+    init_from: str | None = Field(
+        None, description="run folder, or hf:FOLDER (CLIP or MLCD), to start the encoder from; positions are resized"
+    )
     seed: int = Field(0, ge=0, lt=2**31)
     workers: int = Field(4, ge=0, description="loader processes per rank")
     prefetch: int = Field(4, ge=1, description="pieces (of up to 256 images) that each worker reads ahead")
@@ -285,7 +287,7 @@ class ProbeConfig(Settings):
     """tools/linear_probe.py."""
 
     model: str = Field(
-        description="run:PATH, untrained:RUN_PATH, features:TRAIN_FOLDER+TEST_FOLDER, hf:NAME_OR_PATH, builtin:FILE.npz"
+        description="run:PATH, untrained:RUN_PATH, features:TRAIN+TEST, hf:FOLDER (CLIP, MLCD), builtin:FILE.npz"
     )
     train_shards: str = Field(description="tars whose KEY.json or KEY.cls names the true classes")
     test_shards: str = Field(description="tars to report on")
@@ -310,6 +312,18 @@ class ProbeConfig(Settings):
         if self.lambda_min > self.lambda_max:
             raise ValueError(f"--lambda_min {self.lambda_min} is above --lambda_max {self.lambda_max}")
         return self
+
+
+class ExportConfig(Settings):
+    """tools/export_hf.py."""
+
+    run: str = Field(description="run folder, checkpoint, or folder with encoder.json")
+    output_dir: str = Field(description="the folder to make")
+    kind: Literal["auto", "mlcd", "clip"] = Field(
+        "auto", description="mlcd: MLCDVisionModel (rotary presets), clip: CLIPVisionModelWithProjection (the others)"
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="of the weights")
+    force: bool = Field(False, description="replace output_dir where it exists")
 
 
 class ResultsTableConfig(Settings):

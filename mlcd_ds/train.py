@@ -240,7 +240,7 @@ def check_start(config: RunConfig, plan: RunPlan, run: RunFolder | None = None) 
     """
     if run is not None and config.resume == "auto" and checkpoint.published(run.path / "checkpoints"):
         return
-    if config.init_from is not None:
+    if config.init_from is not None and not config.init_from.startswith(checkpoint.HUGGING_FACE):
         checkpoint.find_encoder(config.init_from)
     if config.centers is None:
         return
@@ -271,7 +271,9 @@ def build_engine(config: RunConfig, plan: RunPlan, topology: Topology, from_scra
     topology.seed_torch(config.seed)
     model = VisionTransformer(plan.encoder, seed=config.seed)
     if config.init_from is not None and from_scratch:
-        checkpoint.load_weights(model, checkpoint.find_encoder(config.init_from))
+        adapted = checkpoint.load_weights(model, config.init_from)
+        if topology.is_main:
+            print("; ".join([f"encoder weights from {config.init_from}", *adapted]), flush=True)
     heads = [build_head(config, plan, topology, from_scratch, index) for index in range(len(plan.labels))]
     return TrainEngine(model, heads, plan.settings, config, topology, config.timeout_minutes)
 

@@ -206,7 +206,7 @@ def test_trained_untrained_and_stored_features(tiny, tmp_path):
 
 
 def test_a_clip_and_a_patch_dictionary_can_be_probed(tiny, tmp_path):
-    """hf: and builtin: give the features that the extractor gives, not normalised ones of our own."""
+    """hf: gives the features before the projection, builtin: those that the extractor gives."""
     from mlcd_ds.clustering.features import extract_features
     from mlcd_ds.config import FeaturesConfig
 
@@ -214,7 +214,7 @@ def test_a_clip_and_a_patch_dictionary_can_be_probed(tiny, tmp_path):
     folder = tmp_path / "f"
     settings = {"dictionary_size": 16, "patch_features": 12, "images_to_fit": 40, "patches_to_fit": 500}
     extract_features(FeaturesConfig(shards=tiny["train_shards"], output_dir=str(folder), **settings), Topology.single())
-    for model, dim in ((f"hf:{tmp_path / 'clip'}", 10), (f"builtin:{folder / 'patches.npz'}", 12)):
+    for model, dim in ((f"hf:{tmp_path / 'clip'}", 16), (f"builtin:{folder / 'patches.npz'}", 12)):
         found = read_features(ProbeConfig(**tiny | {"model": model}), "train", CPU)
         assert found.features.shape == (60, dim), model
         assert np.isfinite(found.features).all()

@@ -20,7 +20,7 @@ from mlcd_ds.data.tars import IMAGE_EXTENSIONS, expand_shards, index_tar, local_
 from mlcd_ds.errors import ConfigError, DataError
 
 SPLITS = ("train", "test")
-KINDS = "run:PATH, untrained:PATH, features:TRAIN_FOLDER+TEST_FOLDER, hf:NAME_OR_PATH or builtin:FILE.npz"
+KINDS = "run:PATH, untrained:PATH, features:TRAIN_FOLDER+TEST_FOLDER, hf:FOLDER (CLIP or MLCD) or builtin:FILE.npz"
 
 
 @dataclass(frozen=True)
@@ -69,10 +69,11 @@ def feature_folders(value: str) -> tuple[Path, Path]:
 
 
 def load_probed(config: ProbeConfig, device: torch.device) -> Encoder:
-    """The encoder that `config.model` names; ours give the features before the projection."""
+    """The encoder that `config.model` names; vision transformers give the features before the projection."""
     kind, value = split_model(config.model)
-    if kind in ("run", "untrained"):
-        model = checkpoint.load_encoder(value, untrained=kind == "untrained", seed=config.seed).to(device)
+    if kind in ("run", "untrained", "hf"):
+        path = f"hf:{value}" if kind == "hf" else value
+        model = checkpoint.load_encoder(path, untrained=kind == "untrained", seed=config.seed).to(device)
         # Before the projection: that one serves the training's task, and CLIP's protocol leaves it out too.
         return Encoder(model.config.image_size, model.forward_features)
     extractor = load_extractor(config.model, device, "auto")

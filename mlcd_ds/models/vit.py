@@ -320,6 +320,21 @@ class VisionTransformer(nn.Module):
         return self.projection(self.forward_features(images_B3HH))
 
 
+def resize_positions(positions_TW: torch.Tensor, grid: int) -> torch.Tensor:
+    """Learned positions [1 + g^2, W] for another number of patches a side: [1 + grid^2, W], float32.
+
+    The class token's is kept, the others are one image of g x g pixels, resized bicubically (antialiased where it
+    shrinks), as OpenCLIP does.
+    """
+    before = round((len(positions_TW) - 1) ** 0.5)
+    if before == grid:
+        return positions_TW
+    class_1W, patches_NW = positions_TW.float().split([1, before * before])
+    image_1Wgg = patches_NW.T.reshape(1, -1, before, before)
+    resized = F.interpolate(image_1Wgg, (grid, grid), mode="bicubic", antialias=True, align_corners=False)
+    return torch.cat([class_1W, resized.reshape(-1, grid * grid).T])
+
+
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """Parameter groups for an optimizer: matrices decay; biases, norms, class token and positions do not.
 
