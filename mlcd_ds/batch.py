@@ -50,12 +50,6 @@ class ImageLabelBatch:
             for i in range(0, len(self), rows)
         ]
 
-    def to(self, device: torch.device) -> "ImageLabelBatch":
-        """Copies images (still uint8) and labels to `device`, asynchronously from pinned memory."""
-        return ImageLabelBatch(
-            self.images_BCHH.to(device, non_blocking=True), self.labels_BL.to(device, non_blocking=True), self.keys
-        )
-
     def pin_memory(self) -> "ImageLabelBatch":
         """Called by torch's DataLoader when it pins memory."""
         return ImageLabelBatch(self.images_BCHH.pin_memory(), self.labels_BL.pin_memory(), self.keys)

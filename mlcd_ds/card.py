@@ -84,14 +84,14 @@ def _head_bytes(
     rows = ClassPartition(num_classes, world_size).max_size
     sampled = sampled_rows(config, settings.micro_batch * world_size, num_classes, world_size)
     gathered = settings.micro_batch * world_size
-    # Micro-steps draw different rows: the sum of their gradients has them all, and is copied once to grow.
+    # Micro-steps draw different rows: the sum of their gradients has them all.
     bfloat16 = "bfloat16" in (settings.precision, config.head_precision) and config.head_precision != "float32"
     # Logits in float32, and their exponentials rounded beside them; the kernels keep those alone.
     per_logit = (2 if config.head_kernels == "triton" else 6) if bfloat16 else 4
     merged = math.ceil(rows * (1 - (1 - sampled / rows) ** settings.accumulation)) if settings.accumulation > 1 else 0
     return (
         rows * (encoder.embed_dim * (8 if config.head_moments == "bfloat16" else 12) + 4),
-        (3 * sampled + 2 * merged + 2 * gathered) * encoder.embed_dim * 4 + bfloat16 * sampled * encoder.embed_dim * 2,
+        (3 * sampled + merged + 2 * gathered) * encoder.embed_dim * 4 + bfloat16 * sampled * encoder.embed_dim * 2,
         min(workspace_bytes(config.workspace_mb, sampled * per_logit), gathered * sampled * per_logit),
     )
 

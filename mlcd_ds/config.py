@@ -80,7 +80,7 @@ class HeadConfig(Settings):
     workspace_mb: int | None = Field(
         None,
         ge=1,
-        description="MB of logits that exist at one time; none: 128, or what 256 images need if that is more",
+        description="MB of logits that exist at one time; none: 128, or what 512 images need, up to 1400",
     )
     head_weights: tuple[float, ...] | None = Field(
         None, description="weight of each head's loss, one per folder of labels, separated by commas; none: all 1"
@@ -342,8 +342,9 @@ class BenchHeadConfig(Settings):
     ranks: int = Field(1, ge=1, description="processes on this machine, a shard of the classes each")
     repeats: int = Field(7, ge=1, description="rounds; each times every contender once")
     threads: int | None = Field(None, ge=1, description="of each rank; none: the cores divided by the ranks")
-    dtype: Literal["float32", "bfloat16"] = Field(
-        "float32", description="of the products' factors, of shapes that do not end in _float32 or _bfloat16"
+    dtype: Literal["float32", "bfloat16"] | None = Field(
+        None,
+        description="of the products' factors, of shapes that do not end in _float32 or _bfloat16; none: bfloat16 on GPUs",
     )
     workspace_mb: int | None = Field(None, ge=1, description="the head's, as in train.py")
     kernels: Literal["torch", "triton"] = Field("torch", description="train.py's --head_kernels")

@@ -161,8 +161,7 @@ class TrainEngine:
             head.take_gradients()  # of a step that was interrupted between its head and its encoder
         losses, stats, broken = [], [], []
         for index, micro in enumerate(micro_batches):
-            micro = micro.to(self.topology.device)
-            embeddings = self.engine(micro.images_BCHH)
+            embeddings = self.engine(micro.images_BCHH.to(self.topology.device, non_blocking=True))
             gathering = self.heads[0].gather(embeddings, self.settings.micro_batch)
             outs = [
                 head(gathering, draw, collect_stats=collect_stats)
@@ -182,7 +181,8 @@ class TrainEngine:
         gradients = [total.gradient for total in sums]
         head_norms = [sharded_norm(gradient.values_SD, self.topology) for gradient in gradients]
         ahead = None if next_batch is None else self._mark(next_batch, step + 1)
-        # Whether the step may be taken must be known before it is taken: here the host waits for the device, once a step.
+        # Whether the step may be taken must be known before it is taken: here the host waits for the device, once for
+        # all heads, their norms and the next step's classes (DeepSpeed's own step waits for its norm besides).
         told = [torch.stack(losses).mean().double()[None], torch.stack(head_norms).double()]
         loss, *rest = torch.cat(told if ahead is None else [*told, ahead.sizes.double()]).tolist()
         head_norm_values = rest[: len(head_norms)]
@@ -242,13 +242,15 @@ class TrainEngine:
 
     def _mark(self, batch: ImageLabelBatch, step: int) -> _Marks:
         """Samples the classes of a step; on a GPU the host waits for nothing."""
-        micro_batches = batch.split(self.settings.micro_batch)
+        # All labels of the step in one copy, from pinned memory where the loader pins.
+        labels_BL = batch.labels_BL.to(self.topology.device, non_blocking=True)
+        on_device = ImageLabelBatch(batch.images_BCHH, labels_BL, batch.keys)
         of_heads = [
             [
                 head.mark(labels_bL, step=step * self.settings.accumulation + i, capacity=self.settings.micro_batch)
                 for head, labels_bL in zip(self.heads, micro.labels_of_heads(len(self.heads)), strict=True)
             ]
-            for i, micro in enumerate(micro_batches)
+            for i, micro in enumerate(on_device.split(self.settings.micro_batch))
         ]
         unions: list[torch.Tensor | None] = []
         for own in zip(*of_heads, strict=True):

@@ -6,6 +6,7 @@ rows of this shard, L labels. How loss and gradients are made stands in sharded_
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import nn
@@ -168,15 +169,20 @@ class PartialFC(nn.Module):
         """The marked classes with their columns. sizes: `marked.sizes_2`; where it is None, the host waits for it."""
         num_rows, num_pairs = sizes or marked.sizes_2.tolist()
         c, device = self.stop - self.start, marked.labels_GL.device
-        column_c = torch.arange(c + 1, device=device)
-        rows_S = column_c[:c]
-        if marked.marked_c is not None:
+        columns_GL = torch.where(marked.here_GL, marked.labels_GL - self.start, c)
+        if marked.marked_c is None:
+            rows_S = self._all_rows
+        else:
             rows_S = positions(marked.marked_c, num_rows)
             column_c = torch.full((c + 1,), num_rows, device=device)
             column_c[rows_S] = torch.arange(num_rows, device=device)
-        columns_GL = column_c[torch.where(marked.here_GL, marked.labels_GL - self.start, c)]
+            columns_GL = column_c[columns_GL]
         pairs_P = positions(marked.here_GL.flatten(), num_pairs)
         return Draw(marked.labels_GL, marked.counts_G, rows_S, columns_GL, pairs_P, marked.capacity)
+
+    @cached_property
+    def _all_rows(self) -> torch.Tensor:
+        return torch.arange(self.stop - self.start, device=self.centers.device)
 
     def gather(self, embeddings: torch.Tensor, capacity: int) -> GatheringRows:
         """Starts gathering the embeddings [b, D] of all ranks, at unit length, with zero rows up to `capacity`.
@@ -203,8 +209,9 @@ class PartialFC(nn.Module):
 
         embeddings: [b, D] of this rank, any floating dtype, not normalised; or what `gather` made of them. labels: int64
         [b, L], global classes, nearest first, NO_LABEL where there is none; rows that begin with NO_IMAGE take no part in
-        anything. Or the `draw` made of them, which holds the other arguments. step: selects the negatives. capacity: the
-        same number >= b on every rank (usually the micro-batch), or None to ask the others.
+        anything (their embeddings must be finite all the same). Or the `draw` made of them, which holds the other
+        arguments. step: selects the negatives. capacity: the same number >= b on every rank (usually the micro-batch), or
+        None to ask the others.
         Raises ConfigError when shapes do not fit. Labels >= K are the loader's to refuse: here they would need a host
         round trip in every step, and are ignored.
         """
@@ -222,7 +229,7 @@ class PartialFC(nn.Module):
         # Before the embeddings of the other ranks are here.
         rows = unit_rows(self.centers.detach(), draw.rows_S, self.products, self._memory)
         e_GD = gathering.wait()
-        shift = self._needs_shift(draw.labels_GL.shape[1])
+        shift = self._needs_shift(draw.labels_GL.shape[1], len(e_GD))
         fused = self.kernels == "triton" and not shift
         walk = Walk(
             self.spec,
@@ -234,6 +241,7 @@ class PartialFC(nn.Module):
             fused,
             learns=torch.is_grad_enabled(),
             shard_rows=len(self.centers),
+            lift_bits=self._lift_bits(shift),
         )
         # Backward must run even where the embeddings come from a frozen encoder: the centers always learn.
         anchor = e_GD.new_zeros((), requires_grad=torch.is_grad_enabled())
@@ -250,15 +258,34 @@ class PartialFC(nn.Module):
         """Takes back the memory of a gradient that has been applied; whoever still holds it will see it change."""
         self._memory.give("gradient", gradient.values_SD)
 
-    def _needs_shift(self, labels_per_image: int) -> bool:
+    def _needs_shift(self, labels_per_image: int, images: int) -> bool:
         """Whether a sum of exponentials may leave the dtype's range, so that sums are kept relative to a maximum.
 
-        The largest terms: K negatives of cosine 1, or all positives of an image at cosine -1, where a margin adds more.
+        The largest terms: K negatives of cosine 1, or all positives of an image at cosine -1, where a margin adds more; in
+        mlc the latter are multiplied by the scale where there is no negative. The smallest number that matters, in mlc
+        and cd, is an image's weight where all negatives are at cosine 1: as a factor in bfloat16, which has no bits left
+        below its range, it must stay within it (mlcd's is lifted, see _lift_bits).
         """
         extra = {"arc": self.spec.margin * math.sin(self.spec.margin), "cos": self.spec.margin, "none": 0.0}
-        negatives = self.spec.scale + math.log(self.partition.num_classes)
-        positives = self.spec.scale * (1 + extra[self.spec.margin_type]) + math.log(labels_per_image)
-        return max(negatives, positives) > math.log(torch.finfo(self.centers.dtype).max) - 1
+        scale, limit = self.spec.scale, math.log(torch.finfo(self.centers.dtype).max) - 1
+        negatives = scale + math.log(self.partition.num_classes)
+        positives = scale * (1 + extra[self.spec.margin_type]) + math.log(labels_per_image)
+        if self.spec.objective != "mlcd":
+            positives += max(0.0, math.log(scale))
+            if isinstance(self.products, BFloat16Products):
+                smallest = math.log(max(1, images)) + math.log(self.embed_dim) / 2 - math.log(scale)
+                negatives = max(negatives, negatives + smallest + math.log(2**7))
+        return max(negatives, positives) > limit
+
+    def _lift_bits(self, shift: bool) -> int:
+        """The centers' gradient is multiplied by 2 to this power while it is summed.
+
+        In mlcd an image's weight 1 / (1 + N) lies between exp(-scale) / K and 1: times the root of its inverse least, it
+        lies round 1, and neither it nor its product with an embedding leaves the range at the lower end.
+        """
+        if shift or self.spec.objective != "mlcd":
+            return 0
+        return round((self.spec.scale + math.log(self.partition.num_classes)) / 2 / math.log(2))
 
     def _largest_batch(self, rows: int) -> int:
         if not self.topology.is_distributed:

@@ -14,6 +14,7 @@ Nothing is recomputed and nothing of size [G, S] is kept: the gradients are read
 scales them.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -56,7 +57,7 @@ class Walk:
     """How a shard's matrix is walked over: what all chunks share.
 
     shift: see PartialFC._needs_shift. fused: by the kernels of kernels/epilogue.py. learns: whether gradients are wanted;
-    without them, one product is enough. shard_rows: c.
+    without them, one product is enough. shard_rows: c. lift_bits: see PartialFC._lift_bits.
     """
 
     spec: LossSpec
@@ -68,6 +69,7 @@ class Walk:
     fused: bool
     learns: bool
     shard_rows: int
+    lift_bits: int
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ class UnitEmbeddings(torch.autograd.Function):
     def backward(ctx, d_e_CD):
         e_CD, norm_b = ctx.saved_tensors
         b = len(norm_b)
-        d_bD = d_e_CD[:b]  # nobody else has it: the reduce-scatter has just made it
+        d_bD = d_e_CD[:b]  # made for this call alone, by the reduce-scatter or by ShardedLoss
         _project(d_bD, e_CD[:b], norm_b)
         return d_bD, None, None
 
@@ -124,7 +126,7 @@ class ShardedLoss(torch.autograd.Function):
         weight_G = draw.counts_G.to(e_GD.dtype) / draw.counts_G.sum().clamp_min(1)
         like = rows.factor_TD if walk.fused else e_GD
         workspace = walk.buffers.take("logits", (min(walk.chunk_rows, len(e_GD)), len(w_TD)), like).flatten()
-        stats = _Statistics(e_GD, walk.spec) if collect_stats else None
+        stats = _Statistics(e_GD, S, walk.spec) if collect_stats else None
         loss = e_GD.new_zeros(2)
         if len(e_GD) == 0 and walk.learns:
             d_w_TD.zero_()
@@ -139,9 +141,10 @@ class ShardedLoss(torch.autograd.Function):
             named["summed"] = stats.finish(e_GD, w_TD[:S], draw.columns_GL, draw.counts_G)
         if not walk.learns:
             return loss.sum(), named
-        _add_positives(draw, d_positive_GL, e_GD, d_w_TD)
+        lift = 2.0**walk.lift_bits
+        _add_positives(draw, d_positive_GL.mul_(lift), e_GD, d_w_TD)
         d_w_SD = d_w_TD[:S]
-        _project(d_w_SD, w_TD[:S], rows.norm_S)
+        _project(d_w_SD, w_TD[:S], rows.norm_S * lift)
         ctx.made = d_e_GD, RowGradient(draw.rows_S, d_w_SD, is_whole=S == walk.shard_rows)
         ctx.gradients = gradients
         return loss.sum(), named
@@ -248,13 +251,14 @@ def _walk_chunk(chunk: _Chunk, rows: UnitRows, d_w_TD: torch.Tensor, workspace, 
     losses_2 = torch.stack([two.positive_G @ weight_n, two.negative_G @ weight_n])
     if not walk.learns:
         return losses_2
-    # d loss / d cosine, the mean's weight included. A row that is no image has weight zero.
-    negative_n = (two.log_negative_weight_G + own_2n[0]).exp() * (weight_n * spec.scale)
+    # d loss / d cosine, the mean's weight included. A row that is no image has weight zero. The negatives' number is lifted
+    # into the middle of the dtype's range; the centers' gradient stays so until the end.
+    negative_n = (two.log_negative_weight_G + own_2n[0] + walk.lift_bits * math.log(2)).exp() * (weight_n * spec.scale)
     positive_nL = minus_s_nL + (two.log_positive_weight_G + own_2n[1])[:, None]
     torch.mul(positive_nL.exp_(), -(weight_n * spec.scale)[:, None], out=chunk.d_positive_nL)
     if spec.margin_gradient == "exact":
         chunk.d_positive_nL.mul_(slope_nL)
-    d_e_nD.mul_(negative_n[:, None])
+    d_e_nD.mul_(negative_n[:, None]).mul_(2.0**-walk.lift_bits)
     make = products.put if chunk.is_first else products.add
     make(terms.factor_nT.T, products.factor(e_nD * negative_n[:, None]), d_w_TD)
     # Where an image has no positive here its column is S, a row of zeros, and its slope zero.
@@ -284,7 +288,9 @@ def _exponentiate(e_nD, columns_nL, weight_n, w_TD, factor_TD, logits_nT, walk: 
     if stats is not None:
         stats.add(logits_nT[:, : S + 1], cosine_nL, columns_nL, weight_n)
     if spec.negative_filter is not None:
-        logits_nT.masked_fill_(logits_nT > spec.scale * spec.negative_filter, -torch.inf)
+        for block in _row_blocks(logits_nT):
+            part = logits_nT[block]
+            part.masked_fill_(part > spec.scale * spec.negative_filter, -torch.inf)
     # The positives leave the negative sum before it is summed (exp(-inf) = 0), never by subtraction; so do the zero rows.
     logits_nT.scatter_(1, columns_nL, -torch.inf)
     logits_nT[:, S:] = -torch.inf
@@ -306,7 +312,7 @@ def _exponentiate_fused(e_nD, columns_nL, weight_n, w_TD, factor_TD, out_nT, wal
     # Of the positives from unrounded factors: n L products instead of a gather from a matrix that is not there.
     cosine_nL = torch.stack([torch.linalg.vecdot(e_nD, w_TD[columns_n]) for columns_n in columns_nL.T], dim=1)
     if stats is not None:
-        rows = slice(0, 0 if stats.seen else stats.ROWS)
+        rows = slice(0, 0 if stats.seen else stats.rows)
         stats.add(spec.scale * e_nD[rows] @ w_TD[: S + 1].T, cosine_nL, columns_nL, weight_n)
     largest = None if spec.negative_filter is None else spec.scale * spec.negative_filter
     width = min(T, max(ALIGNMENT, TILE_BYTES // (4 * n) // ALIGNMENT * ALIGNMENT))
@@ -324,29 +330,31 @@ class _Statistics:
     """Sums over this shard's pairs: cosines of positives and negatives, their numbers, and histograms over [-1, 1].
 
     The mean of the negatives costs no pass over the matrix: the sum over all pairs is (sum of e) . (sum of w).
-    The negatives' histogram is that of the first chunk, up to 64 images of it: a picture, not a sum to reconcile.
+    The negatives' histogram is that of the first images alone, at most 64 and of at most MAX_PAIRS pairs: a picture, not a
+    sum to reconcile.
     """
 
-    ROWS = 64
+    MAX_ROWS, MAX_PAIRS = 64, 1 << 22
 
-    def __init__(self, e_GD: torch.Tensor, spec: LossSpec):
+    def __init__(self, e_GD: torch.Tensor, S: int, spec: LossSpec):
         self.spec = spec
+        self.rows = max(1, min(self.MAX_ROWS, self.MAX_PAIRS // max(1, S)))
         self.positive = e_GD.new_zeros(2)
         self.histogram_2H = e_GD.new_zeros(2, HISTOGRAM_BINS)
         self.seen = False
 
     def add(self, logits_nS1, cosine_nL, columns_nL, weight_n) -> None:
-        """logits_nS1: of at least the first ROWS images, with one column more than there are rows."""
+        """logits_nS1: of at least the first `rows` images, with one column more than there are rows."""
         here_nL = (columns_nL != logits_nS1.shape[1] - 1) & (weight_n > 0)[:, None]
         self.positive += torch.stack([torch.where(here_nL, cosine_nL, 0).sum(), here_nL.sum()])
         # Bin -1 catches what is not to be counted.
         self._count(0, torch.where(here_nL, cosine_nL, -2))
         if not self.seen:
             self.seen = True
-            cosine = logits_nS1[: self.ROWS] / self.spec.scale
-            cosine.scatter_(1, columns_nL[: self.ROWS], -2)
+            cosine = logits_nS1[: self.rows] / self.spec.scale
+            cosine.scatter_(1, columns_nL[: self.rows], -2)
             cosine[:, -1] = -2
-            self._count(1, cosine.masked_fill_((weight_n[: self.ROWS] == 0)[:, None], -2))
+            self._count(1, cosine.masked_fill_((weight_n[: self.rows] == 0)[:, None], -2))
 
     def _count(self, which: int, cosine: torch.Tensor) -> None:
         bin_of = ((cosine.clamp(-2, 1) + 1) * (HISTOGRAM_BINS / 2)).floor().clamp(-1, HISTOGRAM_BINS - 1).long() + 1

@@ -131,15 +131,22 @@ def sampled_run(topology: Topology, ahead: bool) -> dict:
     options = {"sample_rate": SAMPLE_RATE, "head_lr_scale": 2.0}
     engine = build(topology, 1, 3, False, options, eps=EPS)
     batches = [own_part(batch_of_step(step), topology) for step in range(STEPS)]
-    results = []
+    results, marked, mark = [], [], engine._mark
+
+    def counting(batch, step):
+        marked.append((step, during))
+        return mark(batch, step)
+
+    engine._mark = counting
     for step, batch in enumerate(batches):
-        following = batches[step + 1] if ahead and step + 1 < STEPS else None
+        following, during = batches[step + 1] if ahead and step + 1 < STEPS else None, step
         results.append(engine.train_step(batch, step, next_batch=following))
     return {
         "losses": [result.loss for result in results],
         "learning_rates": [result.learning_rate for result in results],
         "head_norms": [result.head_grad_norms[0] for result in results],
         "betas": engine.settings.betas,
+        "marked": marked,
         "encoder": engine.encoder_weights(),
         "centers": engine.heads[0].centers.detach().clone(),
         **engine.head_optimizers[0].state_dict(),

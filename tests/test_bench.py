@@ -46,7 +46,7 @@ def test_a_run_writes_finite_numbers_and_no_path(tmp_path):
     assert str(tmp_path) not in text and str(ROOT) not in text
     result = json.loads(text)
     assert result["command"].startswith(f"python tools/bench.py head --shapes {TINY}")
-    assert {"device", "threads", "ranks", "torch", "dtype", "workspace_mb", "labels_per_image"} <= set(result)
+    assert {"device", "threads", "ranks", "torch", "workspace_mb", "labels_per_image"} <= set(result)
     assert all(math.isfinite(number) for number in numbers(result))
     (row,) = result["timing"]
     assert (row["shape"], row["B"], row["K"], row["D"], row["r"]) == (TINY, 8, 2500, 16, 0.1)

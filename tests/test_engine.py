@@ -219,6 +219,8 @@ def test_sampled_steps_with_accumulation_are_those_of_a_dense_oracle(results, wo
 def test_sampling_a_step_ahead_changes_nothing(results, world_size):
     for rank in results[world_size]:
         plain, ahead = rank["sampled"], rank["sampled ahead"]
+        assert plain["marked"] == [(0, 0), (1, 1), (2, 2)]  # (step, the step during which it was sampled)
+        assert ahead["marked"] == [(0, 0), (1, 0), (2, 1)]
         assert plain["losses"] == ahead["losses"]
         for name in ("centers", "exp_avg", "exp_avg_sq", "steps"):
             assert torch.equal(plain[name], ahead[name]), name

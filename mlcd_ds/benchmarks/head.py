@@ -19,6 +19,7 @@ from mlcd_ds.files import write_json
 from mlcd_ds.losses import NORM_FLOOR, LossSpec, loss_from_sums, positive_logits
 from mlcd_ds.optim import RowAdamW
 from mlcd_ds.partial_fc import INIT_STD, PartialFC
+from mlcd_ds.sampling import Marked
 from mlcd_ds.sharded_loss import ALIGNMENT
 from mlcd_ds.topology import Topology
 
@@ -26,6 +27,8 @@ DEFAULT_SHAPES = {
     "cpu": "B256_K200000_D512_r0.1,B1024_K200000_D512_r0.1",
     "cuda": "B1024_K200000_D512_r0.1,B4096_K1000000_D768_r0.1",
 }
+
+DEFAULT_DTYPE = {"cpu": "float32", "cuda": "bfloat16"}
 
 LOSS_TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2}
 """Largest relative difference between the head's loss and the materialised one."""
@@ -74,14 +77,13 @@ def bench_head(config: BenchHeadConfig) -> dict:
         "ranks": config.ranks,
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "dtype": config.dtype,
         "labels_per_image": config.labels_per_image,
         "workspace_mb": config.workspace_mb,
         "kernels": config.kernels,
     }
     print(
         f"head on {device}: {config.ranks} ranks, {result['threads']} threads each, torch {torch.__version__}, "
-        f"{config.dtype}, workspace {config.workspace_mb or 'auto'} MB"
+        f"workspace {config.workspace_mb or 'auto'} MB"
     )
 
     def keep(part: str, row: dict) -> None:
@@ -108,7 +110,7 @@ def bench_head(config: BenchHeadConfig) -> dict:
 def _checked(config: BenchHeadConfig) -> tuple[list[Shape], list[int]]:
     """Shapes and batches of `config`; ConfigError where they or the other flags do not fit together."""
     device = "cuda" if torch.cuda.device_count() >= config.ranks else "cpu"
-    shapes = parse_shapes(config.shapes or DEFAULT_SHAPES[device], config.dtype)
+    shapes = parse_shapes(config.shapes or DEFAULT_SHAPES[device], config.dtype or DEFAULT_DTYPE[device])
     for shape in shapes:
         if shape.B % config.ranks:
             raise ConfigError(f"--shapes {shape}: the global batch {shape.B} does not divide by --ranks {config.ranks}")
@@ -182,10 +184,19 @@ class HeadStep:
             kernels=config.kernels,
         )
 
+        self.sizes = tuple(self.mark().sizes_2.tolist())
+
+    def mark(self) -> Marked:
+        """The labels gathered, the classes sampled."""
+        return self.head.mark(self.labels_bL, step=0, capacity=len(self.labels_bL))
+
     def run(self):
-        """Forward, backward, the gradients taken: (loss, RowGradient). Leaves embeddings_bD.grad."""
+        """Sampling, forward, backward, the gradients taken: (loss, RowGradient). Leaves embeddings_bD.grad.
+
+        As in training the host knows the sampled sizes: there they come with the loss of the step before.
+        """
         self.embeddings_bD.grad = None
-        loss = self.head(self.embeddings_bD, self.labels_bL, step=0, capacity=len(self.labels_bL)).loss
+        loss = self.head(self.embeddings_bD, self.head.draw(self.mark(), self.sizes)).loss
         loss.backward()
         return loss.detach(), self.head.take_gradients()[0]
 
@@ -260,9 +271,9 @@ def bare_products(B: int, S: int, D: int, dtype: str, device: torch.device) -> C
     return run
 
 
-def bare_cube(device: torch.device, side: int = 8192) -> Contender:
-    """One bfloat16 product of `side` cubed: the rate that a GPU reaches at best."""
-    a = torch.randn(side, side, device=device, dtype=torch.bfloat16)
+def bare_cube(device: torch.device, dtype: torch.dtype, side: int = 8192) -> Contender:
+    """One product of `side` cubed: the rate that a GPU reaches at best."""
+    a = torch.randn(side, side, device=device, dtype=dtype)
     b, out = torch.randn_like(a), torch.empty_like(a)
     return lambda: torch.mm(a, b, out=out)
 
@@ -319,7 +330,7 @@ def _time_shape(shape: Shape, config: BenchHeadConfig, topology: Topology) -> di
                 f"{shape}: the head's loss differs from the materialised one by {checked:.1e} (relative)"
             )
     if topology.device.type == "cuda":
-        contenders["cube"] = bare_cube(topology.device)
+        contenders["cube"] = bare_cube(topology.device, getattr(torch, shape.dtype))
     seconds = time_in_turn(contenders, config.repeats, topology, say)
     mean_S = collectives.sum_(torch.tensor([float(S)], device=topology.device), topology).item() / topology.world_size
     flops = 6 * shape.B * mean_S * shape.D

@@ -289,5 +289,8 @@ class ImageLabelLoader:
         shape = (self.images_per_rank, *parts[0].images_uCHH.shape[1:])
         images_BCHH = torch.empty(shape, dtype=torch.uint8, pin_memory=self._pinned)
         torch.cat([part.images_uCHH for part in parts], out=images_BCHH)
-        labels_BL = torch.cat([part.labels_uL for part in parts])
+        labels_BL = torch.empty(
+            (self.images_per_rank, parts[0].labels_uL.shape[1]), dtype=torch.int64, pin_memory=self._pinned
+        )
+        torch.cat([part.labels_uL for part in parts], out=labels_BL)
         return ImageLabelBatch(images_BCHH, labels_BL, tuple(key for part in parts for key in part.keys))
