@@ -1,6 +1,7 @@
 """A look at clusters: sizes, cosines, overlap, true classes and thumbnails, as one HTML page that loads nothing.
 
-python tools/inspect_clusters.py --shards 'laion400m/{00000..00099}.tar' --labels labels/ --centers centers/ --output clusters.html
+python tools/inspect_clusters.py --shards 'laion400m/{00000..00099}.tar' --labels labels/ --centers centers/ \\
+    --output clusters.html
 """
 
 import sys

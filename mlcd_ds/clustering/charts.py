@@ -116,9 +116,8 @@ def _axes(x_title: str, y_title: str, ticks: Sequence[float], top: float) -> lis
     parts.append(_line(LEFT, _bottom(), WIDTH - RIGHT, _bottom(), "#555"))
     parts.append(_text(LEFT + _plot_width() / 2, HEIGHT - 8, x_title, "middle"))
     middle = TOP + (HEIGHT - TOP - BOTTOM) / 2
-    parts.append(
-        f'<text x="14" y="{middle:.1f}" text-anchor="middle" transform="rotate(-90 14 {middle:.1f})">{escape(y_title)}</text>'
-    )
+    turned = f'transform="rotate(-90 14 {middle:.1f})"'
+    parts.append(f'<text x="14" y="{middle:.1f}" text-anchor="middle" {turned}>{escape(y_title)}</text>')
     return parts
 
 

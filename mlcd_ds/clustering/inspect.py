@@ -372,6 +372,7 @@ def _classes(
         shuffled=shuffled,
         classes_per_image=len(classes.values) / max(1, len(classes)),
         commonest=None if top is None else (_named(int(numbers[top]), names), float(counts[top] / len(classes))),
+        sampled=len(own),
         share_by_label=[share(column, own) for column in columns],
         share_by_chance=[share(column, strangers) for column in columns],
     )
@@ -400,12 +401,17 @@ def read_images(
                 place = int(starts[number]) + row
                 data = read_member(index.path, *index.image(_known(keys[row], index, folder, number)))
                 source, problem = _thumbnail(data, config)
-                known = () if classes is None else sorted(_classes_of(classes, place))
-                views[place] = ImageView(
-                    folder.names[number], keys[row], source, problem, tuple(_named(c, names) for c in known)
-                )
+                known = [] if classes is None else sorted(_classes_of(classes, place))
+                views[place] = ImageView(folder.names[number], keys[row], source, problem, _caption(known, names))
                 bar.update(1)
     return views
+
+
+def _caption(classes: list[int], names: Sequence[str]) -> str:
+    """'cat, dog'; 'classes 3, 5' where not all have names; '' for none."""
+    if all(number < len(names) for number in classes):
+        return ", ".join(names[number] for number in classes)
+    return ("class " if len(classes) == 1 else "classes ") + ", ".join(map(str, classes))
 
 
 def _thumbnail(data: bytes, config: InspectConfig) -> tuple[str, str]:
@@ -429,7 +435,7 @@ def _known(key: str, index: TarIndex, folder: Folder, number: int) -> str:
 
 def _other_tars(key: str, path: Path, folder: Folder, number: int) -> str:
     return (
-        f"{path} has no image {key!r}, which {label_path(folder.path, folder.names[number])} has labels for: these are labels "
-        "of other tars, or the tar was written anew since. Give the --shards that features were extracted from, or extract "
-        "features and assign labels again."
+        f"{path} has no image {key!r}, which {label_path(folder.path, folder.names[number])} has labels for: these are "
+        "labels of other tars, or the tar was written anew since. Give the --shards that features were extracted from, or "
+        "extract features and assign labels again."
     )

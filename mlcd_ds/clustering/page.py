@@ -22,13 +22,13 @@ BINS_DRAWN = 120
 
 @dataclass(frozen=True)
 class ImageView:
-    """source: data: URI of the thumbnail, or "" with the problem. classes: names of the true ones."""
+    """source: data: URI of the thumbnail, or "" with the problem. classes: the true ones, in words; "" for none."""
 
     shard: str
     key: str
     source: str
     problem: str
-    classes: tuple[str, ...]
+    classes: str
 
 
 @dataclass(frozen=True)
@@ -69,13 +69,14 @@ class Overlap:
 @dataclass(frozen=True)
 class Classes:
     """agreement of clusters with true classes, and shuffled: the same with the images dealt out anew to clusters of the
-    same sizes. commonest: class and share of the images that have it. share_by_label: [l] share of the sampled images that have
-    the majority class of their first, second ... label; share_by_chance: [l] of another image's label."""
+    same sizes. commonest: class and share of the images that have it. share_by_label: [l] share of the sampled images that
+    have the majority class of their first, second ... label; share_by_chance: [l] of another image's label."""
 
     agreement: Agreement
     shuffled: Agreement
     classes_per_image: float
     commonest: tuple[str, float] | None
+    sampled: int
     share_by_label: list[float]
     share_by_chance: list[float]
 
@@ -114,13 +115,14 @@ class Report:
 
 
 STYLE = """
-body { font: 15px/1.5 system-ui, "Segoe UI", "DejaVu Sans", sans-serif; color: #1a1a1a; background: #fff; max-width: 1100px;
-       margin: 24px auto; padding: 0 20px; }
+body { font: 15px/1.5 system-ui, "Segoe UI", "DejaVu Sans", sans-serif; color: #1a1a1a; background: #fff;
+       max-width: 1100px; margin: 24px auto; padding: 0 20px; }
 h1 { font-size: 26px; margin: 0 0 4px; } h2 { font-size: 20px; margin: 36px 0 6px; border-bottom: 1px solid #ccc; }
 h3 { font-size: 16px; margin: 22px 0 4px; } p { max-width: 800px; margin: 6px 0; }
-table { border-collapse: collapse; margin: 10px 0; } td, th { padding: 3px 14px 3px 0; text-align: left; vertical-align: top; }
+table { border-collapse: collapse; margin: 10px 0; }
+td, th { padding: 3px 14px 3px 0; text-align: left; vertical-align: top; }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; } tr + tr { border-top: 1px solid #e4e4e4; }
-nav a { margin-right: 16px; } a { color: #1f5fa8; }
+nav a { margin-right: 16px; white-space: nowrap; display: inline-block; } a { color: #1f5fa8; }
 svg { display: block; margin: 8px 0; max-width: 100%; height: auto; } svg text { font-size: 12px; fill: #333; }
 .row { display: flex; flex-wrap: wrap; gap: 8px; margin: 6px 0 4px; }
 figure { margin: 0; width: 100px; font-size: 12px; line-height: 1.3; }
@@ -153,7 +155,8 @@ def render(report: Report) -> str:
         '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
         f"<title>Clusters: {escape(report.config.labels)}</title><style>{STYLE}</style></head><body>"
-        f"<h1>A look at {report.info.num_classes:,} clusters</h1>{_made_from(report)}<nav>{links}</nav>{body}</body></html>\n"
+        f"<h1>A look at {report.info.num_classes:,} clusters</h1>{_made_from(report)}<nav>{links}</nav>{body}"
+        "</body></html>\n"
     )
 
 
@@ -173,14 +176,16 @@ def _made_from(report: Report) -> str:
         ),
         (
             "Centers",
-            f"{info.num_classes:,} in <code>{escape(config.centers)}</code>, SHA-256 {escape(info.centers_hash[:12])}...",
+            f"{info.num_classes:,} in <code>{escape(config.centers)}</code>, SHA-256 begins "
+            f"<code>{escape(info.centers_hash[:12])}</code>",
         ),
         ("Features", f"<code>{escape(info.feature_model)}</code>"),
     ]
     intro = (
-        "<p>Each cluster is a center that k-means found among the images' features. An image's labels are the centers nearest "
-        "to it, by the cosine between feature and center (1: same direction, 0: unrelated). Below, an image <em>belongs to</em> "
-        "the cluster of its first label, the nearest center, and <em>lists</em> the clusters of all its labels.</p>"
+        "<p>Each cluster is a center that k-means found among the images' features. An image's labels are the centers "
+        "nearest to it, by the cosine between feature and center (1: same direction, 0: unrelated). Below, an image "
+        "<em>belongs to</em> the cluster of its first label, the nearest center, and <em>lists</em> the clusters of all its "
+        "labels.</p>"
     )
     return intro + _table([], rows)
 
@@ -198,21 +203,22 @@ def _sizes(report: Report) -> str:
         names.append(_short(low) if low == high else f"{_short(low)}-{_short(high)}")
         values.append(count)
         hints.append(f"{count:,} clusters ({_percent(count / k)}) of {low:,} to {high:,} images")
-    ranks = np.quantile(sizes_k, [0, 0.01, 0.1, 0.5, 0.9, 0.99, 1], method="nearest")
-    rising = np.sort(sizes_k)[::-1].cumsum()
-    half = (int(np.searchsorted(rising, images / 2)) + 1) / k
+    sizes = np.quantile(sizes_k, [0, 0.01, 0.1, 0.5, 0.9, 0.99, 1], method="nearest")
+    half = (int(np.searchsorted(np.sort(sizes_k)[::-1].cumsum(), images / 2)) + 1) / k
+    empty, factor = "none", report.config.giant_factor
+    if report.empty:
+        unlisted = int((statistics.mentions_k == 0).sum())
+        empty = f"{report.empty:,} ({_percent(report.empty / k)}), nobody's nearest; {unlisted:,} of them no image lists either"
+    giant = f"none of more than {factor:g} times the mean size"
+    if len(giants):
+        giant = (
+            f"{len(giants):,} ({_percent(len(giants) / k)}) of more than {factor:g} times the mean size; "
+            f"{_percent(giants.sum() / images)} of the images belong to them"
+        )
     rows = [
         ("Mean size", f"{mean:,.1f} images a cluster"),
-        (
-            "Empty clusters",
-            f"{report.empty:,} ({_percent(report.empty / k)}): no image belongs to them; {int((statistics.mentions_k == 0).sum()):,} "
-            "of them no image lists either",
-        ),
-        (
-            "Giant clusters",
-            f"{len(giants):,} ({_percent(len(giants) / k)}) of more than {report.config.giant_factor:g} times the mean size; "
-            f"{_percent(giants.sum() / images)} of the images belong to them",
-        ),
+        ("Empty clusters", empty),
+        ("Giant clusters", giant),
         ("Half of the images", f"belong to the largest {_percent(half)} of the clusters (50% if all were equal)"),
     ]
     if unlabelled := int(statistics.labels_histogram[0]):
@@ -221,14 +227,15 @@ def _sizes(report: Report) -> str:
     heads = ["", "smallest", "1%", "10%", "median", "90%", "99%", "largest"]
     mentions = np.quantile(statistics.mentions_k, [0, 0.01, 0.1, 0.5, 0.9, 0.99, 1], method="nearest")
     quantiles = [
-        ("Images that belong to a cluster", *(f"{size:,.0f}" for size in ranks)),
+        ("Images that belong to a cluster", *(f"{size:,.0f}" for size in sizes)),
         ("Images that list it", *(f"{size:,.0f}" for size in mentions)),
     ]
     return (
         _table([], rows)
         + bar_chart(names, values, "images in the cluster", "clusters", hints)
-        + "<p class='small'>Each bar doubles the size of the one before. The table: a tenth of the clusters are not larger than "
-        "the column 10%, and so on.</p>" + _table(heads, quantiles)
+        + "<p class='small'>From bar to bar the sizes double.</p>"
+        + _table(heads, quantiles)
+        + "<p class='small'>Column 10%: a tenth of the clusters have no more images than this; and so on.</p>"
     )
 
 
@@ -241,8 +248,8 @@ def _cosines(report: Report) -> str:
         for name, share in (("nearest label", nearest), (_last_name(l), last))
     ]
     text = (
-        "<p>How near an image is to the center of its first and of its last label. Where the two curves lie far apart, the last "
-        "labels are much weaker than the first; where they coincide, the image lies between many centers alike.</p>"
+        "<p>How near an image is to the center of its first and of its last label. Where the two curves lie far apart, the "
+        "last labels are much weaker than the first; where they coincide, images lie between many centers alike.</p>"
     )
     varied = statistics.labels_histogram[: l + 1]
     by_count = ""
@@ -253,11 +260,9 @@ def _cosines(report: Report) -> str:
         )
     return (
         text
-        + _histogram(
-            [Series("nearest label", nearest), Series(_last_name(l), last)], "cosine to the center", "images, %"
-        )
+        + _histogram([Series("nearest label", nearest), Series(_last_name(l), last)], "cosine to center", "images")
         + _table(["", "1%", "10%", "median", "90%", "99%", "mean"], rows)
-        + "<p class='small'>1%: a hundredth of the images have a lower cosine; and so on, to 0.005.</p>"
+        + "<p class='small'>Column 1%: a hundredth of the images have a lower cosine; and so on. Read from bins of 0.005.</p>"
         + by_count
     )
 
@@ -268,13 +273,13 @@ def _overlap(report: Report) -> str:
         return "<p>No image has two labels, so none overlap.</p>"
     own, drawn = (h / max(1, h.sum()) for h in (overlap.pair_histogram, overlap.random_histogram))
     text = (
-        f"<p>The labels of {overlap.images:,} randomly drawn images, two at a time: the cosine between their two centers. At 1 two "
-        "labels are the same concept twice; near the curve of random pairs they have nothing to do with each other. Mean "
-        f"<b>{overlap.mean_cosine:.3f}</b>; <b>{_percent(overlap.near_share)}</b> of the images have two labels whose centers are "
-        f"nearer than {near:g}.</p>"
+        f"<p>The labels of {overlap.images:,} randomly drawn images, two at a time: the cosine between their centers. "
+        "Near 1 the two labels are one concept twice; under the curve of random centers they have no more to do with each "
+        f"other than any two. The mean is <b>{overlap.mean_cosine:.3f}</b>, and <b>{_percent(overlap.near_share)}</b> of the "
+        f"images have two labels whose centers are nearer than cosine {near:g}.</p>"
     )
     series = [Series("two labels of one image", own), Series("two random centers", drawn)]
-    return text + _histogram(series, "cosine between the two centers", "pairs, %")
+    return text + _histogram(series, "cosine between the two centers", "pairs")
 
 
 def _classes(report: Report) -> str:
@@ -290,11 +295,11 @@ def _classes(report: Report) -> str:
     left_out = f"; {found.left_out:,} without a class or a label left out" if found.left_out else ""
     single = classes.classes_per_image <= 1
     text = (
-        "<p><b>Purity</b>: the share of images that have the commonest true class of the cluster they belong to. <b>NMI</b>: what "
-        "cluster and class tell of each other, 0 for nothing, 1 for everything"
-        f"{'' if single else '; an image of several classes counts in part for each'}. Both rise with the number of clusters even "
-        "if clusters mean nothing, so compare with the second column: the same images, dealt out at random to clusters of the "
-        "same sizes.</p>"
+        "<p><b>Purity</b>: the share of images that have the commonest true class of the cluster they belong to. "
+        "<b>NMI</b> (normalised mutual information): what cluster and class tell of each other, 0 for nothing, 1 for everything"
+        f"{'' if single else '; an image of several classes counts in part for each'}. Both rise with the number of clusters "
+        "even if clusters mean nothing, so compare with the second column: the same images, dealt out at random to "
+        "clusters of the same sizes, whose commonest classes are then taken.</p>"
         f"<p>{found.images:,} images of {found.num_classes:,} classes, {classes.classes_per_image:.2f} classes an image{left_out}."
     )
     if classes.commonest:
@@ -313,8 +318,9 @@ def _classes(report: Report) -> str:
     ]
     return (
         text
-        + "<h3>Label by label</h3><p>How many of the sampled images have the commonest class of the cluster of their first, "
-        "second, ... label; by chance: of another image's label. Labels that come down to chance add noise.</p>"
+        + f"<h3>Label by label</h3><p>How many of {classes.sampled:,} randomly drawn images have the commonest class of the "
+        "cluster of their first, second, ... label. By chance: of another image's label. Labels that come down to chance add "
+        "noise. The first column is flattered: the image itself has helped to make that class the commonest.</p>"
         + _table(["label", *(str(label) for label in labels)], by_label)
     )
 
@@ -327,8 +333,8 @@ def _clusters(report: Report) -> str:
         "Random clusters": "Drawn among those that images belong to.",
         "Largest clusters": "Those that most images belong to.",
         "Tightest clusters": "The highest mean cosine of their images to the center, "
-        f"among clusters of {report.fewest_images} images or more. Often copies of one picture.",
-        "Loosest clusters": "The lowest mean cosine, among the same.",
+        f"among clusters of {report.fewest_images} images or more; often copies of one picture.",
+        "Loosest clusters": f"The lowest mean cosine, among clusters of {report.fewest_images} images or more.",
     }
     text = (
         "<p>The images with the highest cosine to a center, among those that list it, nearest first. Under each its cosine"
@@ -345,8 +351,8 @@ def _labelled_images(report: Report) -> str:
     if not report.labelled_images:
         return "<p>None asked for (--images 0).</p>"
     text = (
-        "<p>Images drawn at random, and for each of their labels, nearest first, the nearest images of that cluster (without the "
-        "image itself). Good labels show several things that are in the image.</p>"
+        "<p>Images drawn at random, and for each of their labels, nearest first, the images nearest to that center (without "
+        "the image itself). Good labels show several things that are in the image.</p>"
     )
     for row in report.labelled_images:
         boxes = ""
@@ -357,10 +363,11 @@ def _labelled_images(report: Report) -> str:
                 f"{majority}{_thumbnails(report, view, captions=False)}</div>"
             )
         image = report.images[row.place]
-        classes = f"<br>true: {escape(', '.join(image.classes))}" if image.classes else ""
+        classes = f"<br>true: {escape(image.classes)}" if image.classes else ""
+        caption = f"{escape(image.shard)}.tar, {escape(image.key)}{classes}"
         text += (
-            f'<div class="image"><figure>{_picture(image)}<figcaption>{escape(image.shard)}.tar, {escape(image.key)}{classes}'
-            f'</figcaption></figure><div class="labels">{boxes}</div></div>'
+            f'<div class="image"><figure>{_picture(image)}<figcaption>{caption}</figcaption></figure>'
+            f'<div class="labels">{boxes}</div></div>'
         )
     return text
 
@@ -376,7 +383,7 @@ def _about(view: ClusterView) -> str:
 
 def _majority(view: ClusterView) -> str:
     name, share = view.majority
-    return f"commonest class {escape(name)} ({share:.0%})"
+    return f"commonest: {escape(name)} ({share:.0%})"
 
 
 def _images(count: int) -> str:
@@ -387,7 +394,7 @@ def _thumbnails(report: Report, view: ClusterView, captions: bool = True) -> str
     figures = ""
     for place, cosine in view.nearest:
         image = report.images[place]
-        classes = f"<br>{escape(', '.join(image.classes))}" if image.classes else ""
+        classes = f"<br>{escape(image.classes)}" if image.classes else ""
         caption = f"<figcaption>{cosine:.2f}{classes}</figcaption>" if captions else ""
         figures += f"<figure>{_picture(image)}{caption}</figure>"
     return f'<div class="row">{figures}</div>' if figures else "<p class='small'>No other image lists it.</p>"
@@ -418,7 +425,7 @@ def _histogram(series: Sequence[Series], x_title: str, y_title: str) -> str:
     used = np.flatnonzero(np.sum([one.values for one in series], axis=0))
     factor = WIDEST_BINS if len(used) and used[-1] - used[0] > BINS_DRAWN else 1
     drawn = [Series(one.name, coarser(list(one.values), factor)) for one in series]
-    return histogram(drawn, -1, 1, x_title, f"{y_title} in {factor * 2 / COSINE_BINS:g}")
+    return histogram(drawn, -1, 1, x_title, f"% of the {y_title} per {factor * 2 / COSINE_BINS:g}")
 
 
 def _doubling(largest: int) -> list[tuple[int, int]]:
