@@ -271,7 +271,7 @@ def compare_labels(sample: Sample, centers_kd: np.ndarray, near: float, generato
     for start in range(0, len(sample.labels), at_a_time):
         labels_bl = sample.labels[start : start + at_a_time]
         units = _units(centers_kd, np.where(labels_bl == NO_LABEL, 0, labels_bl))
-        cosine = np.einsum("bid,bjd->bij", units, units)[:, *upper]
+        cosine = np.einsum("bid,bjd->bij", units, units)[:, upper[0], upper[1]]
         there = (labels_bl != NO_LABEL)[:, upper[0]] & (labels_bl != NO_LABEL)[:, upper[1]]
         counts += cosine_histogram(cosine[there])
         near_images += int(((cosine > near) & there).any(1).sum())

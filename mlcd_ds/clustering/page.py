@@ -208,7 +208,7 @@ def _sizes(report: Report) -> str:
     empty, factor = "none", report.config.giant_factor
     if report.empty:
         unlisted = int((statistics.mentions_k == 0).sum())
-        empty = f"{report.empty:,} ({_percent(report.empty / k)}), nobody's nearest; {unlisted:,} of them no image lists either"
+        empty = f"{report.empty:,} ({_percent(report.empty / k)}), nobody's nearest; {unlisted:,} of them nobody lists"
     giant = f"none of more than {factor:g} times the mean size"
     if len(giants):
         giant = (
@@ -262,7 +262,7 @@ def _cosines(report: Report) -> str:
         text
         + _histogram([Series("nearest label", nearest), Series(_last_name(l), last)], "cosine to center", "images")
         + _table(["", "1%", "10%", "median", "90%", "99%", "mean"], rows)
-        + "<p class='small'>Column 1%: a hundredth of the images have a lower cosine; and so on. Read from bins of 0.005.</p>"
+        + "<p class='small'>Column 1%: a hundredth of the images have a lower cosine; and so on (in steps of 0.005).</p>"
         + by_count
     )
 
@@ -275,7 +275,7 @@ def _overlap(report: Report) -> str:
     text = (
         f"<p>The labels of {overlap.images:,} randomly drawn images, two at a time: the cosine between their centers. "
         "Near 1 the two labels are one concept twice; under the curve of random centers they have no more to do with each "
-        f"other than any two. The mean is <b>{overlap.mean_cosine:.3f}</b>, and <b>{_percent(overlap.near_share)}</b> of the "
+        f"other than any two. The mean is <b>{overlap.mean_cosine:.3f}</b>; <b>{_percent(overlap.near_share)}</b> of the "
         f"images have two labels whose centers are nearer than cosine {near:g}.</p>"
     )
     series = [Series("two labels of one image", own), Series("two random centers", drawn)]
@@ -296,11 +296,12 @@ def _classes(report: Report) -> str:
     single = classes.classes_per_image <= 1
     text = (
         "<p><b>Purity</b>: the share of images that have the commonest true class of the cluster they belong to. "
-        "<b>NMI</b> (normalised mutual information): what cluster and class tell of each other, 0 for nothing, 1 for everything"
-        f"{'' if single else '; an image of several classes counts in part for each'}. Both rise with the number of clusters "
-        "even if clusters mean nothing, so compare with the second column: the same images, dealt out at random to "
-        "clusters of the same sizes, whose commonest classes are then taken.</p>"
-        f"<p>{found.images:,} images of {found.num_classes:,} classes, {classes.classes_per_image:.2f} classes an image{left_out}."
+        "<b>NMI</b> (normalised mutual information): what cluster and class tell of each other, 0 for nothing, 1 for "
+        f"everything{'' if single else '; an image of several classes counts in part for each'}. Both rise with the number "
+        "of clusters even if clusters mean nothing, so compare with the second column: the same images, dealt out at "
+        "random to clusters of the same sizes, whose commonest classes are then taken.</p>"
+        f"<p>{found.images:,} images of {found.num_classes:,} classes, {classes.classes_per_image:.2f} of them an "
+        f"image{left_out}."
     )
     if classes.commonest:
         text += f" The commonest, {escape(classes.commonest[0])}, is in {_percent(classes.commonest[1])} of them."
@@ -319,8 +320,8 @@ def _classes(report: Report) -> str:
     return (
         text
         + f"<h3>Label by label</h3><p>How many of {classes.sampled:,} randomly drawn images have the commonest class of the "
-        "cluster of their first, second, ... label. By chance: of another image's label. Labels that come down to chance add "
-        "noise. The first column is flattered: the image itself has helped to make that class the commonest.</p>"
+        "cluster of their first, second, ... label. By chance: of another image's label. Labels that come down to chance "
+        "add noise. The first column is flattered: the image itself has helped to make that class the commonest.</p>"
         + _table(["label", *(str(label) for label in labels)], by_label)
     )
 
