@@ -119,7 +119,7 @@ body { font: 15px/1.5 system-ui, "Segoe UI", "DejaVu Sans", sans-serif; color: #
        max-width: 1100px; margin: 24px auto; padding: 0 20px; }
 h1 { font-size: 26px; margin: 0 0 4px; } h2 { font-size: 20px; margin: 36px 0 6px; border-bottom: 1px solid #ccc; }
 h3 { font-size: 16px; margin: 22px 0 4px; } p { max-width: 800px; margin: 6px 0; }
-table { border-collapse: collapse; margin: 10px 0; }
+.table { overflow-x: auto; } table { border-collapse: collapse; margin: 10px 0; }
 td, th { padding: 3px 14px 3px 0; text-align: left; vertical-align: top; }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; } tr + tr { border-top: 1px solid #e4e4e4; }
 nav a { margin-right: 16px; white-space: nowrap; display: inline-block; } a { color: #1f5fa8; }
@@ -299,12 +299,12 @@ def _classes(report: Report) -> str:
         "<b>NMI</b> (normalised mutual information): what cluster and class tell of each other, 0 for nothing, 1 for "
         f"everything{'' if single else '; an image of several classes counts in part for each'}. Both rise with the number "
         "of clusters even if clusters mean nothing, so compare with the second column: the same images, dealt out at "
-        "random to clusters of the same sizes, whose commonest classes are then taken.</p>"
-        f"<p>{found.images:,} images of {found.num_classes:,} classes, {classes.classes_per_image:.2f} of them an "
-        f"image{left_out}."
+        "random to clusters of the same sizes, and judged by the classes that are commonest then.</p>"
+        f"<p>{found.images:,} images, {found.num_classes:,} classes, {classes.classes_per_image:.2f} classes an image on "
+        f"average{left_out}."
     )
     if classes.commonest:
-        text += f" The commonest, {escape(classes.commonest[0])}, is in {_percent(classes.commonest[1])} of them."
+        text += f" The commonest, {escape(classes.commonest[0])}, is in {_percent(classes.commonest[1])} of the images."
     rows = [
         ("Purity", f"{found.purity:.3f}", f"{chance.purity:.3f}"),
         ("NMI", f"{found.nmi:.3f}", f"{chance.nmi:.3f}"),
@@ -418,7 +418,7 @@ def _table(heads: Sequence[str], rows: Sequence[tuple]) -> str:
     body = "".join(
         "<tr>" + f"<th>{row[0]}</th>" + "".join(f"<td{kind}>{cell}</td>" for cell in row[1:]) + "</tr>" for row in rows
     )
-    return f"<table>{f'<tr>{head}</tr>' if heads else ''}{body}</table>"
+    return f'<div class="table"><table>{f"<tr>{head}</tr>" if heads else ""}{body}</table></div>'
 
 
 def _histogram(series: Sequence[Series], x_title: str, y_title: str) -> str:
