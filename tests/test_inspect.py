@@ -73,7 +73,7 @@ def test_nearest_images_are_the_highest_cosines_the_earlier_first(block):
     few = NearestImages(3, 4)
     few.add(10, np.array([[2, 0]], np.int32), np.array([[0.5, -0.25]], np.float16))
     assert few.of(2, 4) == [(10, 0.5)] and few.of(0, 4) == [(10, -0.25)] and few.of(1, 4) == []
-    assert few.places_kt[1].tolist() == [NOBODY] * 4
+    assert few.keys_kt[1].tolist() == [NOBODY] * 4
 
 
 def test_cosines_beyond_one_count_in_the_outer_bins():

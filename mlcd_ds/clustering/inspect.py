@@ -230,7 +230,7 @@ def _cluster_view(
     agreed: Agreement | None,
     names: Sequence[str],
     count: int,
-    without: int = -1,
+    without: int | None = None,
     cosine: float | None = None,
 ) -> ClusterView:
     return ClusterView(

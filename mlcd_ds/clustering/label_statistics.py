@@ -18,62 +18,68 @@ BLOCK_IMAGES = 262_144
 """Images that are counted together: bincounts over a million clusters should not be made for each shard."""
 COSINE_BINS = 400
 """Of histograms over -1..1: 0.005 wide, above the steps of float16 (0.0005 below 1)."""
-CANDIDATES = 1 << 20
+CANDIDATES = 1 << 19
 """Labels that are looked through for the nearest images at a time."""
-NOBODY = -1
-"""Place of no image."""
+PLACE_BITS = 46
+"""Of a place in a key; the cosine has the 16 above."""
+NOBODY = np.iinfo(np.int64).max
+"""Key of no image."""
 
 
 class NearestImages:
     """The t images with the highest cosine to each cluster, among those that have it as one of their labels.
 
-    cosines_kt: float16, falling, -inf where there are fewer; places_kt: int64 row numbers over all label shards, NOBODY
-    there. Of equal cosines the earlier image is kept, so blocks of any size give the same images.
+    keys_kt: int64, rising: an image's cosine and its place (row number over all label shards) in one number that orders by
+    falling cosine and then by place, NOBODY where there are fewer images. So blocks of any size give the same images.
     """
 
     def __init__(self, num_classes: int, kept: int):
-        self.cosines_kt = np.full((num_classes, kept), -np.inf, np.float16)
-        self.places_kt = np.full((num_classes, kept), NOBODY, np.int64)
+        self.keys_kt = np.full((num_classes, kept), NOBODY, np.int64)
+        self._worst_k = np.full(num_classes, NOBODY, np.int64)
 
     def add(self, start: int, labels_nl: np.ndarray, cosines_nl: np.ndarray) -> None:
-        """Images start..start+n, all later than those added before; int32 and float16 [n, l]."""
+        """Images start..start+n; int32 and float16 [n, l]."""
         images = max(1, CANDIDATES // labels_nl.shape[1])
         for first in range(0, len(labels_nl), images):
             part = slice(first, first + images)
             self._add(start + first, labels_nl[part], cosines_nl[part])
 
     def _add(self, start: int, labels_nl: np.ndarray, cosines_nl: np.ndarray) -> None:
-        kept, label, cosine = self.places_kt.shape[1], labels_nl.ravel(), cosines_nl.ravel() + np.float16(0)
-        # An earlier image stands before a later one of the same cosine, so the worst one kept must be beaten.
-        better = np.flatnonzero((label != NO_LABEL) & (cosine > self.cosines_kt[label, -1]))
+        kept, label, cosine = self.keys_kt.shape[1], labels_nl.ravel(), cosines_nl.ravel()
+        key = _falling(cosine) << PLACE_BITS | (start + np.arange(len(label)) // labels_nl.shape[1])
+        better = np.flatnonzero((label != NO_LABEL) & (key < self._worst_k[label]))
         if not len(better):
             return
-        touched, slot = np.unique(label[better], return_inverse=True)
-        slot = np.concatenate([np.repeat(np.arange(len(touched)), kept), slot])
-        cosine = np.concatenate([self.cosines_kt[touched].ravel(), cosine[better]])
-        place = np.concatenate([self.places_kt[touched].ravel(), start + better // labels_nl.shape[1]])
-        # One number orders by cluster, falling cosine, place (the order here): 20 + 16 + 27 bits at most.
-        bits = max(1, int(len(slot) - 1).bit_length())
-        order = (slot.astype(np.int64) << 16 | _falling(cosine)) << bits | np.arange(len(slot))
-        order.sort()
-        order &= (1 << bits) - 1
-        slot = slot[order]
-        starts = np.searchsorted(slot, np.arange(len(touched)))
-        within = np.arange(len(slot)) - starts[slot]
-        best = within < kept
-        self.cosines_kt[touched[slot[best]], within[best]] = cosine[order[best]]
-        self.places_kt[touched[slot[best]], within[best]] = place[order[best]]
+        label, key = label[better], key[better]
+        order = np.lexsort((key, label))
+        label, key = label[order], key[order]
+        touched, first, counts = np.unique(label, return_index=True, return_counts=True)
+        slot = np.repeat(np.arange(len(touched)), counts)
+        rank = np.arange(len(label)) - first[slot]
+        there = rank < kept
+        rows = np.full((len(touched), kept + min(kept, int(counts.max()))), NOBODY, np.int64)
+        rows[:, :kept] = self.keys_kt[touched]
+        rows[slot[there], kept + rank[there]] = key[there]
+        rows.sort(axis=1)
+        self.keys_kt[touched] = rows[:, :kept]
+        self._worst_k[touched] = rows[:, kept - 1]
 
-    def of(self, cluster: int, count: int, without: int = NOBODY) -> list[tuple[int, float]]:
+    def of(self, cluster: int, count: int, without: int | None = None) -> list[tuple[int, float]]:
         """(place, cosine) of at most `count` images, nearest first, the image at the place `without` left out."""
-        pairs = zip(self.places_kt[cluster].tolist(), self.cosines_kt[cluster].tolist(), strict=True)
-        return [(place, cosine) for place, cosine in pairs if place not in (NOBODY, without)][:count]
+        keys = self.keys_kt[cluster][self.keys_kt[cluster] != NOBODY]
+        pairs = zip((keys & ((1 << PLACE_BITS) - 1)).tolist(), _cosine(keys >> PLACE_BITS).tolist(), strict=True)
+        return [(place, cosine) for place, cosine in pairs if place != without][:count]
 
 
 def _falling(cosine: np.ndarray) -> np.ndarray:
-    """int64, in the opposite order of float16 numbers (none of them -0): their bits, read as sign and magnitude."""
-    bits = cosine.view(np.uint16).astype(np.int64)
+    """int64 of 16 bits, in the opposite order of float16 numbers: their bits, read as sign and magnitude."""
+    bits = (cosine + np.float16(0)).view(np.uint16).astype(np.int64)  # -0 becomes 0
     return np.where(bits & 0x8000, bits, 0x7FFF - bits)
+
+
+def _cosine(falling: np.ndarray) -> np.ndarray:
+    """Inverse of `_falling`."""
+    return np.where(falling & 0x8000, falling, 0x7FFF - falling).astype(np.uint16).view(np.float16)
 
 
 class LabelStatistics:
