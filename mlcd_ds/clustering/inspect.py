@@ -321,7 +321,7 @@ def _first_has_classes(folder: Folder, config: InspectConfig) -> bool:
 
 
 def read_classes(folder: Folder, config: InspectConfig) -> tuple[np.ndarray, ImageClasses]:
-    """(nearest label int32 [n], true classes) of all images, in the order of the label shards.
+    """(nearest label int32 [n], true classes) of all images, in the order of the label shards. 12 bytes an image, 8 a class.
 
     Raises DataError for a labelled image that its tar does not have, and where its classes are missing.
     """
@@ -338,9 +338,9 @@ def read_classes(folder: Folder, config: InspectConfig) -> tuple[np.ndarray, Ima
             if None in found:
                 raise DataError(_other_tars(shard.keys[found.index(None)], path, folder, number))
             nearest.append(shard.labels[:, 0])
-            classes += found
+            classes.append(ImageClasses.of(found))
             bar.update(len(found))
-    return np.concatenate(nearest), ImageClasses.of(classes)
+    return np.concatenate(nearest), ImageClasses.joined(classes)
 
 
 def _classes(

@@ -29,6 +29,12 @@ class ImageClasses:
         values = np.fromiter((number for found in classes for number in found), np.int64, int(counts.sum()))
         return ImageClasses(np.concatenate([[0], counts.cumsum()]), values)
 
+    @staticmethod
+    def joined(parts: list["ImageClasses"]) -> "ImageClasses":
+        """All images of `parts`, one after the other."""
+        counts = np.concatenate([np.diff(part.offsets) for part in parts])
+        return ImageClasses(np.concatenate([[0], counts.cumsum()]), np.concatenate([part.values for part in parts]))
+
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
