@@ -283,6 +283,36 @@ class AssignConfig(Settings):
     timeout_minutes: Finite = Field(60.0, gt=0, description="with --verify: longest wait for another rank")
 
 
+class InspectConfig(Settings):
+    """tools/inspect_clusters.py."""
+
+    shards: str = Field(description="image tars to look at, whose labels are there: all of them, or some")
+    labels: str = Field(description="folder of label shards, written by tools/assign_labels.py")
+    centers: str = Field(description="centers folder the labels are of")
+    output: str = Field(description="HTML page to write")
+    random_clusters: int = Field(6, ge=0, le=100, description="clusters shown, drawn among those with images")
+    largest_clusters: int = Field(4, ge=0, le=100, description="clusters shown for their size")
+    tightest_clusters: int = Field(4, ge=0, le=100, description="clusters shown for the highest mean cosine")
+    loosest_clusters: int = Field(4, ge=0, le=100, description="clusters shown for the lowest mean cosine")
+    nearest_images: int = Field(8, ge=1, le=32, description="thumbnails of a cluster")
+    images: int = Field(8, ge=0, le=100, description="images shown with all their labels")
+    images_per_label: int = Field(3, ge=1, le=16, description="thumbnails of each of their labels")
+    thumbnail_pixels: int = Field(96, ge=16, le=256, description="longer side of a thumbnail")
+    sample_images: int = Field(
+        10_000, ge=1, le=1_000_000, description="images whose labels are compared with each other"
+    )
+    near_cosine: Finite = Field(0.9, ge=-1, le=1, description="two labels of an image count as near above this cosine")
+    giant_factor: Finite = Field(10.0, gt=1, description="a cluster of more than this times the mean size is a giant")
+    true_classes: Literal["auto", "yes", "no"] = Field(
+        "auto", description="compare with the classes in the tars; auto: where the first labelled image has some"
+    )
+    classes_key: str = Field("classes", description="field of KEY.json with the list of true classes")
+    class_names: str | None = Field(None, description="text file with the name of class 0, 1, ... a line each")
+    max_pixels: int = Field(50_000_000, ge=1, description="larger images are not made thumbnails of")
+    shard_cache: str | None = Field(None, description="folder for remote tars; needed for URLs")
+    seed: int = Field(0, ge=0, description="of the clusters and images that are drawn")
+
+
 class ProbeConfig(Settings):
     """tools/linear_probe.py."""
 

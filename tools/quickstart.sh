@@ -40,6 +40,7 @@ python tools/cluster.py --features $dir/features/train --output_dir $dir/centers
 
 stage "labels: the 8 nearest centers of every image"
 python tools/assign_labels.py --features $dir/features/train --centers $dir/centers --output_dir $dir/labels --top 8
+python tools/inspect_clusters.py --shards "$train_tars" --labels $dir/labels --centers $dir/centers --output $dir/clusters.html
 
 stage "training: two ranks, the centers split between them"
 # A free port: another run on this machine may have the launcher's usual one.
@@ -61,5 +62,6 @@ stage "results"
 python tools/results_table.py \
   --results "input features=$dir/results/features.json,untrained encoder=$dir/results/untrained.json,trained encoder=$dir/results/trained.json"
 echo "Expected: about 0.84, 0.60 and 0.71; chance is 0.16. No true class took part in the training."
+echo "Clusters: $dir/clusters.html  (sizes, cosines, purity, nearest images: open it in a browser)"
 echo "Curves:   .venv/bin/tensorboard --logdir $dir/run/tensorboard"
 echo "Encoder:  $dir/run/checkpoints/  (every tool reads it as run:$dir/run)"
