@@ -467,7 +467,7 @@ class FeatureFolder:
         Raises DataError naming file and row for values that are no numbers and for rows of zeros.
         """
         selected = slice(start, stop) if rows is None else rows[start:stop]
-        values = np.asarray(self._opened(name)[selected], dtype=np.float32)
+        values = np.array(self._opened(name)[selected], dtype=np.float32)
         lengths = np.linalg.norm(values, axis=1)
         bad = ~np.isfinite(lengths) | (lengths == 0)
         if bad.any():
@@ -478,7 +478,8 @@ class FeatureFolder:
                 f"{self._file(name)}: row {row} (key {self.keys(name)[row]!r}) {what}, {int(bad.sum())} such row(s) in this "
                 "block. Extract this shard again, or take the image out of the tar."
             )
-        return values / lengths[:, None]
+        values /= lengths[:, None]
+        return values
 
     def _file(self, name: str) -> Path:
         return self.path / "img_emb" / f"img_emb_{name}.npy"
