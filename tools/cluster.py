@@ -2,6 +2,7 @@
 
 python tools/cluster.py --features features/ --k 1000 --output_dir centers/
 deepspeed --hostfile hosts tools/cluster.py --features features/ --k 1000000 --output_dir centers/
+python tools/cluster.py --dry_run --num_features 400000000 --dim 768 --k 1000000 --gpus 64 --tflops 300
 """
 
 import json
@@ -16,19 +17,23 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mlcd_ds import cli, collectives
+from mlcd_ds.clustering import plan
 from mlcd_ds.clustering.assign import load_checked_centers
 from mlcd_ds.clustering.features import FeatureFolder
 from mlcd_ds.clustering.iterations import IterationStore
 from mlcd_ds.clustering.kmeans import Iteration, KMeansResult, SphericalKMeans
 from mlcd_ds.config import ClusterConfig
 from mlcd_ds.data.centers import read_description, save_centers
-from mlcd_ds.errors import DataError, differences
+from mlcd_ds.errors import ConfigError, DataError, differences
 from mlcd_ds.topology import Topology
 
 
 def main(config: ClusterConfig) -> None:
     """Clusters unit-length features into k centers by Lloyd's iterations; the same command goes on where it was killed."""
     topology = Topology.from_environment().start(config.timeout_minutes)
+    if config.dry_run:
+        tell_plan(config, topology)
+        return
     folder = Path(config.output_dir)
     features = FeatureFolder(config.features)
     made_from = description(config, features)
@@ -40,6 +45,38 @@ def main(config: ClusterConfig) -> None:
     if topology.is_main:
         publish(config, features, made_from, result)
         store.remove()
+    topology.stop()
+
+
+def tell_plan(config: ClusterConfig, topology: Topology) -> None:
+    """Prints what this clustering would take."""
+    features = FeatureFolder(config.features) if config.features else None
+    settings = config.model_dump()
+    job = plan.Job(
+        num_features=features.num_features if features else config.num_features,
+        dim=features.dim if features else config.dim,
+        k=config.k,
+        ranks=config.gpus or topology.world_size,
+        iterations=config.iterations,
+        max_points_per_center=config.max_points_per_center,
+        backend=config.assign,
+        nprobe=config.nprobe,
+        device="cuda" if config.gpus else topology.device.type,
+        coarse=(settings["coarse"] or round(config.k**0.5)) if settings.get("two_level") else None,
+        refinements=settings.get("refinements", 1),
+        blocks=len(features.names) if features else 0,
+    )
+    given = {
+        "search": config.tflops and config.tflops * 1e12,
+        "prepare": config.prepare_gb_per_s and config.prepare_gb_per_s * 1e9,
+        "disk": config.disk_gb_per_s and config.disk_gb_per_s * 1e9,
+        "link": config.link_gb_per_s and config.link_gb_per_s * 1e9,
+    }
+    if job.k > job.num_features:
+        raise ConfigError(f"--k {job.k} is more than the {job.num_features} features")
+    rates = plan.measure(job, topology, features, Path(config.output_dir) if config.output_dir else None, given)
+    if topology.is_main:
+        print(plan.card(job, rates, topology.device.type))
     topology.stop()
 
 

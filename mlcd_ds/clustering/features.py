@@ -371,6 +371,15 @@ def _metadata_file(folder: Path, name: str) -> Path:
     return folder / "metadata" / f"metadata_{name}.parquet"
 
 
+def to_unit_rows(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(float32 copy [n, d] with rows of length 1, their lengths before [n]); rows of no direction become NaN."""
+    unit = np.array(values, dtype=np.float32)
+    lengths = np.linalg.norm(unit, axis=1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        unit /= lengths[:, None]
+    return unit, lengths
+
+
 class FeatureFolder:
     """Features in clip-retrieval's layout, ours or published ones.
 
@@ -397,7 +406,7 @@ class FeatureFolder:
         for name, (_, dim) in zip(self.names, shapes, strict=True):
             if dim != self.dim:
                 raise DataError(
-                    f"{self._file(name)} has {dim} dimensions, {self._file(self.names[0])} has {self.dim}: "
+                    f"{self.image_file(name)} has {dim} dimensions, {self.image_file(self.names[0])} has {self.dim}: "
                     "features of different models are mixed. Extract them again into an empty folder."
                 )
         self.rows = tuple(rows for rows, _ in shapes)
@@ -414,7 +423,7 @@ class FeatureFolder:
         unfinished = sorted(written - set(self.names))
         if unfinished:
             raise DataError(
-                f"{len(unfinished)} shard(s) in {self.path} are unfinished, e.g. {self._file(unfinished[0])} has no "
+                f"{len(unfinished)} shard(s) in {self.path} are unfinished, e.g. {self.image_file(unfinished[0])} has no "
                 f"{_metadata_file(self.path, unfinished[0]).name} yet. Run tools/extract_features.py again, which redoes "
                 "them, or remove those files."
             )
@@ -425,8 +434,8 @@ class FeatureFolder:
         count = _read_footer(_metadata_file(self.path, name)).num_rows
         if shape[0] != count:
             raise DataError(
-                f"{self._file(name)} has {shape[0]} rows, {_metadata_file(self.path, name)} has {count}: remove both and "
-                "run tools/extract_features.py again"
+                f"{self.image_file(name)} has {shape[0]} rows, {_metadata_file(self.path, name)} has {count}: remove both "
+                "and run tools/extract_features.py again"
             )
         return shape
 
@@ -441,7 +450,7 @@ class FeatureFolder:
 
     def array(self, name: str) -> np.ndarray:
         """One shard's features, memory-mapped, [n, d]."""
-        file = self._file(name)
+        file = self.image_file(name)
         try:
             array = np.load(file, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
@@ -467,19 +476,18 @@ class FeatureFolder:
         Raises DataError naming file and row for values that are no numbers and for rows of zeros.
         """
         selected = slice(start, stop) if rows is None else rows[start:stop]
-        values = np.array(self._opened(name)[selected], dtype=np.float32)
-        lengths = np.linalg.norm(values, axis=1)
+        values, lengths = to_unit_rows(self._opened(name)[selected])
         bad = ~np.isfinite(lengths) | (lengths == 0)
         if bad.any():
             at = int(np.flatnonzero(bad)[0])
             row = start + at if rows is None else int(rows[start + at])
             what = "is all zeros" if lengths[at] == 0 else "has values that are no numbers"
             raise DataError(
-                f"{self._file(name)}: row {row} (key {self.keys(name)[row]!r}) {what}, {int(bad.sum())} such row(s) in this "
-                "block. Extract this shard again, or take the image out of the tar."
+                f"{self.image_file(name)}: row {row} (key {self.keys(name)[row]!r}) {what}, {int(bad.sum())} such row(s) in "
+                "this block. Extract this shard again, or take the image out of the tar."
             )
-        values /= lengths[:, None]
         return values
 
-    def _file(self, name: str) -> Path:
+    def image_file(self, name: str) -> Path:
+        """Where one shard's features lie."""
         return self.path / "img_emb" / f"img_emb_{name}.npy"

@@ -85,7 +85,7 @@ class SphericalKMeans:
     an .npy with k rows of d. backend, nprobe: see `nearest`. stop_below: ends early once no more than this share of the
     features moves.
     The same features, seed and number of ranks give the same bytes; another number of ranks the same up to rounding.
-    Memory of a rank: 3 k d floats (centers, sums, the index's copy), a few blocks, and 8 bytes per feature of its share; with
+    Memory of a rank: 3 k d floats (centers, sums, the index's copy), a few blocks, 8 bytes per feature of its share; with
     several ranks on CPUs gloo's own copies while sums are reduced and centers gathered. `plan.kmeans_memory` counts it.
     """
 
