@@ -258,6 +258,7 @@ class ClusterConfig(Settings):
         "faiss", description="search for the nearest center: faiss and torch are exact, ivf is approximate"
     )
     nprobe: int = Field(16, ge=1, description="ivf: lists that are looked into")
+    drop_bad_rows: bool = Field(False, description="leave out features that are zero or no numbers, and count them")
     stop_below: Finite = Field(0.0, ge=0, le=1, description="end early when no more than this share of features moves")
     seed: int = Field(0, ge=0)
     timeout_minutes: Finite = Field(60.0, gt=0, description="longest wait for another rank")
@@ -301,9 +302,18 @@ class AssignConfig(Settings):
     batch_size: int = Field(4096, ge=1, description="images per search")
     assign: Literal["faiss", "torch", "ivf"] = Field("faiss", description="as for tools/cluster.py")
     nprobe: int = Field(64, ge=1, description="ivf: lists that are looked into")
+    drop_bad_rows: bool = Field(
+        False, description="give images whose features are zero or no numbers no label at all, and count them"
+    )
+    tar_of_key: int | None = Field(
+        None,
+        ge=1,
+        description="so many first characters of a key name its tar (img2dataset: 5), for features files that do not "
+        "hold one tar each; none: they do",
+    )
     verify: int = Field(0, ge=0, description="recompute so many random images exactly and report the recall")
     seed: int = Field(0, ge=0, description="of the images that --verify draws")
-    timeout_minutes: Finite = Field(60.0, gt=0, description="with --verify: longest wait for another rank")
+    timeout_minutes: Finite = Field(60.0, gt=0, description="longest wait for another rank")
 
 
 class ProbeConfig(Settings):

@@ -25,6 +25,7 @@ from mlcd_ds.clustering.kmeans import Iteration, KMeansResult, SphericalKMeans
 from mlcd_ds.config import ClusterConfig
 from mlcd_ds.data.centers import read_description, save_centers
 from mlcd_ds.errors import ConfigError, DataError, differences
+from mlcd_ds.files import remove_stale
 from mlcd_ds.topology import Topology
 
 
@@ -36,9 +37,11 @@ def main(config: ClusterConfig) -> None:
         return
     folder = Path(config.output_dir)
     features = FeatureFolder(config.features)
-    made_from = description(config, features)
+    dropped = drop_bad_rows(features, topology) if config.drop_bad_rows else None
+    made_from = description(config, features, dropped)
     if collectives.on_main(topology, is_there, folder, made_from, config):
         return
+    collectives.on_main(topology, remove_stale, folder, folder / "iterations")
     store = IterationStore(folder / "iterations", made_from)
     resume = store.load() if collectives.on_main(topology, store.verify) else None
     result = run(config, features, topology, store, resume)
@@ -80,7 +83,25 @@ def tell_plan(config: ClusterConfig, topology: Topology) -> None:
     topology.stop()
 
 
-def description(config: ClusterConfig, features: FeatureFolder) -> dict:
+def drop_bad_rows(features: FeatureFolder, topology: Topology) -> int:
+    """One pass over all features, each rank its share of the files: how many rows have no direction. They are hidden."""
+    own = range(topology.rank, len(features.names), topology.world_size)
+    found = {}
+    for i in tqdm(own, desc="looking for bad rows", unit="file", disable=not topology.is_main):
+        rows = features.bad_rows(features.names[i])
+        if len(rows):
+            found[features.names[i]] = rows
+    bad = {name: rows for part in collectives.gather_objects(found, topology) for name, rows in part.items()}
+    dropped = sum(map(len, bad.values()))
+    if topology.is_main:
+        worst = max(bad, key=lambda name: len(bad[name]), default=None)
+        most = "" if worst is None else f", most of them, {len(bad[worst])}, in {features.image_file(worst)}"
+        print(f"--drop_bad_rows: {dropped:,} of {features.num_features:,} features are left out{most}")
+    features.drop(bad)
+    return dropped
+
+
+def description(config: ClusterConfig, features: FeatureFolder, dropped: int | None) -> dict:
     """What decides the centers, but for the number of ranks, which moves rounding only."""
     return {
         "k": config.k,
@@ -94,7 +115,9 @@ def description(config: ClusterConfig, features: FeatureFolder) -> dict:
         "feature_model": features.model,
         "num_features": features.num_features,
         "features_fingerprint": features.fingerprint(),
-    } | ({"nprobe": config.nprobe} if config.assign == "ivf" else {})
+        **({"nprobe": config.nprobe} if config.assign == "ivf" else {}),
+        **({} if dropped is None else {"dropped_rows": dropped}),
+    }
 
 
 def is_there(folder: Path, made_from: dict, config: ClusterConfig) -> bool:
