@@ -131,6 +131,7 @@ def is_there(folder: Path, made_from: dict, config: ClusterConfig) -> bool:
             f"{folder} holds other centers ({differs}). Choose another --output_dir, or remove that folder."
         )
     load_checked_centers(folder)
+    IterationStore(folder / "iterations", made_from).remove()  # a job killed at its very end has left them
     print(f"{folder}: these {config.k} centers are there already")
     return True
 

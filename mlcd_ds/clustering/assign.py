@@ -149,6 +149,7 @@ def _by_key(
         lacking = sum(not _is_finished(folder, tar, info, rows) for tar, rows in own)
         if not sum(collectives.gather_objects(lacking, topology)):
             sums.already, sums.dropped_before = len(own), finished["dropped"] if topology.is_main else 0
+            collectives.on_main(topology, store.remove)
             return sums.over(topology)
     pieces = pieces_of(features)
     todo = []

@@ -156,6 +156,10 @@ class PieceStore:
     def finish(self, tars: dict[str, int], dropped: int) -> None:
         """Notes what is there when all label shards are, and removes the pieces."""
         write_json(self.folder.parent / "grouped.json", self.made_from | {"dropped": dropped, "tars": tars})
+        self.remove()
+
+    def remove(self) -> None:
+        """Removes the pieces."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def finished(self) -> dict | None:
