@@ -168,7 +168,7 @@ def _by_key(
         "labels", topology, store.folder, files, rows_of.__getitem__, features.num_features
     ) as progress:
         for piece in todo:
-            keys = features.keys(piece.name)[piece.start : piece.stop]
+            keys = features.stored_keys(piece.name, piece.start, piece.stop)
             cosine_nl, label_nl, dropped = _search(
                 features, piece.name, piece.start, piece.stop, index, config, progress
             )

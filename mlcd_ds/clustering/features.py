@@ -499,22 +499,25 @@ class FeatureFolder:
 
     def keys(self, name: str) -> list[str]:
         """The keys of one shard's rows."""
-        keys = self._all_keys(name)
+        keys = self.stored_keys(name)
         dropped = self._dropped.get(name)
         return keys if dropped is None else np.delete(np.array(keys, object), dropped).tolist()
 
-    def _all_keys(self, name: str) -> list[str]:
-        """Column `key`; published folders may have `image_path` alone, whose base name up to the first dot it is."""
+    def stored_keys(self, name: str, start: int = 0, stop: int | None = None) -> list[str]:
+        """Of rows start..stop, dropped ones counted: column `key`.
+
+        Published folders may have `image_path` alone, whose base name up to the first dot is the key.
+        """
         file = _metadata_file(self.path, name)
         try:
             columns = pq.read_schema(file).names
             column = "key" if "key" in columns else "image_path"
-            keys = pq.read_table(file, columns=[column]).column(column).to_pylist()
+            keys = pq.read_table(file, columns=[column]).column(column)[start:stop].to_pylist()
         except (OSError, pa.ArrowException, KeyError) as error:
             raise DataError(f"{file} has no readable column `key` or `image_path`: {error}") from None
         wrong = next((row for row, key in enumerate(keys) if not isinstance(key, str)), None)
         if wrong is not None:
-            raise DataError(f"{file}: row {wrong} of column `{column}` is {keys[wrong]!r}, expected a text")
+            raise DataError(f"{file}: row {start + wrong} of column `{column}` is {keys[wrong]!r}, expected a text")
         return keys if column == "key" else [path.rsplit("/", 1)[-1].partition(".")[0] for path in keys]
 
     def unit_rows(self, name: str, start: int, stop: int, rows: np.ndarray | None = None) -> np.ndarray:
@@ -528,7 +531,7 @@ class FeatureFolder:
             row = int(self._on_disk(name, start, stop, rows)[at])
             what = "is all zeros" if lengths[at] == 0 else "has values that are no numbers"
             raise DataError(
-                f"{self.image_file(name)}: row {row} (key {self._all_keys(name)[row]!r}) {what}, {int(bad.sum())} such "
+                f"{self.image_file(name)}: row {row} (key {self.stored_keys(name)[row]!r}) {what}, {int(bad.sum())} such "
                 "row(s) in this block. Extract this shard again, take the image out of the tar, or go on without such rows: "
                 "--drop_bad_rows."
             )

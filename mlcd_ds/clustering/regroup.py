@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from mlcd_ds.clustering.features import FeatureFolder
 from mlcd_ds.data.labels import LabelsInfo
@@ -87,14 +88,16 @@ class PieceStore:
         self, piece: Piece, keys: Sequence[str], labels_nl: np.ndarray, cosines_nl: np.ndarray, dropped: int
     ) -> None:
         """Sorts and publishes a piece. labels: int32, NO_LABEL as padding; cosines: float16. dropped: rows without use."""
-        tars = [tar_of(key, self.characters, piece.name) for key in keys]
-        order = sorted(range(len(keys)), key=lambda row: (tars[row], keys[row]))
+        unsorted = pa.array(keys, pa.string())
+        order = pc.sort_indices(unsorted)  # a tar's name begins its keys, so its rows come together
+        key = unsorted.take(order)
+        order = order.to_numpy()
         begins: dict[str, int] = {}
-        for place, row in enumerate(order):
-            begins.setdefault(tars[row], place)
+        for place, text in enumerate(key.to_pylist()):
+            begins.setdefault(tar_of(text, self.characters, piece.name), place)
         width = self.info.num_positives
         columns = {
-            "key": pa.array([keys[row] for row in order], pa.string()),
+            "key": key,
             "label": pa.FixedSizeListArray.from_arrays(pa.array(labels_nl[order].ravel(), pa.int32()), width),
             "cosine": pa.FixedSizeListArray.from_arrays(pa.array(cosines_nl[order].ravel(), pa.float16()), width),
         }
