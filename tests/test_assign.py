@@ -273,3 +273,20 @@ def test_the_bar_is_of_the_whole_job(tmp_path, capsys):
         (tmp_path / "d.parquet").write_bytes(b"")
     shown = capsys.readouterr().err
     assert "100/100 images" in shown and "on 2 rank(s), 4/4 shards, left 0:00:00" in shown
+
+
+def test_two_ranks_group_by_tar(prepared):
+    """Each has a piece and some tars; the bytes are those of one process, and the bar is of both."""
+    folder, rows, centers = prepared
+    save_centers(folder / "c2", centers, {"feature_model": "unknown:p"})
+    write_published(folder / "p", rows, 5, [240, 260], seed=1)
+    settings = {"features": folder / "p", "centers": folder / "c2", "tar_of_key": 5}
+    assign(folder, **settings)
+    flags = [f"--{name}={value}" for name, value in (settings | {"output_dir": folder / "l2"}).items()]
+    ended = run_script(2, [ROOT / "tools" / "assign_labels.py", *flags])
+    assert [rank.code for rank in ended] == [0, 0], ended[0].output + ended[1].output
+    assert "500 images labelled now, 0 shards were finished before" in ended[0].output
+    assert "500/500 images" in ended[0].output and ended[1].output == ""
+    whole = {path.name: path.read_bytes() for path in (folder / "l").iterdir()}
+    assert {path.name: path.read_bytes() for path in (folder / "l2").iterdir()} == whole
+    assert sorted(whole) == sorted(["grouped.json", "labels.json", *(f"{tar:05d}.parquet" for tar in range(5))])

@@ -312,6 +312,7 @@ def test_two_ranks_share_the_shards(tars, tmp_path):
     ended = run_script(2, arguments)
     assert [rank.code for rank in ended] == [0, 0], ended[0].output + ended[1].output
     assert "this rank: 82 images now" in ended[0].output
+    assert "123/123 images" in ended[0].output and "on 2 rank(s), 3/3 shards" in ended[0].output
     extract(tars / "*.tar", tmp_path / "alone")
     for name in ("img_emb/img_emb_00001.npy", "img_emb/img_emb_00002.npy"):
         assert (tmp_path / "f" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
