@@ -246,8 +246,10 @@ class FeaturesConfig(Settings):
 class ClusterConfig(Settings):
     """tools/cluster.py."""
 
-    features: str | None = Field(None, description="features folder; a dry run can do without")
-    output_dir: str | None = Field(None, description="centers folder; a dry run can do without")
+    features: str | None = Field(
+        None, description="features folder; needed, but for a dry run with num_features and dim"
+    )
+    output_dir: str | None = Field(None, description="centers folder; needed, but for a dry run")
     k: int = Field(1_000_000, ge=1, description="number of centers")
     iterations: int = Field(20, ge=1)
     max_points_per_center: int = Field(
@@ -276,10 +278,6 @@ class ClusterConfig(Settings):
     @model_validator(mode="after")
     def _inputs(self):
         if not self.dry_run:
-            lacking = [name for name in ("features", "output_dir") if getattr(self, name) is None]
-            if lacking:
-                needed = " and ".join(f"--{name}" for name in lacking)
-                raise ValueError(f"{needed} must be given, but for a --dry_run with --num_features and --dim")
             planning = ("num_features", "dim", "gpus", "tflops", "link_gb_per_s", "disk_gb_per_s", "prepare_gb_per_s")
             idle = [f"--{name}" for name in planning if getattr(self, name) is not None]
             if idle:

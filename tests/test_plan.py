@@ -129,6 +129,8 @@ def test_tool_plans_without_features(tmp_path):
     (ended,) = cluster(*size, *given)
     assert ended.code == 0, ended.output
     assert ended.output.count("(given)") == 4 and "measured" not in ended.output
+    (bare,) = run_script(1, [ROOT / "tools" / "cluster.py", "--features=f"])
+    assert bare.code == 2 and "error: --output_dir must be given, but for a --dry_run" in bare.output
     (row,) = [line for line in ended.output.splitlines() if line.startswith("iterations over all centers")]
     assert [float(word) for word in row.split()[4:]] == pytest.approx(
         [20, 6.14e17, 9.6, 6.048, 40.25, 0.2236], rel=1e-3
@@ -153,7 +155,6 @@ def test_tool_measures_what_is_not_given(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ({}, "--features and --output_dir must be given"),
         ({"features": "f", "output_dir": "c", "gpus": 8}, "--gpus only plan"),
         ({"dry_run": True}, "--dry_run needs --features, or --num_features and --dim"),
         ({"dry_run": True, "features": "f", "dim": 3}, "are for a --dry_run without --features"),

@@ -31,6 +31,9 @@ from mlcd_ds.topology import Topology
 
 def main(config: ClusterConfig) -> None:
     """Clusters unit-length features into k centers by Lloyd's iterations; the same command goes on where it was killed."""
+    lacking = [f"--{name}" for name in ("features", "output_dir") if getattr(config, name) is None]
+    if lacking and not config.dry_run:
+        raise ConfigError(f"{' and '.join(lacking)} must be given, but for a --dry_run with --num_features and --dim")
     topology = Topology.from_environment().start(config.timeout_minutes)
     if config.dry_run:
         tell_plan(config, topology)
