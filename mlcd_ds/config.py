@@ -250,8 +250,10 @@ class FeaturesConfig(Settings):
 class ClusterConfig(Settings):
     """tools/cluster.py."""
 
-    features: str = Field(description="features folder")
-    output_dir: str = Field(description="centers folder")
+    features: str | None = Field(
+        None, description="features folder; needed, but for a dry run with num_features and dim"
+    )
+    output_dir: str | None = Field(None, description="centers folder; needed, but for a dry run")
     k: int = Field(1_000_000, ge=1, description="number of centers")
     iterations: int = Field(20, ge=1)
     max_points_per_center: int = Field(
@@ -262,9 +264,33 @@ class ClusterConfig(Settings):
         "faiss", description="search for the nearest center: faiss and torch are exact, ivf is approximate"
     )
     nprobe: int = Field(16, ge=1, description="ivf: lists that are looked into")
+    drop_bad_rows: bool = Field(False, description="leave out features that are zero or no numbers, and count them")
     stop_below: Finite = Field(0.0, ge=0, le=1, description="end early when no more than this share of features moves")
     seed: int = Field(0, ge=0)
     timeout_minutes: Finite = Field(60.0, gt=0, description="longest wait for another rank")
+    dry_run: bool = Field(False, description="print memory, bytes, FLOPs and hours, and stop")
+    num_features: int | None = Field(None, ge=1, description="dry run without --features: how many there will be")
+    dim: int | None = Field(None, ge=1, description="dry run without --features: their dimensions")
+    gpus: int | None = Field(None, ge=1, description="dry run: GPUs to plan for; none: the ranks of this start")
+    tflops: Finite | None = Field(None, gt=0, description="dry run: of the search on one rank; none: measured here")
+    link_gb_per_s: Finite | None = Field(None, gt=0, description="dry run: sent by a rank; none: measured here")
+    disk_gb_per_s: Finite | None = Field(None, gt=0, description="dry run: read by a rank; none: measured here")
+    prepare_gb_per_s: Finite | None = Field(
+        None, gt=0, description="dry run: float16 made unit rows by a rank; none: measured here"
+    )
+
+    @model_validator(mode="after")
+    def _inputs(self):
+        if not self.dry_run:
+            planning = ("num_features", "dim", "gpus", "tflops", "link_gb_per_s", "disk_gb_per_s", "prepare_gb_per_s")
+            idle = [f"--{name}" for name in planning if getattr(self, name) is not None]
+            if idle:
+                raise ValueError(f"{', '.join(idle)} only plan: add --dry_run, or leave them out")
+        elif self.features is None and None in (self.num_features, self.dim):
+            raise ValueError("--dry_run needs --features, or --num_features and --dim")
+        elif self.features is not None and (self.num_features, self.dim) != (None, None):
+            raise ValueError("--num_features and --dim are for a --dry_run without --features, which says both")
+        return self
 
 
 class AssignConfig(Settings):
@@ -278,9 +304,18 @@ class AssignConfig(Settings):
     batch_size: int = Field(4096, ge=1, description="images per search")
     assign: Literal["faiss", "torch", "ivf"] = Field("faiss", description="as for tools/cluster.py")
     nprobe: int = Field(64, ge=1, description="ivf: lists that are looked into")
+    drop_bad_rows: bool = Field(
+        False, description="give images whose features are zero or no numbers no label at all, and count them"
+    )
+    tar_of_key: int | None = Field(
+        None,
+        ge=1,
+        description="so many first characters of a key name its tar (img2dataset: 5), for features files that do not "
+        "hold one tar each; none: they do",
+    )
     verify: int = Field(0, ge=0, description="recompute so many random images exactly and report the recall")
     seed: int = Field(0, ge=0, description="of the images that --verify draws")
-    timeout_minutes: Finite = Field(60.0, gt=0, description="with --verify: longest wait for another rank")
+    timeout_minutes: Finite = Field(60.0, gt=0, description="longest wait for another rank")
 
 
 class InspectConfig(Settings):

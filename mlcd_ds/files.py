@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -12,13 +14,46 @@ from safetensors.torch import save_file
 
 from mlcd_ds.errors import DataError
 
+STALE_SECONDS = 3600.0
+"""A temporary file that has not grown for so long is left over, whoever wrote it: a live one grows all the time."""
+
+
+def temporary_name(path: Path) -> Path:
+    """Where this process writes what will be `path`: NAME.HOST.PID.tmp beside it."""
+    return path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")  # two processes may write one file
+
+
+def remove_stale(*folders: Path) -> int:
+    """Removes what killed processes left half written in these folders; returns how many files.
+
+    A temporary file is left over when its process was on this host and is gone, or after STALE_SECONDS of no change.
+    """
+    removed = 0
+    for folder in folders:
+        for file in folder.glob("*.tmp") if folder.is_dir() else ():
+            if file.is_file() and _is_stale(file):
+                file.unlink(missing_ok=True)
+                removed += 1
+    return removed
+
+
+def _is_stale(file: Path) -> bool:
+    name, _, process = file.name.removesuffix(".tmp").rpartition(".")
+    try:
+        idle = time.time() - file.stat().st_mtime
+    except FileNotFoundError:  # finished or removed a moment ago
+        return False
+    if idle > STALE_SECONDS:
+        return True
+    return process.isdigit() and name.endswith(f".{socket.gethostname()}") and not Path(f"/proc/{process}").exists()
+
 
 def write_bytes(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Replaces `path` by what `write(file)` writes, so that a reader or a crash sees the old file or the new one.
 
     Nothing is left behind when `write` raises.
     """
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # two processes may write the same file
+    temporary = temporary_name(path)
     try:
         with temporary.open("wb") as file:
             write(file)

@@ -312,6 +312,7 @@ def test_two_ranks_share_the_shards(tars, tmp_path):
     ended = run_script(2, arguments)
     assert [rank.code for rank in ended] == [0, 0], ended[0].output + ended[1].output
     assert "this rank: 82 images now" in ended[0].output
+    assert "123/123 images" in ended[0].output and "on 2 rank(s), 3/3 shards" in ended[0].output
     extract(tars / "*.tar", tmp_path / "alone")
     for name in ("img_emb/img_emb_00001.npy", "img_emb/img_emb_00002.npy"):
         assert (tmp_path / "f" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
@@ -435,3 +436,38 @@ def test_rows_that_cannot_be_used_are_named(tmp_path, value, what):
         FeatureFolder(folder).unit_rows("1", 2, 5)
     with pytest.raises(DataError, match="holds no features: expected metadata/"):
         FeatureFolder(tmp_path)
+
+
+def test_dropped_rows_are_as_if_they_had_not_been_there(tmp_path):
+    folder = published(tmp_path / "f", rows=9, dim=12)
+    array = np.load(folder / "img_emb" / "img_emb_1.npy")
+    array[[0, 4, 5]], array[8, 2] = 0, np.nan
+    np.save(folder / "img_emb" / "img_emb_1.npy", array)
+    features = FeatureFolder(folder)
+    before = features.fingerprint()
+    assert features.bad_rows("0").tolist() == [] and features.bad_rows("1").tolist() == [0, 4, 5, 8]
+    features.drop({"1": features.bad_rows("1")})
+    assert features.rows == (9, 5) and features.num_features == 14 and features.fingerprint() != before
+    kept = array[[1, 2, 3, 6, 7]].astype(np.float32)
+    kept /= np.linalg.norm(kept, axis=1, keepdims=True)
+    np.testing.assert_allclose(features.unit_rows("1", 0, 5), kept, atol=1e-6)
+    np.testing.assert_allclose(features.unit_rows("1", 2, 5), kept[2:], atol=1e-6)
+    np.testing.assert_allclose(features.unit_rows("1", 1, 3, np.array([0, 3, 4])), kept[[3, 4]], atol=1e-6)
+    assert features.keys("1") == ["11", "12", "13", "16", "17"]
+    values, usable = FeatureFolder(folder).usable_rows("1", 3, 6)
+    assert usable.tolist() == [True, False, False] and (values[1:] == 0).all()
+
+
+def test_keys_of_published_folders_without_a_column_of_keys(tmp_path):
+    folder = published(tmp_path / "f")
+    pq.write_table(
+        pa.table({"image_path": ["a/b/0000.x.jpg", "0001.jpg", "0002", "3", "4"]}),
+        folder / "metadata/metadata_1.parquet",
+    )
+    assert FeatureFolder(folder).keys("1") == ["0000", "0001", "0002", "3", "4"]
+    pq.write_table(pa.table({"key": ["a", None, "b", "c", "d"]}), folder / "metadata/metadata_1.parquet")
+    with pytest.raises(DataError, match="metadata_1.parquet: row 1 of column `key` is None"):
+        FeatureFolder(folder).keys("1")
+    pq.write_table(pa.table({"url": ["a"] * 5}), folder / "metadata/metadata_1.parquet")
+    with pytest.raises(DataError, match="no readable column `key` or `image_path`"):
+        FeatureFolder(folder).keys("1")

@@ -345,3 +345,26 @@ def test_tool_refuses_more_centers_than_features(tmp_path):
     (ended,) = cluster(tmp_path / "f", tmp_path / "c")
     assert ended.code == 3 and "error: --k 20 is more than the 10 features" in ended.output
     assert not (tmp_path / "c").exists()
+
+
+def test_bad_rows_are_dropped_where_asked(tmp_path):
+    """Two ranks: the centers are those of the features without them; how many is counted, and part of what is told apart."""
+    rows = mixture(n=400)
+    bad = rows.copy()
+    bad[[0, 17, 399]], bad[250, 3] = 0, np.inf
+    write_features(tmp_path / "bad", np.split(bad, [200]))
+    good = np.delete(rows, [0, 17, 250, 399], axis=0)
+    clean = write_features(tmp_path / "clean", np.split(good, [198]))
+    expected = SphericalKMeans(20, 5, 10**6, 0).fit(clean, lambda _: None)
+    ended, other = cluster(
+        tmp_path / "bad", tmp_path / "c", "--drop_bad_rows", "--max_points_per_center=1e6", world_size=2
+    )
+    assert (ended.code, other.code) == (0, 0), ended.output + other.output
+    assert "--drop_bad_rows: 4 of 400 features are left out, most of them, 2, in" in ended.output
+    np.testing.assert_allclose(Centers.load(tmp_path / "c").array, expected.centers_kd, atol=2e-5)
+    described = json.loads((tmp_path / "c" / "centers.json").read_text())
+    assert (described["dropped_rows"], described["num_features"], described["num_used"]) == (4, 396, 396)
+    features = FeatureFolder(tmp_path / "bad")
+    features.drop({name: features.bad_rows(name) for name in features.names})
+    with pytest.raises(DataError, match="--k 397 is more than the 396 features"):
+        fit(features, 397)

@@ -2,6 +2,7 @@
 
 python tools/assign_labels.py --features features/ --centers centers/ --output_dir labels/ --top 8
 deepspeed --hostfile hosts tools/assign_labels.py ... [--assign ivf --verify 1000]
+python tools/assign_labels.py ... --tar_of_key 5      # published embeddings, whose files hold many tars each
 """
 
 import sys
@@ -20,27 +21,29 @@ from mlcd_ds.topology import Topology
 def main(config: AssignConfig) -> None:
     """Writes the nearest centers of every image as label shards."""
     topology = Topology.from_environment()
-    if config.verify:
-        topology.start(config.timeout_minutes)  # rank 0 verifies when all have written
+    if topology.is_distributed:
+        topology.start(config.timeout_minutes)
     summary = assign_labels(config, topology)
     if topology.is_main:
         figures = (
             f"; {summary.labels_per_image:.2f} labels an image, mean cosine of the nearest {summary.nearest:.4f}, of the "
             f"last {summary.last:.4f}"
         )
+        dropped = (
+            f"; {summary.dropped} images have no label, for their features cannot be used" if summary.dropped else ""
+        )
         print(
-            f"{config.output_dir}: this rank labelled {summary.images} images now, {summary.already} shards were finished "
-            f"before{figures if summary.images else ''}"
+            f"{config.output_dir}: {summary.images} images labelled now, {summary.already} shards were finished "
+            f"before{figures if summary.images else ''}{dropped}"
         )
     if config.verify:
-        collectives.barrier(topology)
         share = collectives.on_main(topology, recall, config)
         if topology.is_main:
             print(
                 f"{config.output_dir}: recall {share:.5f} of the exact {config.top} nearest, "
                 f"on {config.verify} random images"
             )
-        topology.stop()
+    topology.stop()
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 python tools/cluster.py --features features/ --k 1000 --output_dir centers/
 deepspeed --hostfile hosts tools/cluster.py --features features/ --k 1000000 --output_dir centers/
+python tools/cluster.py --dry_run --num_features 400000000 --dim 768 --k 1000000 --gpus 64 --tflops 300
 """
 
 import json
@@ -16,24 +17,34 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mlcd_ds import cli, collectives
+from mlcd_ds.clustering import plan
 from mlcd_ds.clustering.assign import load_checked_centers
 from mlcd_ds.clustering.features import FeatureFolder
 from mlcd_ds.clustering.iterations import IterationStore
 from mlcd_ds.clustering.kmeans import Iteration, KMeansResult, SphericalKMeans
 from mlcd_ds.config import ClusterConfig
 from mlcd_ds.data.centers import read_description, save_centers
-from mlcd_ds.errors import DataError, differences
+from mlcd_ds.errors import ConfigError, DataError, differences
+from mlcd_ds.files import remove_stale
 from mlcd_ds.topology import Topology
 
 
 def main(config: ClusterConfig) -> None:
     """Clusters unit-length features into k centers by Lloyd's iterations; the same command goes on where it was killed."""
+    lacking = [f"--{name}" for name in ("features", "output_dir") if getattr(config, name) is None]
+    if lacking and not config.dry_run:
+        raise ConfigError(f"{' and '.join(lacking)} must be given, but for a --dry_run with --num_features and --dim")
     topology = Topology.from_environment().start(config.timeout_minutes)
+    if config.dry_run:
+        tell_plan(config, topology)
+        return
     folder = Path(config.output_dir)
     features = FeatureFolder(config.features)
-    made_from = description(config, features)
+    dropped = drop_bad_rows(features, topology) if config.drop_bad_rows else None
+    made_from = description(config, features, dropped)
     if collectives.on_main(topology, is_there, folder, made_from, config):
         return
+    collectives.on_main(topology, remove_stale, folder, folder / "iterations")
     store = IterationStore(folder / "iterations", made_from)
     resume = store.load() if collectives.on_main(topology, store.verify) else None
     result = run(config, features, topology, store, resume)
@@ -43,7 +54,57 @@ def main(config: ClusterConfig) -> None:
     topology.stop()
 
 
-def description(config: ClusterConfig, features: FeatureFolder) -> dict:
+def tell_plan(config: ClusterConfig, topology: Topology) -> None:
+    """Prints what this clustering would take."""
+    features = FeatureFolder(config.features) if config.features else None
+    settings = config.model_dump()
+    job = plan.Job(
+        num_features=features.num_features if features else config.num_features,
+        dim=features.dim if features else config.dim,
+        k=config.k,
+        ranks=config.gpus or topology.world_size,
+        iterations=config.iterations,
+        max_points_per_center=config.max_points_per_center,
+        backend=config.assign,
+        nprobe=config.nprobe,
+        device="cuda" if config.gpus else topology.device.type,
+        coarse=(settings["coarse"] or round(config.k**0.5)) if settings.get("two_level") else None,
+        refinements=settings.get("refinements", 1),
+        blocks=len(features.names) if features else 0,
+    )
+    given = {
+        "search": config.tflops and config.tflops * 1e12,
+        "prepare": config.prepare_gb_per_s and config.prepare_gb_per_s * 1e9,
+        "disk": config.disk_gb_per_s and config.disk_gb_per_s * 1e9,
+        "link": config.link_gb_per_s and config.link_gb_per_s * 1e9,
+    }
+    if job.k > job.num_features:
+        raise ConfigError(f"--k {job.k} is more than the {job.num_features} features")
+    rates = plan.measure(job, topology, features, Path(config.output_dir) if config.output_dir else None, given)
+    if topology.is_main:
+        print(plan.card(job, rates, topology.device.type))
+    topology.stop()
+
+
+def drop_bad_rows(features: FeatureFolder, topology: Topology) -> int:
+    """One pass over all features, each rank its share of the files: how many rows have no direction. They are hidden."""
+    own = range(topology.rank, len(features.names), topology.world_size)
+    found = {}
+    for i in tqdm(own, desc="looking for bad rows", unit="file", disable=not topology.is_main):
+        rows = features.bad_rows(features.names[i])
+        if len(rows):
+            found[features.names[i]] = rows
+    bad = {name: rows for part in collectives.gather_objects(found, topology) for name, rows in part.items()}
+    dropped = sum(map(len, bad.values()))
+    if topology.is_main:
+        worst = max(bad, key=lambda name: len(bad[name]), default=None)
+        most = "" if worst is None else f", most of them, {len(bad[worst])}, in {features.image_file(worst)}"
+        print(f"--drop_bad_rows: {dropped:,} of {features.num_features:,} features are left out{most}")
+    features.drop(bad)
+    return dropped
+
+
+def description(config: ClusterConfig, features: FeatureFolder, dropped: int | None) -> dict:
     """What decides the centers, but for the number of ranks, which moves rounding only."""
     return {
         "k": config.k,
@@ -57,7 +118,9 @@ def description(config: ClusterConfig, features: FeatureFolder) -> dict:
         "feature_model": features.model,
         "num_features": features.num_features,
         "features_fingerprint": features.fingerprint(),
-    } | ({"nprobe": config.nprobe} if config.assign == "ivf" else {})
+        **({"nprobe": config.nprobe} if config.assign == "ivf" else {}),
+        **({} if dropped is None else {"dropped_rows": dropped}),
+    }
 
 
 def is_there(folder: Path, made_from: dict, config: ClusterConfig) -> bool:
@@ -71,6 +134,7 @@ def is_there(folder: Path, made_from: dict, config: ClusterConfig) -> bool:
             f"{folder} holds other centers ({differs}). Choose another --output_dir, or remove that folder."
         )
     load_checked_centers(folder)
+    IterationStore(folder / "iterations", made_from).remove()  # a job killed at its very end has left them
     print(f"{folder}: these {config.k} centers are there already")
     return True
 

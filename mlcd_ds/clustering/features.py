@@ -12,8 +12,7 @@ Shapes: n images, d features, H the extractor's image side in pixels.
 import hashlib
 import itertools
 import json
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -23,21 +22,22 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from tqdm import tqdm
 
 from mlcd_ds import checkpoint, collectives
+from mlcd_ds.clustering.progress import FolderProgress
 from mlcd_ds.config import FeaturesConfig
 from mlcd_ds.data.decode import ImageError, decode_image
 from mlcd_ds.data.tars import expand_shards, image_extension, local_shard, read_samples, shard_name
 from mlcd_ds.data.transforms import resize_shorter_and_center_crop
 from mlcd_ds.errors import ConfigError, DataError, differences
-from mlcd_ds.files import make_folder, sha256, write_bytes, write_json
+from mlcd_ds.files import make_folder, remove_stale, sha256, write_bytes, write_json
 from mlcd_ds.topology import Topology
 
 FORMAT_VERSION = 1
 PATCHES_FILE = "patches.npz"
 MIN_IMAGES_TO_JUDGE = 1000
 """The share of unusable images is judged from this many on, and at the end."""
+ROWS_AT_A_TIME = 65_536
 OPEN_ARRAYS = 64
 """Memory-mapped shards that one process keeps open: far below the usual limit of 1024 files."""
 _SKIPPED_KEY = b"mlcd_ds.skipped"
@@ -130,16 +130,18 @@ def extract_features(config: FeaturesConfig, topology: Topology) -> dict:
     # Shards finished by an earlier start count too: starting again must not get round the allowed fraction.
     for shard in own:
         _count_finished(_metadata_file(folder, shard_name(shard)), counts, names)
-    started = time.monotonic()
-    with tqdm(total=len(own), desc="features", unit="shard", disable=not topology.is_main) as bar:
-        bar.update(len(own) - len(todo))
+    files = {_metadata_file(folder, name).name: name for name in map(shard_name, shards)}
+    with FolderProgress(
+        "features",
+        topology,
+        folder / "metadata",
+        files,
+        lambda name: _read_footer(_metadata_file(folder, name)).num_rows,
+    ) as progress:
         for shard in todo:
-            _extract_shard(shard, folder, extractor, config, counts, names)
-            bar.update()
-            rate = counts["images"] * topology.world_size / (time.monotonic() - started)
-            bar.set_postfix_str(f"{rate:,.0f} images/s on {topology.world_size} rank(s)")
+            _extract_shard(shard, folder, extractor, config, counts, names, progress)
             _judge(counts, names, config.max_skipped_fraction, final=False)
-    totals = collectives.gather_objects((counts, names), topology)
+        totals = collectives.gather_objects((counts, names), topology)
     everywhere = {name: sum(part[name] for part, _ in totals) for name in counts}
     _judge(everywhere, [name for _, part in totals for name in part], config.max_skipped_fraction, final=True)
     return described | counts | {"shards": len(shards), "already": len(own) - len(todo), "skipped_names": names[:3]}
@@ -185,6 +187,7 @@ def _claim(folder: Path, described: dict, names: Sequence[str]) -> None:
             "--output_dir, or remove that folder."
         )
     make_folder(folder)
+    remove_stale(folder, *(folder / name for name in ("img_emb", "text_emb", "metadata")))
     now = described | {"shards": sorted({*before.get("shards", []), *names})}
     if now != before:
         write_json(file, now)
@@ -237,7 +240,13 @@ def _decoded(shard: str, config: FeaturesConfig, side: int | None) -> Iterator[t
 
 
 def _extract_shard(
-    shard: str, folder: Path, extractor: FeatureExtractor, config: FeaturesConfig, counts: dict, names: list[str]
+    shard: str,
+    folder: Path,
+    extractor: FeatureExtractor,
+    config: FeaturesConfig,
+    counts: dict,
+    names: list[str],
+    progress: FolderProgress,
 ) -> None:
     """One shard, from tar to published files."""
     name = shard_name(shard)
@@ -269,6 +278,7 @@ def _extract_shard(
             )
         keys += batch.keys
         images.append(features)
+        progress.add(len(batch.keys))
     counts["images"] += len(keys)
     counts["skipped"] += len(skipped)
     names += skipped[: max(0, 3 - len(names))]
@@ -283,6 +293,7 @@ def _extract_shard(
     table = pa.table({"key": pa.array(keys, pa.string())})
     table = table.replace_schema_metadata({_SKIPPED_KEY: json.dumps([len(skipped), skipped[:3]])})
     write_bytes(metadata, lambda file: pq.write_table(table, file))
+    progress.finish()
 
 
 def _text_features(
@@ -371,8 +382,21 @@ def _metadata_file(folder: Path, name: str) -> Path:
     return folder / "metadata" / f"metadata_{name}.parquet"
 
 
+def to_unit_rows(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(float32 copy [n, d] with rows of length 1, their lengths before [n]); rows of no direction become NaN."""
+    unit = np.array(values, dtype=np.float32)
+    lengths = np.linalg.norm(unit, axis=1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        unit /= lengths[:, None]
+    return unit, lengths
+
+
+def _has_no_direction(lengths: np.ndarray) -> np.ndarray:
+    return ~np.isfinite(lengths) | (lengths == 0)
+
+
 class FeatureFolder:
-    """Features in clip-retrieval's layout, ours or published ones.
+    """Features in clip-retrieval's layout, ours or published ones: those lie in any number of files, in any order.
 
     model: from features.json; "unknown:FOLDER" where that is missing. dim: d. names: the finished shards', sorted.
     rows: of each. Raises DataError naming the file for: no shard, an unfinished shard, an .npy that is missing, cut or not
@@ -397,10 +421,30 @@ class FeatureFolder:
         for name, (_, dim) in zip(self.names, shapes, strict=True):
             if dim != self.dim:
                 raise DataError(
-                    f"{self._file(name)} has {dim} dimensions, {self._file(self.names[0])} has {self.dim}: "
+                    f"{self.image_file(name)} has {dim} dimensions, {self.image_file(self.names[0])} has {self.dim}: "
                     "features of different models are mixed. Extract them again into an empty folder."
                 )
         self.rows = tuple(rows for rows, _ in shapes)
+        self._dropped: dict[str, np.ndarray] = {}
+
+    def drop(self, bad: Mapping[str, np.ndarray]) -> None:
+        """Hides rows: `bad` has their sorted numbers by shard. rows, keys and unit_rows then count the others alone.
+
+        To be called once, with rows as `bad_rows` numbers them.
+        """
+        self._dropped = {name: rows for name, rows in bad.items() if len(rows)}
+        self.rows = tuple(
+            count - len(self._dropped.get(name, ())) for name, count in zip(self.names, self.rows, strict=True)
+        )
+
+    def bad_rows(self, name: str) -> np.ndarray:
+        """Numbers, int64 and sorted, of a shard's rows that have no direction: all zeros, or values that are no numbers."""
+        array = self.array(name)
+        found = [np.zeros(0, np.int64)]
+        for start in range(0, len(array), ROWS_AT_A_TIME):
+            _, lengths = to_unit_rows(array[start : start + ROWS_AT_A_TIME])
+            found.append(start + np.flatnonzero(_has_no_direction(lengths)))
+        return np.concatenate(found)
 
     def _refuse_unfinished(self, asked_for: Sequence[str]) -> None:
         lacking = sorted(set(asked_for) - set(self.names))
@@ -414,7 +458,7 @@ class FeatureFolder:
         unfinished = sorted(written - set(self.names))
         if unfinished:
             raise DataError(
-                f"{len(unfinished)} shard(s) in {self.path} are unfinished, e.g. {self._file(unfinished[0])} has no "
+                f"{len(unfinished)} shard(s) in {self.path} are unfinished, e.g. {self.image_file(unfinished[0])} has no "
                 f"{_metadata_file(self.path, unfinished[0]).name} yet. Run tools/extract_features.py again, which redoes "
                 "them, or remove those files."
             )
@@ -425,8 +469,8 @@ class FeatureFolder:
         count = _read_footer(_metadata_file(self.path, name)).num_rows
         if shape[0] != count:
             raise DataError(
-                f"{self._file(name)} has {shape[0]} rows, {_metadata_file(self.path, name)} has {count}: remove both and "
-                "run tools/extract_features.py again"
+                f"{self.image_file(name)} has {shape[0]} rows, {_metadata_file(self.path, name)} has {count}: remove both "
+                "and run tools/extract_features.py again"
             )
         return shape
 
@@ -441,7 +485,7 @@ class FeatureFolder:
 
     def array(self, name: str) -> np.ndarray:
         """One shard's features, memory-mapped, [n, d]."""
-        file = self._file(name)
+        file = self.image_file(name)
         try:
             array = np.load(file, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
@@ -455,30 +499,68 @@ class FeatureFolder:
 
     def keys(self, name: str) -> list[str]:
         """The keys of one shard's rows."""
+        keys = self.stored_keys(name)
+        dropped = self._dropped.get(name)
+        return keys if dropped is None else np.delete(np.array(keys, object), dropped).tolist()
+
+    def stored_keys(self, name: str, start: int = 0, stop: int | None = None) -> list[str]:
+        """Of rows start..stop, dropped ones counted: column `key`.
+
+        Published folders may have `image_path` alone, whose base name up to the first dot is the key.
+        """
         file = _metadata_file(self.path, name)
         try:
-            return pq.read_table(file, columns=["key"]).column("key").to_pylist()
-        except (pa.ArrowException, KeyError) as error:
-            raise DataError(f"{file} has no readable column `key`: {error}") from None
+            columns = pq.read_schema(file).names
+            column = "key" if "key" in columns else "image_path"
+            keys = pq.read_table(file, columns=[column]).column(column)[start:stop].to_pylist()
+        except (OSError, pa.ArrowException, KeyError) as error:
+            raise DataError(f"{file} has no readable column `key` or `image_path`: {error}") from None
+        wrong = next((row for row, key in enumerate(keys) if not isinstance(key, str)), None)
+        if wrong is not None:
+            raise DataError(f"{file}: row {start + wrong} of column `{column}` is {keys[wrong]!r}, expected a text")
+        return keys if column == "key" else [path.rsplit("/", 1)[-1].partition(".")[0] for path in keys]
 
     def unit_rows(self, name: str, start: int, stop: int, rows: np.ndarray | None = None) -> np.ndarray:
         """float32 rows start..stop of a shard (or of its selected `rows`, sorted), each of length 1.
 
         Raises DataError naming file and row for values that are no numbers and for rows of zeros.
         """
-        selected = slice(start, stop) if rows is None else rows[start:stop]
-        values = np.asarray(self._opened(name)[selected], dtype=np.float32)
-        lengths = np.linalg.norm(values, axis=1)
-        bad = ~np.isfinite(lengths) | (lengths == 0)
+        values, bad, lengths = self._unit_rows(name, start, stop, rows)
         if bad.any():
             at = int(np.flatnonzero(bad)[0])
-            row = start + at if rows is None else int(rows[start + at])
+            row = int(self._on_disk(name, start, stop, rows)[at])
             what = "is all zeros" if lengths[at] == 0 else "has values that are no numbers"
             raise DataError(
-                f"{self._file(name)}: row {row} (key {self.keys(name)[row]!r}) {what}, {int(bad.sum())} such row(s) in this "
-                "block. Extract this shard again, or take the image out of the tar."
+                f"{self.image_file(name)}: row {row} (key {self.stored_keys(name)[row]!r}) {what}, {int(bad.sum())} such "
+                "row(s) in this block. Extract this shard again, take the image out of the tar, or go on without such rows: "
+                "--drop_bad_rows."
             )
-        return values / lengths[:, None]
+        return values
 
-    def _file(self, name: str) -> Path:
+    def usable_rows(
+        self, name: str, start: int, stop: int, rows: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(rows as from `unit_rows`, whether each can be used [stop - start]); those that cannot are zeros."""
+        values, bad, _ = self._unit_rows(name, start, stop, rows)
+        values[bad] = 0
+        return values, ~bad
+
+    def _unit_rows(self, name: str, start: int, stop: int, rows: np.ndarray | None) -> tuple[np.ndarray, ...]:
+        plain = rows is None and name not in self._dropped
+        values, lengths = to_unit_rows(
+            self._opened(name)[slice(start, stop) if plain else self._on_disk(name, start, stop, rows)]
+        )
+        return values, _has_no_direction(lengths), lengths
+
+    def _on_disk(self, name: str, start: int, stop: int, rows: np.ndarray | None) -> np.ndarray:
+        """Numbers in the file of the rows start..stop, or of rows[start:stop], that are counted without the dropped ones."""
+        counted = np.arange(start, stop) if rows is None else np.asarray(rows[start:stop])
+        dropped = self._dropped.get(name)
+        if dropped is None:
+            return counted
+        # The i-th dropped row has dropped[i] - i kept ones before it.
+        return counted + np.searchsorted(dropped - np.arange(len(dropped)), counted, side="right")
+
+    def image_file(self, name: str) -> Path:
+        """Where one shard's features lie."""
         return self.path / "img_emb" / f"img_emb_{name}.npy"

@@ -85,8 +85,8 @@ class SphericalKMeans:
     an .npy with k rows of d. backend, nprobe: see `nearest`. stop_below: ends early once no more than this share of the
     features moves.
     The same features, seed and number of ranks give the same bytes; another number of ranks the same up to rounding.
-    Memory of a rank: 3 k d floats (centers, sums, the index's copy) and 2 k d / W while the sums are reduced, a block, and 4
-    bytes per feature of its share.
+    Memory of a rank: 3 k d floats (centers, sums, the index's copy), a few blocks, 8 bytes per feature of its share; with
+    several ranks on CPUs gloo's own copies while sums are reduced and centers gathered. `plan.kmeans_memory` counts it.
     """
 
     def __init__(
@@ -252,19 +252,20 @@ class SphericalKMeans:
     def _update(self, centers_kd: np.ndarray, sums_kd: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
         """New centers [k, d] on every rank, each normalised by one; and whether its members cancelled out [k]."""
         W, k = self.topology.world_size, self.k
+        first = self.topology.rank * (len(sums_kd) // W)
         own_kd = collectives.reduce_scatter(sums_kd, self.topology)
+        if W > 1:
+            sums_kd.untyped_storage().resize_(0)  # k d floats that the caller's frames would keep alive
         lengths_k1 = own_kd.norm(dim=1, keepdim=True)
         # Members that cancel out leave no direction: such a center is as good as empty. Where no other cluster is left to
         # be split, it stays where it is.
         lost_k1 = lengths_k1 < 1e-6
-        old_kd = torch.zeros_like(own_kd)
-        first = self.topology.rank * (len(sums_kd) // W)
-        mine = torch.from_numpy(centers_kd[first : first + len(own_kd)])
-        old_kd[: len(mine)] = mine.to(old_kd.device)
-        own_kd = torch.where(lost_k1, old_kd, own_kd / lengths_k1.masked_fill(lost_k1, 1))
+        own_kd /= lengths_k1.masked_fill(lost_k1, 1)
+        lost = lost_k1[: max(0, k - first), 0].nonzero()[:, 0]
+        own_kd[lost] = torch.from_numpy(centers_kd[first + lost.cpu().numpy()]).to(own_kd.device)
         whole_kd = collectives.all_gather(own_kd, self.topology)[:k]
         lost_k = collectives.all_gather(lost_k1[:, 0].to(torch.int32), self.topology)[:k]
-        return whole_kd.cpu().numpy().copy(), lost_k.cpu().numpy().astype(bool)
+        return whole_kd.cpu().numpy(), lost_k.cpu().numpy().astype(bool)
 
 
 def _blocks(features: FeatureFolder) -> list[_Block]:

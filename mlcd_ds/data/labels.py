@@ -21,6 +21,7 @@ from mlcd_ds.files import write_bytes
 
 FORMAT_VERSION = 1
 _METADATA_KEY = b"mlcd_ds.labels"
+_DROPPED_KEY = b"mlcd_ds.dropped"
 _SCHEMA = pa.schema(
     [("key", pa.string()), ("label", pa.list_(pa.int32())), ("cosine", pa.list_(pa.float16()))],
 )
@@ -70,11 +71,12 @@ def label_path(folder: str | Path, shard: str) -> Path:
 
 
 def write_label_shard(
-    path: str | Path, keys: Sequence[str], labels: np.ndarray, cosines: np.ndarray, info: LabelsInfo
+    path: str | Path, keys: Sequence[str], labels: np.ndarray, cosines: np.ndarray, info: LabelsInfo, dropped: int = 0
 ) -> None:
     """Writes a label shard under a temporary name, then renames it.
 
-    labels: int32 [n, l] nearest first, padded with NO_LABEL at the end of a row; cosines: float16 [n, l]. The same
+    labels: int32 [n, l] nearest first, padded with NO_LABEL at the end of a row; cosines: float16 [n, l]. dropped: how many
+    rows have no label because their features could not be used; noted in the schema's metadata. The same
     input gives the same bytes. Raises ValueError where shapes or labels do not fit `info`: a fault of the caller.
     """
     path = Path(path)
@@ -94,7 +96,8 @@ def write_label_shard(
         pa.ListArray.from_arrays(offsets, pa.array(labels[present], pa.int32())),
         pa.ListArray.from_arrays(offsets, pa.array(cosines[present], pa.float16())),
     ]
-    table = pa.Table.from_arrays(columns, schema=_SCHEMA.with_metadata({_METADATA_KEY: info.to_json().encode()}))
+    metadata = {_METADATA_KEY: info.to_json().encode()} | ({_DROPPED_KEY: str(dropped).encode()} if dropped else {})
+    table = pa.Table.from_arrays(columns, schema=_SCHEMA.with_metadata(metadata))
     path.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(path, lambda file: pq.write_table(table, file, compression="zstd"))
 
@@ -137,6 +140,11 @@ def read_label_info(path: str | Path) -> tuple[LabelsInfo, int]:
         raise DataError(f"the label file {path} does not exist. {_CURE}") from None
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"the label file {path} cannot be read: {error}. {_CURE}") from None
+
+
+def read_dropped(path: str | Path) -> int:
+    """How many rows of a label shard have no label because their features could not be used; from its footer."""
+    return int((pq.read_schema(path).metadata or {}).get(_DROPPED_KEY, b"0"))
 
 
 def _info(path: Path, schema: pa.Schema) -> LabelsInfo:
