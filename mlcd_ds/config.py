@@ -259,8 +259,23 @@ class ClusterConfig(Settings):
     )
     nprobe: int = Field(16, ge=1, description="ivf: lists that are looked into")
     stop_below: Finite = Field(0.0, ge=0, le=1, description="end early when no more than this share of features moves")
+    two_level: bool = Field(
+        False, description="k-means inside coarse clusters, then over all centers: a fraction of the time"
+    )
+    coarse: int | None = Field(None, ge=1, description="with --two_level: coarse clusters; none: the root of k")
+    refinements: int = Field(1, ge=0, description="with --two_level: iterations over all centers at the end")
     seed: int = Field(0, ge=0)
     timeout_minutes: Finite = Field(60.0, gt=0, description="longest wait for another rank")
+
+    @model_validator(mode="after")
+    def _levels(self):
+        if not self.two_level:
+            for name in ("coarse", "refinements"):
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(f"--{name} {getattr(self, name)} is for --two_level: add that, or leave it out")
+        elif self.coarse is not None and self.coarse > self.k:
+            raise ValueError(f"--coarse {self.coarse} is more than --k {self.k}: leave it out for the root of k")
+        return self
 
 
 class AssignConfig(Settings):

@@ -8,6 +8,7 @@
 Shapes: b features of a block, k centers, d dimensions, l nearest ones wanted, t centers of a tile.
 """
 
+import itertools
 import math
 from typing import Protocol
 
@@ -100,3 +101,43 @@ class TorchSearch:
             best, order = exact.topk(min(top, exact.shape[1]), dim=1)
             ids = ids.gather(1, order)
         return best.float(), ids
+
+
+class GroupedSearch:
+    """The nearest of the centers of a feature's own group, exact in float32.
+
+    first_g: int64 [groups + 1]; group g has the centers first_g[g] .. first_g[g + 1], at least one where a feature is its.
+    Keeps no copy of the centers on CPUs; on a GPU one in float32.
+    """
+
+    def __init__(self, centers_kd: np.ndarray, first_g: np.ndarray, device: torch.device | str = "cpu"):
+        self.first_g = first_g
+        self.centers_kd = torch.from_numpy(np.ascontiguousarray(centers_kd, np.float32)).to(device)
+
+    def search(self, features_bd: np.ndarray, groups_b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(cosine float32 [b], id int64 [b] among all k) of float32 unit rows; groups_b: the group of each."""
+        order_b = np.argsort(groups_b, kind="stable")
+        sorted_b = groups_b[order_b]
+        edges = [0, *(np.flatnonzero(np.diff(sorted_b)) + 1).tolist(), len(sorted_b)]
+        device = self.centers_kd.device
+        cosine_b, ids_b = np.empty(len(groups_b), np.float32), np.empty(len(groups_b), np.int64)
+        rows_bd = torch.from_numpy(features_bd).to(device)
+        order = torch.from_numpy(order_b).to(device)
+        best_b, at_b = torch.empty(len(groups_b), device=device), torch.empty_like(order)
+        for start, stop in itertools.pairwise(edges if len(groups_b) else ()):
+            first, end = self.first_g[sorted_b[start]], self.first_g[sorted_b[start] + 1]
+            for low in range(start, stop, TILE_FEATURES):
+                high = min(low + TILE_FEATURES, stop)
+                scores_bt = rows_bd[order[low:high]] @ self.centers_kd[first:end].T
+                best_b[low:high], at_b[low:high] = _best(scores_bt)
+                at_b[low:high] += int(first)
+        cosine_b[order_b], ids_b[order_b] = best_b.cpu().numpy(), at_b.cpu().numpy()
+        return cosine_b, ids_b
+
+
+def _best(scores_bt: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(largest [b], its column [b]). On CPUs numpy's argmax, ten times as fast as torch's."""
+    if scores_bt.device.type != "cpu":
+        return scores_bt.max(dim=1)
+    at_b = torch.from_numpy(scores_bt.numpy().argmax(axis=1))
+    return scores_bt.gather(1, at_b[:, None])[:, 0], at_b

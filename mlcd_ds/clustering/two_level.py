@@ -1,0 +1,300 @@
+"""Two-level spherical k-means: coarse clusters of even size, k-means inside each, then iterations over all centers.
+
+An iteration over all centers takes n k d products; one inside K coarse clusters of n / K features and k / K centers each
+takes n k d / K. So does the whole first level, and what remains is close to the one or few global iterations at the end.
+
+Every phase is an iteration of `kmeans` with another search: every rank streams its share of the features, a feature's
+candidates are the centers of its coarse cluster, and the sums are reduce-scattered by center. No feature travels
+to another rank, no rank depends on the size of a coarse cluster, and any number of ranks finds the same up to rounding.
+
+Traffic of an iteration inside the coarse clusters, on every rank: one reduce-scatter and one all-gather of k d floats (at 1M
+centers of 768: 3 GB each), as in a global one, and its share of the features from the disk. Once, between the levels: an
+all-reduce of k d floats, and two of K numbers per block of features (1000 coarse clusters, 41,000 tars: 330 MB each).
+Memory of a rank: 3 k d floats (centers, sums, a copy on GPUs or while gathering) and 2 k d / W while the sums are reduced,
+two blocks of features, 4 K numbers per block of features between the levels, and 10 bytes per feature of its share.
+
+Shapes: n features in use, k centers, d dimensions, K coarse clusters, N blocks of features, b features of a block, W ranks.
+"""
+
+import heapq
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from mlcd_ds.clustering.features import FeatureFolder
+from mlcd_ds.clustering.kmeans import (
+    Iteration,
+    KMeansResult,
+    KMeansState,
+    Part,
+    SphericalKMeans,
+    read,
+    split_largest,
+)
+from mlcd_ds.clustering.nearest import GroupedSearch, index_of
+from mlcd_ds.errors import ConfigError
+from mlcd_ds.topology import Topology
+
+COARSE_POINTS = 1024
+"""Features per coarse cluster that the first level looks at: their shares of the rest are known to about 3%."""
+
+CAP = 1.5
+"""A coarse cluster of more than so many times its share is split. (The work of the second level is the mean square of these
+shares times that of even ones.)"""
+
+COARSE, FINE, GLOBAL = "coarse", "fine", "global"
+"""Phases, in their order."""
+
+
+class TwoLevelKMeans:
+    """`SphericalKMeans` in a fraction of its time.
+
+    k, iterations (of each level, at most), max_points_per_center, seed, topology, backend, nprobe, stop_below: as there.
+    coarse: K; None for the root of k. refinements: iterations over all centers at the end. init: how the coarse clusters
+    begin. Raises ConfigError for more coarse clusters than centers.
+    """
+
+    def __init__(
+        self,
+        k: int,
+        iterations: int,
+        max_points_per_center: int,
+        seed: int,
+        topology: Topology | None = None,
+        init: str = "random",
+        backend: str = "faiss",
+        nprobe: int = 16,
+        stop_below: float = 0.0,
+        coarse: int | None = None,
+        refinements: int = 1,
+    ):
+        root = max(1, round(math.sqrt(k)))
+        self.coarse = root if coarse is None else coarse
+        if self.coarse > k:
+            raise ConfigError(f"--coarse {self.coarse} is more than --k {k}: use about {root}, its root")
+        common = {"topology": topology, "nprobe": nprobe}
+        self.first = _Balanced(
+            self.coarse,
+            iterations,
+            COARSE_POINTS,
+            seed,
+            init=init,
+            backend="torch" if backend == "torch" else "faiss",  # so few centers need no inverted file
+            **common,
+        )
+        self.second = _Grouped(k, iterations, max_points_per_center, seed, stop_below=stop_below, **common)
+        self.third = SphericalKMeans(
+            k, refinements, max_points_per_center, seed, backend=backend, stop_below=stop_below, **common
+        )
+        self.total_iterations = sum(phase.iterations for phase in (self.first, self.second, self.third))
+
+    def fit(
+        self,
+        features: FeatureFolder,
+        tell: Callable[[Iteration], None],
+        resume: KMeansState | None = None,
+        keep: Callable[[KMeansState], None] | None = None,
+    ) -> KMeansResult:
+        """See `SphericalKMeans.fit`. The history goes through all phases, whose names its iterations carry.
+
+        The objective of the first phases is the mean cosine to the center of a feature's own coarse cluster, and to the
+        nearest one inside it; only that of the last phase is to the nearest of all.
+        """
+        _, counts, parts = self.second.share(features)
+        num_used = int(counts.sum())
+        state, sizes_k = resume or KMeansState(np.zeros((0, features.dim), np.float32), ()), None
+        reached = state.history[-1].phase if state.history else COARSE
+        if reached == COARSE:
+            _, counts, sample = self.first.share(features)
+            if not state.history:
+                state = KMeansState(self.first.initial(features), ())
+            state, _ = _phase(COARSE, self.first, features, sample, int(counts.sum()), state, tell, keep)
+            state = self.second.begin(features, self.first, state)
+        elif reached == FINE:
+            self.second.go_on(features, self.first, state)
+        if reached != GLOBAL:
+            state, sizes_k = _phase(FINE, self.second, features, parts, num_used, state, tell, keep)
+            self.second.forget()
+            state = replace(state, aside={})
+        if self.refinements:
+            state, sizes_k = _phase(GLOBAL, self.third, features, parts, num_used, state, tell, keep)
+        return KMeansResult(state.centers_kd, state.history, sizes_k, num_used)
+
+    @property
+    def refinements(self) -> int:
+        """Iterations over all centers."""
+        return self.third.iterations
+
+
+def _phase(
+    name: str,
+    kmeans: SphericalKMeans,
+    features: FeatureFolder,
+    parts: list[Part],
+    num_used: int,
+    state: KMeansState,
+    tell: Callable[[Iteration], None],
+    keep: Callable[[KMeansState], None] | None,
+) -> tuple[KMeansState, np.ndarray | None]:
+    """The iterations of one phase, from the whole history to the whole history."""
+    before = tuple(iteration for iteration in state.history if iteration.phase != name)
+
+    def named(iteration: Iteration) -> Iteration:
+        return replace(iteration, number=len(before) + iteration.number, phase=name)
+
+    def whole(found: KMeansState) -> KMeansState:
+        own = (named(replace(iteration, number=number)) for number, iteration in enumerate(found.history))
+        return replace(found, history=(*before, *own))
+
+    own = replace(state, history=state.history[len(before) :])
+    own, sizes_k = kmeans.iterate(
+        features,
+        parts,
+        num_used,
+        own,
+        lambda iteration: tell(named(iteration)),
+        keep and (lambda found: keep(whole(found))),
+    )
+    return whole(own), sizes_k
+
+
+class _Balanced(SphericalKMeans):
+    """The first level: after each iteration the smallest clusters are given up for halves of those beyond CAP shares."""
+
+    def _is_settled(self, state: KMeansState) -> bool:
+        return False
+
+    def _settle(self, centers_kd: np.ndarray, sizes_k: np.ndarray, lost_k: np.ndarray) -> int:
+        lost_k = lost_k | given_up(sizes_k)
+        return split_largest(centers_kd, sizes_k, lost_k)
+
+
+def given_up(sizes_k: np.ndarray) -> np.ndarray:
+    """Which clusters to give up: bool [k]. The smallest, as long as the largest, halved for each, is beyond CAP shares and
+    its half larger than what is given up."""
+    share = sizes_k.sum() / len(sizes_k)
+    largest = [-int(size) for size in sizes_k]
+    heapq.heapify(largest)
+    given_k = np.zeros(len(sizes_k), bool)
+    for center in np.argsort(sizes_k, kind="stable"):
+        size = -largest[0]
+        if size <= CAP * share or size <= 2 * sizes_k[center]:
+            break
+        given_k[center] = True
+        heapq.heapreplace(largest, -math.ceil(size / 2))
+        heapq.heappush(largest, -(size // 2))
+    return given_k
+
+
+class _Grouped(SphericalKMeans):
+    """The second level: a feature's candidates are the centers of its coarse cluster, which lie side by side."""
+
+    groups: list[np.ndarray]
+    """The coarse cluster of every feature of this rank's part, block by block."""
+
+    def begin(self, features: FeatureFolder, coarse: _Balanced, state: KMeansState) -> KMeansState:
+        """Centers for each coarse cluster in proportion to its features, from different ones of them drawn uniformly.
+
+        A function of the coarse clusters, the seed and the blocks of features: not of the number of ranks.
+        """
+        blocks, _, parts = self.share(features)
+        self._find_groups(features, parts, coarse, state.centers_kd)
+        counts_NK = torch.zeros(len(blocks), coarse.k, dtype=torch.int32)
+        for (block, _), groups_b in zip(parts, self.groups, strict=True):
+            counts_NK[block.number] = torch.from_numpy(np.bincount(groups_b, minlength=coarse.k))
+        counts_NK = self._sum(counts_NK).numpy()
+        sizes_K = counts_NK.sum(0, dtype=np.int64)
+        self.first_K = np.concatenate([[0], np.cumsum(centers_per_group(sizes_K, self.k))])
+        centers_kd = self._draw_inside(features, parts, counts_NK)
+        aside = {"coarse": state.centers_kd, "first": self.first_K, "sizes": sizes_K}
+        return KMeansState(centers_kd, state.history, aside)
+
+    def go_on(self, features: FeatureFolder, coarse: _Balanced, state: KMeansState) -> None:
+        """Finds the coarse cluster of each feature again, for a state that has passed `begin`."""
+        _, _, parts = self.share(features)
+        self._find_groups(features, parts, coarse, state.aside["coarse"])
+        self.first_K = state.aside["first"]
+
+    def forget(self) -> None:
+        """Frees what only this level needs."""
+        self.groups = []
+
+    def _find_groups(
+        self, features: FeatureFolder, parts: list[Part], coarse: _Balanced, centers_Kd: np.ndarray
+    ) -> None:
+        index = index_of(centers_Kd, coarse.backend, self.topology.device)
+        kind = np.int16 if coarse.k <= 2**15 else np.int32
+
+        def find() -> tuple:
+            self.groups = [index.search(read(features, part), 1)[1][:, 0].astype(kind) for part in parts]
+            return ()
+
+        self._everywhere(find)
+
+    def _draw_inside(self, features: FeatureFolder, parts: list[Part], counts_NK: np.ndarray) -> np.ndarray:
+        """As many different features of each coarse cluster as it has centers, float32 [k, d] on every rank."""
+        # How many come from each block: every rank draws for some of the coarse clusters.
+        shares_NK = torch.zeros(counts_NK.shape, dtype=torch.int32)
+        for group in range(self.topology.rank, counts_NK.shape[1], self.topology.world_size):
+            generator = np.random.default_rng([self.seed, 5, group])
+            wanted = int(self.first_K[group + 1] - self.first_K[group])
+            shares_n = generator.multivariate_hypergeometric(counts_NK[:, group], wanted, method="marginals")
+            shares_NK[:, group] = torch.from_numpy(shares_n)
+        shares_NK = self._sum(shares_NK).numpy()
+        before_NK = np.cumsum(shares_NK, axis=0, dtype=np.int32) - shares_NK
+        drawn_kd = torch.zeros(self.k, features.dim)
+
+        def fill() -> tuple:
+            for part, groups_b in zip(parts, self.groups, strict=True):
+                share_K, before_K = shares_NK[part[0].number], before_NK[part[0].number]
+                if share_K.any():
+                    order = np.random.default_rng([self.seed, 6, part[0].number]).permutation(len(groups_b))
+                    order = order[np.argsort(groups_b[order], kind="stable")]
+                    group_b = groups_b[order]
+                    place_b = np.arange(len(order)) - np.searchsorted(group_b, group_b)  # within the group
+                    taken = place_b < share_K[group_b]
+                    to_b = self.first_K[group_b] + before_K[group_b] + place_b
+                    drawn_kd[to_b[taken]] = torch.from_numpy(read(features, part)[order[taken]])
+            return ()
+
+        self._everywhere(fill)
+        return self._sum(drawn_kd).numpy()
+
+    def _searcher(self, state: KMeansState):
+        index = GroupedSearch(state.centers_kd, self.first_K, self.topology.device)
+        return lambda number, block_bd: index.search(block_bd, self.groups[number])
+
+    def _settle(self, centers_kd: np.ndarray, sizes_k: np.ndarray, lost_k: np.ndarray) -> int:
+        empty = 0
+        idle = np.flatnonzero((sizes_k == 0) | lost_k)
+        for group in np.unique(np.searchsorted(self.first_K, idle, side="right") - 1):
+            own = slice(self.first_K[group], self.first_K[group + 1])
+            empty += split_largest(centers_kd[own], sizes_k[own], lost_k[own])
+        return empty
+
+
+def centers_per_group(sizes_K: np.ndarray, k: int) -> np.ndarray:
+    """k centers in proportion to sizes_K: int64 [K], one at least where there is a feature, never more than features.
+
+    By the largest remainder. Raises ValueError for k above the sum of the sizes or below the number of groups in use.
+    """
+    sizes_K = np.asarray(sizes_K, np.int64)
+    n = int(sizes_K.sum())
+    if not np.count_nonzero(sizes_K) <= k <= n:
+        raise ValueError(f"{k} centers for {np.count_nonzero(sizes_K)} groups of {n} features")
+    given_K = np.maximum(sizes_K * k // n, (sizes_K > 0).astype(np.int64))
+    rest_K = sizes_K * k - given_K * n  # n times what a group should have beyond what it has
+    step = 1 if given_K.sum() < k else -1
+    heap = [(-step * int(rest), group) for group, rest in enumerate(rest_K) if sizes_K[group]]
+    heapq.heapify(heap)
+    for _ in range(abs(k - int(given_K.sum()))):
+        while True:
+            rest, group = heapq.heappop(heap)
+            if given_K[group] < sizes_K[group] if step > 0 else given_K[group] > 1:
+                break
+        given_K[group] += step
+        heapq.heappush(heap, (rest + n, group))
+    return given_K
