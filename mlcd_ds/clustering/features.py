@@ -38,6 +38,8 @@ FORMAT_VERSION = 1
 PATCHES_FILE = "patches.npz"
 MIN_IMAGES_TO_JUDGE = 1000
 """The share of unusable images is judged from this many on, and at the end."""
+CACHED_ROWS = 512
+"""Features that are read, converted and normalised at a time: 1.5 MB of float32 at 768 dimensions."""
 OPEN_ARRAYS = 64
 """Memory-mapped shards that one process keeps open: far below the usual limit of 1024 files."""
 _SKIPPED_KEY = b"mlcd_ds.skipped"
@@ -461,14 +463,27 @@ class FeatureFolder:
         except (pa.ArrowException, KeyError) as error:
             raise DataError(f"{file} has no readable column `key`: {error}") from None
 
-    def unit_rows(self, name: str, start: int, stop: int, rows: np.ndarray | None = None) -> np.ndarray:
+    def unit_rows(
+        self, name: str, start: int, stop: int, rows: np.ndarray | None = None, out: np.ndarray | None = None
+    ) -> np.ndarray:
         """float32 rows start..stop of a shard (or of its selected `rows`, sorted), each of length 1.
 
+        out: float32 [stop - start or more, d] to write them to: fresh memory costs more than the arithmetic.
         Raises DataError naming file and row for values that are no numbers and for rows of zeros.
         """
-        selected = slice(start, stop) if rows is None else rows[start:stop]
-        values = np.asarray(self._opened(name)[selected], dtype=np.float32)
-        lengths = np.linalg.norm(values, axis=1)
+        array = self._opened(name)
+        native = array.dtype.newbyteorder("=")
+        stop = min(stop, len(array) if rows is None else len(rows))
+        values = np.empty((stop - start, self.dim), np.float32) if out is None else out[: stop - start]
+        lengths = np.empty(stop - start, np.float32)
+        for first in range(start, stop, CACHED_ROWS):  # little enough to stay in the cache from step to step
+            end = min(first + CACHED_ROWS, stop)
+            raw = np.array(array[first:end] if rows is None else array[rows[first:end]], native)
+            part, part_lengths = values[first - start : end - start], lengths[first - start : end - start]
+            torch.from_numpy(part).copy_(torch.from_numpy(raw))  # ten times as fast as numpy from float16
+            np.sqrt(np.einsum("bd,bd->b", part, part), out=part_lengths)
+            with np.errstate(divide="ignore", invalid="ignore"):
+                part /= part_lengths[:, None]
         bad = ~np.isfinite(lengths) | (lengths == 0)
         if bad.any():
             at = int(np.flatnonzero(bad)[0])
@@ -478,7 +493,7 @@ class FeatureFolder:
                 f"{self._file(name)}: row {row} (key {self.keys(name)[row]!r}) {what}, {int(bad.sum())} such row(s) in this "
                 "block. Extract this shard again, or take the image out of the tar."
             )
-        return values / lengths[:, None]
+        return values
 
     def _file(self, name: str) -> Path:
         return self.path / "img_emb" / f"img_emb_{name}.npy"

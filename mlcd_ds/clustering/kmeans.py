@@ -283,9 +283,9 @@ class SphericalKMeans:
         padded = -(-self.k // self.topology.world_size) * self.topology.world_size
         sums_kd = torch.zeros(padded, features.dim, device=self.topology.device)
         sizes_k = np.zeros(self.k, np.int64)
-        total, moved, nearest = 0.0, 0, []
+        total, moved, nearest, out = 0.0, 0, [], buffer(features, parts)
         for number, part in enumerate(parts):
-            block_bd = read(features, part)
+            block_bd = read(features, part, out)
             cosine_b, nearest_b = search(number, block_bd)
             total += float(cosine_b.sum(dtype=np.float64))
             sums_kd.index_add_(
@@ -317,11 +317,17 @@ class SphericalKMeans:
         return whole_kd.cpu().numpy().copy(), lost_k.cpu().numpy().astype(bool), float(updated)
 
 
-def read(features: FeatureFolder, part: Part) -> np.ndarray:
-    """The used rows of a block, float32 [b, d] of length 1."""
+def read(features: FeatureFolder, part: Part, out: np.ndarray | None = None) -> np.ndarray:
+    """The used rows of a block, float32 [b, d] of length 1; in `out` where that is given."""
     block, rows = part
     start, stop = (block.start, block.stop) if rows is None else (0, len(rows))
-    return features.unit_rows(block.name, start, stop, rows)
+    return features.unit_rows(block.name, start, stop, rows, out)
+
+
+def buffer(features: FeatureFolder, parts: list[Part]) -> np.ndarray:
+    """What `read` can write any of these blocks to."""
+    most = max((part[0].stop - part[0].start if part[1] is None else len(part[1]) for part in parts), default=0)
+    return np.empty((most, features.dim), np.float32)
 
 
 def _blocks(features: FeatureFolder) -> list[Block]:

@@ -31,6 +31,7 @@ from mlcd_ds.clustering.kmeans import (
     KMeansState,
     Part,
     SphericalKMeans,
+    buffer,
     read,
     split_largest,
 )
@@ -226,10 +227,10 @@ class _Grouped(SphericalKMeans):
         self, features: FeatureFolder, parts: list[Part], coarse: _Balanced, centers_Kd: np.ndarray
     ) -> None:
         index = index_of(centers_Kd, coarse.backend, self.topology.device)
-        kind = np.int16 if coarse.k <= 2**15 else np.int32
+        kind, out = np.int16 if coarse.k <= 2**15 else np.int32, buffer(features, parts)
 
         def find() -> tuple:
-            self.groups = [index.search(read(features, part), 1)[1][:, 0].astype(kind) for part in parts]
+            self.groups = [index.search(read(features, part, out), 1)[1][:, 0].astype(kind) for part in parts]
             return ()
 
         self._everywhere(find)
