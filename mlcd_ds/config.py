@@ -352,3 +352,33 @@ class BenchHeadConfig(Settings):
     )
     output: str | None = Field(None, description="JSON to write with all numbers")
     seed: int = Field(0, ge=0, lt=2**31)
+
+
+class BenchKMeansConfig(Settings):
+    """tools/bench.py kmeans."""
+
+    points: int = Field(4096, ge=1, description="random features that each search looks for")
+    k: int = Field(16_384, ge=1, description="random centers that it searches")
+    d: int = Field(512, ge=1, description="dimensions")
+    tops: str = Field("1,8", description="nearest centers wanted, several joined by commas")
+    backends: str = Field("faiss,torch,ivf", description="searches (tools/cluster.py's --assign), joined by commas")
+    nprobe: int = Field(16, ge=1, description="ivf: lists that are looked into")
+    repeats: int = Field(7, ge=1, description="rounds; each times every contender once")
+    threads: int | None = Field(None, ge=1, description="none: the cores")
+    search: bool = Field(True, description="measure the searches")
+    memory: bool = Field(False, description="measure the searches' peak memory, in fresh processes")
+    lloyd: bool = Field(True, description="measure whole iterations against faiss.Kmeans")
+    lloyd_points: int = Field(65_536, ge=1, description="features of a mixture that they cluster")
+    lloyd_k: int = Field(2048, ge=1, description="centers that they find")
+    lloyd_d: int = Field(128, ge=1, description="dimensions")
+    lloyd_iterations: str = Field("1,5", description="iterations, several joined by commas")
+    lloyd_repeats: int = Field(3, ge=1, description="rounds")
+    iteration_points: int | None = Field(
+        None,
+        ge=1,
+        description="float16 features on the device for one iteration; none: 10M on a GPU, not done on a CPU",
+    )
+    iteration_k: int = Field(1_000_000, ge=1)
+    iteration_d: int = Field(768, ge=1)
+    output: str | None = Field(None, description="JSON to write with all numbers")
+    seed: int = Field(0, ge=0, lt=2**31)

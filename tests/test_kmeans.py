@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from processes import ROOT, run_script, start_ranks, wait_ranks
 
 from mlcd_ds.clustering import kmeans as kmeans_module
@@ -169,12 +170,23 @@ def test_exact_searches_find_the_nearest(monkeypatch, backend, top):
     np.testing.assert_allclose(cosine, -np.sort(-exact, axis=1)[:, :top], atol=1e-5)
 
 
+@pytest.mark.parametrize("columns", [4 * 64 * 5, 4 * 64 * 5 + 64, 64, 1000])
+def test_largest_of_groups_are_the_largest(columns):
+    """The same values as a plain top-k, at columns that hold them: with ties, and columns that fill no group."""
+    scores = torch.randint(-3000, 3000, (40, columns), generator=torch.Generator().manual_seed(0)).float()
+    found, at = nearest_module._largest(scores, 5)
+    assert torch.equal(found, scores.topk(5, dim=1)[0])
+    assert torch.equal(scores.gather(1, at), found)
+    assert all(len(set(row)) == 5 for row in at.tolist())
+
+
 def test_candidates_in_bfloat16_are_ranked_again_in_float32(monkeypatch):
     """The GPU's path, on the CPU: nearly all ids are the exact ones, and the cosines of those found are exact."""
-    monkeypatch.setattr(nearest_module, "TILE_CENTERS", 64)
+    monkeypatch.setattr(nearest_module, "GPU_TILE_CENTERS", 64)
     rows, centers = mixture(n=400).astype(np.float32), mixture(seed=1, n=333).astype(np.float32)
     search = index_of(centers, "torch")
     search.is_exact, search.factor_kd = False, search.centers_kd.bfloat16()
+    search._scores = search._scores.bfloat16()
     cosine, ids = search.search(rows, 8)
     exact, expected = index_of(centers, "faiss").search(rows, 8)
     assert (ids == expected).mean() > 0.999
