@@ -8,7 +8,6 @@
 Shapes: b features of a block, k centers, d dimensions, l nearest ones wanted, t centers of a tile.
 """
 
-import itertools
 import math
 from typing import Protocol
 
@@ -149,25 +148,20 @@ class GroupedSearch:
         self.first_g = first_g
         self.centers_kd = torch.from_numpy(np.ascontiguousarray(centers_kd, np.float32)).to(device)
 
-    def search(self, features_bd: np.ndarray, groups_b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(cosine float32 [b], id int64 [b] among all k) of float32 unit rows; groups_b: the group of each."""
-        order_b = np.argsort(groups_b, kind="stable")
-        sorted_b = groups_b[order_b]
-        edges = [0, *(np.flatnonzero(np.diff(sorted_b)) + 1).tolist(), len(sorted_b)]
-        device = self.centers_kd.device
-        cosine_b, ids_b = np.empty(len(groups_b), np.float32), np.empty(len(groups_b), np.int64)
-        rows_bd = torch.from_numpy(features_bd).to(device)
-        order = torch.from_numpy(order_b).to(device)
-        best_b, at_b = torch.empty(len(groups_b), device=device), torch.empty_like(order)
-        for start, stop in itertools.pairwise(edges if len(groups_b) else ()):
-            first, end = self.first_g[sorted_b[start]], self.first_g[sorted_b[start] + 1]
-            for low in range(start, stop, TILE_FEATURES):
+    def search(self, features_bd: np.ndarray, counts_g: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(cosine float32 [b], id int64 [b] among all k) of float32 unit rows that lie group by group, counts_g of each."""
+        rows_bd = torch.from_numpy(features_bd).to(self.centers_kd.device)
+        best_b = torch.empty(len(rows_bd), device=rows_bd.device)
+        ids_b = torch.empty(len(rows_bd), dtype=torch.int64, device=rows_bd.device)
+        stops_g = np.cumsum(counts_g)
+        for group in np.flatnonzero(counts_g):
+            first, end, stop = int(self.first_g[group]), int(self.first_g[group + 1]), int(stops_g[group])
+            own_td = self.centers_kd[first:end]
+            for low in range(stop - int(counts_g[group]), stop, TILE_FEATURES):
                 high = min(low + TILE_FEATURES, stop)
-                scores_bt = rows_bd[order[low:high]] @ self.centers_kd[first:end].T
-                best_b[low:high], at_b[low:high] = _best(scores_bt)
-                at_b[low:high] += int(first)
-        cosine_b[order_b], ids_b[order_b] = best_b.cpu().numpy(), at_b.cpu().numpy()
-        return cosine_b, ids_b
+                best_b[low:high], at_b = _best(rows_bd[low:high] @ own_td.T)
+                ids_b[low:high] = at_b + first
+        return best_b.cpu().numpy(), ids_b.cpu().numpy()
 
 
 def _best(scores_bt: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

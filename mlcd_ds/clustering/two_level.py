@@ -3,15 +3,16 @@
 An iteration over all centers takes n k d products; one inside K coarse clusters of n / K features and k / K centers each
 takes n k d / K. So does the whole first level, and what remains is close to the one or few global iterations at the end.
 
-Every phase is an iteration of `kmeans` with another search: every rank streams its share of the features, a feature's
-candidates are the centers of its coarse cluster, and the sums are reduce-scattered by center. No feature travels
-to another rank, no rank depends on the size of a coarse cluster, and any number of ranks finds the same up to rounding.
+Every phase is an iteration of `kmeans` with another search: every rank streams its share of the features, block by block; a
+feature's candidates are the centers of its coarse cluster (a block's rows are read in the order of these); the sums are
+reduce-scattered by center. No feature travels to another rank, no rank depends on the size of a coarse cluster, and any
+number of ranks finds the same up to rounding.
 
 Traffic of an iteration inside the coarse clusters, on every rank: one reduce-scatter and one all-gather of k d floats (at 1M
 centers of 768: 3 GB each), as in a global one, and its share of the features from the disk. Once, between the levels: an
 all-reduce of k d floats, and two of K numbers per block of features (1000 coarse clusters, 41,000 tars: 330 MB each).
 Memory of a rank: 3 k d floats (centers, sums, a copy on GPUs or while gathering) and 2 k d / W while the sums are reduced,
-two blocks of features, 4 K numbers per block of features between the levels, and 10 bytes per feature of its share.
+two blocks of features, 4 K numbers per block of features between the levels, and 12 bytes per feature of its share.
 
 Shapes: n features in use, k centers, d dimensions, K coarse clusters, N blocks of features, b features of a block, W ranks.
 """
@@ -117,7 +118,8 @@ class TwoLevelKMeans:
         elif reached == FINE:
             self.second.go_on(features, self.first, state)
         if reached != GLOBAL:
-            state, sizes_k = _phase(FINE, self.second, features, parts, num_used, state, tell, keep)
+            inside = self.second.parts
+            state, sizes_k = _phase(FINE, self.second, features, inside, num_used, state, tell, keep)
             self.second.forget()
             state = replace(state, aside={})
         if self.refinements:
@@ -193,8 +195,10 @@ def given_up(sizes_k: np.ndarray) -> np.ndarray:
 class _Grouped(SphericalKMeans):
     """The second level: a feature's candidates are the centers of its coarse cluster, which lie side by side."""
 
-    groups: list[np.ndarray]
-    """The coarse cluster of every feature of this rank's part, block by block."""
+    parts: list[Part]
+    """This rank's part, the rows of each block in the order of their coarse clusters (int32)."""
+    counts: list[np.ndarray]
+    """How many of each coarse cluster: int32 [K] for each of `parts`."""
 
     def begin(self, features: FeatureFolder, coarse: _Balanced, state: KMeansState) -> KMeansState:
         """Centers for each coarse cluster in proportion to its features, from different ones of them drawn uniformly.
@@ -204,12 +208,12 @@ class _Grouped(SphericalKMeans):
         blocks, _, parts = self.share(features)
         self._find_groups(features, parts, coarse, state.centers_kd)
         counts_NK = torch.zeros(len(blocks), coarse.k, dtype=torch.int32)
-        for (block, _), groups_b in zip(parts, self.groups, strict=True):
-            counts_NK[block.number] = torch.from_numpy(np.bincount(groups_b, minlength=coarse.k))
+        for (block, _), counts_K in zip(self.parts, self.counts, strict=True):
+            counts_NK[block.number] = torch.from_numpy(counts_K)
         counts_NK = self._sum(counts_NK).numpy()
         sizes_K = counts_NK.sum(0, dtype=np.int64)
         self.first_K = np.concatenate([[0], np.cumsum(centers_per_group(sizes_K, self.k))])
-        centers_kd = self._draw_inside(features, parts, counts_NK)
+        centers_kd = self._draw_inside(features, counts_NK)
         aside = {"coarse": state.centers_kd, "first": self.first_K, "sizes": sizes_K}
         return KMeansState(centers_kd, state.history, aside)
 
@@ -221,21 +225,26 @@ class _Grouped(SphericalKMeans):
 
     def forget(self) -> None:
         """Frees what only this level needs."""
-        self.groups = []
+        self.parts, self.counts = [], []
 
     def _find_groups(
         self, features: FeatureFolder, parts: list[Part], coarse: _Balanced, centers_Kd: np.ndarray
     ) -> None:
         index = index_of(centers_Kd, coarse.backend, self.topology.device)
-        kind, out = np.int16 if coarse.k <= 2**15 else np.int32, buffer(features, parts)
+        out = buffer(features, parts)
+        self.forget()
 
         def find() -> tuple:
-            self.groups = [index.search(read(features, part, out), 1)[1][:, 0].astype(kind) for part in parts]
+            for block, rows in parts:
+                groups_b = index.search(read(features, (block, rows), out), 1)[1][:, 0]
+                rows = np.arange(block.start, block.stop) if rows is None else rows
+                self.parts.append((block, rows[np.argsort(groups_b, kind="stable")].astype(np.int32)))
+                self.counts.append(np.bincount(groups_b, minlength=coarse.k).astype(np.int32))
             return ()
 
         self._everywhere(find)
 
-    def _draw_inside(self, features: FeatureFolder, parts: list[Part], counts_NK: np.ndarray) -> np.ndarray:
+    def _draw_inside(self, features: FeatureFolder, counts_NK: np.ndarray) -> np.ndarray:
         """As many different features of each coarse cluster as it has centers, float32 [k, d] on every rank."""
         # How many come from each block: every rank draws for some of the coarse clusters.
         shares_NK = torch.zeros(counts_NK.shape, dtype=torch.int32)
@@ -249,16 +258,18 @@ class _Grouped(SphericalKMeans):
         drawn_kd = torch.zeros(self.k, features.dim)
 
         def fill() -> tuple:
-            for part, groups_b in zip(parts, self.groups, strict=True):
-                share_K, before_K = shares_NK[part[0].number], before_NK[part[0].number]
-                if share_K.any():
-                    order = np.random.default_rng([self.seed, 6, part[0].number]).permutation(len(groups_b))
-                    order = order[np.argsort(groups_b[order], kind="stable")]
-                    group_b = groups_b[order]
-                    place_b = np.arange(len(order)) - np.searchsorted(group_b, group_b)  # within the group
-                    taken = place_b < share_K[group_b]
-                    to_b = self.first_K[group_b] + before_K[group_b] + place_b
-                    drawn_kd[to_b[taken]] = torch.from_numpy(read(features, part)[order[taken]])
+            for (block, rows), counts_K in zip(self.parts, self.counts, strict=True):
+                share_K, first_K = shares_NK[block.number], self.first_K[:-1] + before_NK[block.number]
+                generator = np.random.default_rng([self.seed, 6, block.number])
+                drawn, to = [], []
+                for group in np.flatnonzero(share_K):
+                    stop, share = int(counts_K[: group + 1].sum()), int(share_K[group])
+                    own = rows[stop - counts_K[group] : stop]
+                    drawn.append(generator.choice(own, share, replace=False, shuffle=False))
+                    to.append(np.arange(first_K[group], first_K[group] + share))
+                if drawn:
+                    values = read(features, (block, np.concatenate(drawn)))
+                    drawn_kd[np.concatenate(to)] = torch.from_numpy(values)
             return ()
 
         self._everywhere(fill)
@@ -266,7 +277,7 @@ class _Grouped(SphericalKMeans):
 
     def _searcher(self, state: KMeansState):
         index = GroupedSearch(state.centers_kd, self.first_K, self.topology.device)
-        return lambda number, block_bd: index.search(block_bd, self.groups[number])
+        return lambda number, block_bd: index.search(block_bd, self.counts[number])
 
     def _settle(self, centers_kd: np.ndarray, sizes_k: np.ndarray, lost_k: np.ndarray) -> int:
         empty = 0
