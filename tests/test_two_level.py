@@ -138,6 +138,17 @@ def test_grouped_search_is_the_masked_search():
     assert cosine.shape == found.shape == (0,)
 
 
+def test_search_in_several_groups_is_the_masked_search():
+    generator = np.random.default_rng(0)
+    rows, centers = mixture(n=300).astype(np.float32), mixture(seed=1, n=40).astype(np.float32)
+    first, groups = np.array([0, 5, 5, 6, 40]), np.argsort(generator.random((300, 4)), axis=1)[:, :2]
+    owner = np.repeat(np.arange(4), np.diff(first))
+    scores = np.where((owner == groups[:, :1]) | (owner == groups[:, 1:]), rows @ centers.T, -9)
+    cosine, found = GroupedSearch(centers, first).search_several(rows, groups)  # group 1 has no centers
+    assert np.array_equal(found, scores.argmax(1))
+    np.testing.assert_allclose(cosine, scores.max(1), atol=1e-6)
+
+
 def test_ranks_do_not_matter(tmp_path):
     """1, 2 and 3 ranks, a sample or all features, a start from given coarse centers, each backend."""
     rows = mixture(n=2000)

@@ -163,6 +163,19 @@ class GroupedSearch:
                 ids_b[low:high] = at_b + first
         return best_b.cpu().numpy(), ids_b.cpu().numpy()
 
+    def search_several(self, features_bd: np.ndarray, groups_bp: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The same among the centers of p groups for each feature, in any order; int [b, p]."""
+        best_b, ids_b = np.full(len(features_bd), -np.inf, np.float32), np.zeros(len(features_bd), np.int64)
+        for groups_b in groups_bp.T:
+            usable_b = np.flatnonzero(self.first_g[groups_b + 1] > self.first_g[groups_b])
+            order_b = usable_b[np.argsort(groups_b[usable_b], kind="stable")]
+            cosine_b, found_b = self.search(
+                features_bd[order_b], np.bincount(groups_b[order_b], minlength=len(self.first_g) - 1)
+            )
+            better = cosine_b > best_b[order_b]
+            best_b[order_b[better]], ids_b[order_b[better]] = cosine_b[better], found_b[better]
+        return best_b, ids_b
+
 
 def _best(scores_bt: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(largest [b], its column [b]). On CPUs numpy's argmax, ten times as fast as torch's."""

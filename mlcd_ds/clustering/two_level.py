@@ -12,7 +12,7 @@ Traffic of an iteration inside the coarse clusters, on every rank: one reduce-sc
 centers of 768: 3 GB each), as in a global one, and its share of the features from the disk. Once, between the levels: an
 all-reduce of k d floats, and two of K numbers per block of features (1000 coarse clusters, 41,000 tars: 330 MB each).
 Memory of a rank: 3 k d floats (centers, sums, a copy on GPUs or while gathering) and 2 k d / W while the sums are reduced,
-two blocks of features, 4 K numbers per block of features between the levels, and 12 bytes per feature of its share.
+two blocks of features, 4 K numbers per block of features between the levels, and 20 bytes per feature of its share.
 
 Shapes: n features in use, k centers, d dimensions, K coarse clusters, N blocks of features, b features of a block, W ranks.
 """
@@ -46,6 +46,9 @@ COARSE_POINTS = 1024
 CAP = 1.5
 """A coarse cluster of more than so many times its share is split. (The work of the second level is the mean square of these
 shares times that of even ones.)"""
+
+PROBES = 4
+"""Coarse clusters, the nearest ones, whose centers are a feature's candidates in the last quarter of the second level."""
 
 COARSE, FINE, GLOBAL = "coarse", "fine", "global"
 """Phases, in their order."""
@@ -193,12 +196,18 @@ def given_up(sizes_k: np.ndarray) -> np.ndarray:
 
 
 class _Grouped(SphericalKMeans):
-    """The second level: a feature's candidates are the centers of its coarse cluster, which lie side by side."""
+    """The second level: a feature's candidates are the centers of its coarse cluster, which lie side by side.
+
+    In the last quarter of the iterations they are those of its PROBES nearest coarse clusters: at PROBES / K of the price of
+    a global iteration, features near a border move to the other side.
+    """
 
     parts: list[Part]
     """This rank's part, the rows of each block in the order of their coarse clusters (int32)."""
     counts: list[np.ndarray]
     """How many of each coarse cluster: int32 [K] for each of `parts`."""
+    probes: list[np.ndarray]
+    """The PROBES nearest coarse clusters of every feature, [b, PROBES] for each of `parts`."""
 
     def begin(self, features: FeatureFolder, coarse: _Balanced, state: KMeansState) -> KMeansState:
         """Centers for each coarse cluster in proportion to its features, from different ones of them drawn uniformly.
@@ -225,21 +234,23 @@ class _Grouped(SphericalKMeans):
 
     def forget(self) -> None:
         """Frees what only this level needs."""
-        self.parts, self.counts = [], []
+        self.parts, self.counts, self.probes = [], [], []
 
     def _find_groups(
         self, features: FeatureFolder, parts: list[Part], coarse: _Balanced, centers_Kd: np.ndarray
     ) -> None:
         index = index_of(centers_Kd, coarse.backend, self.topology.device)
-        out = buffer(features, parts)
+        out, kind, wanted = buffer(features, parts), np.int16 if coarse.k <= 2**15 else np.int32, min(PROBES, coarse.k)
         self.forget()
 
         def find() -> tuple:
             for block, rows in parts:
-                groups_b = index.search(read(features, (block, rows), out), 1)[1][:, 0]
+                probes_bp = index.search(read(features, (block, rows), out), wanted)[1].astype(kind)
                 rows = np.arange(block.start, block.stop) if rows is None else rows
-                self.parts.append((block, rows[np.argsort(groups_b, kind="stable")].astype(np.int32)))
-                self.counts.append(np.bincount(groups_b, minlength=coarse.k).astype(np.int32))
+                order_b = np.argsort(probes_bp[:, 0], kind="stable")
+                self.parts.append((block, rows[order_b].astype(np.int32)))
+                self.counts.append(np.bincount(probes_bp[:, 0], minlength=coarse.k).astype(np.int32))
+                self.probes.append(probes_bp[order_b])
             return ()
 
         self._everywhere(find)
@@ -277,7 +288,17 @@ class _Grouped(SphericalKMeans):
 
     def _searcher(self, state: KMeansState):
         index = GroupedSearch(state.centers_kd, self.first_K, self.topology.device)
+        if len(state.history) >= self._narrow:
+            return lambda number, block_bd: index.search_several(block_bd, self.probes[number])
         return lambda number, block_bd: index.search(block_bd, self.counts[number])
+
+    @property
+    def _narrow(self) -> int:
+        """Iterations with one coarse cluster a feature."""
+        return self.iterations - math.ceil(self.iterations / 4)
+
+    def _is_settled(self, state: KMeansState) -> bool:
+        return len(state.history) > self._narrow and super()._is_settled(state)
 
     def _settle(self, centers_kd: np.ndarray, sizes_k: np.ndarray, lost_k: np.ndarray) -> int:
         empty = 0
