@@ -179,11 +179,11 @@ def test_killed_in_each_phase_it_goes_on_at_another_number_of_ranks(tmp_path, mo
     """Killed after the second coarse, the second fine and the first global iteration; and the last state begins nothing."""
     features = write_features(tmp_path / "f", np.array_split(mixture(n=2000), 3))
     monkeypatch.setattr(kmeans, "BLOCK_ROWS", 170)  # the worker's
-    settings = {"k": 50, "iterations": 4, "max_points_per_center": 10**6, "seed": 1, "refinements": 2}
+    settings = {"k": 50, "iterations": 8, "max_points_per_center": 10**6, "seed": 1, "refinements": 2}
     whole = TwoLevelKMeans(**settings).fit(features, lambda _: None)
     assert phases(whole)[-6:] == ["fine"] * 4 + ["global"] * 2
     fine = phases(whole).index("fine")
-    assert fine == 4
+    assert fine == 8
     store = tmp_path / "store"
     for world_size, last in ((2, 2), (1, fine + 2), (3, fine + 5), (2, None)):
         case = settings | {"two_level": True, "store": str(store), "killed_after": last}

@@ -48,7 +48,10 @@ CAP = 1.5
 shares times that of even ones.)"""
 
 PROBES = 4
-"""Coarse clusters, the nearest ones, whose centers are a feature's candidates in the last quarter of the second level."""
+"""Coarse clusters, the nearest ones, whose centers are a feature's candidates at the end of the second level."""
+
+PROBED_SHARE = 0.4
+"""Share of the second level's iterations that look at them."""
 
 COARSE, FINE, GLOBAL = "coarse", "fine", "global"
 """Phases, in their order."""
@@ -57,7 +60,8 @@ COARSE, FINE, GLOBAL = "coarse", "fine", "global"
 class TwoLevelKMeans:
     """`SphericalKMeans` in a fraction of its time.
 
-    k, iterations (of each level, at most), max_points_per_center, seed, topology, backend, nprobe, stop_below: as there.
+    k, max_points_per_center, seed, topology, backend, nprobe, stop_below: as there. iterations: of the first level; of the
+    second at most half as many, for more gain nothing.
     coarse: K; None for the root of k. refinements: iterations over all centers at the end. init: how the coarse clusters
     begin. Raises ConfigError for more coarse clusters than centers.
     """
@@ -90,7 +94,9 @@ class TwoLevelKMeans:
             backend="torch" if backend == "torch" else "faiss",  # so few centers need no inverted file
             **common,
         )
-        self.second = _Grouped(k, iterations, max_points_per_center, seed, stop_below=stop_below, **common)
+        self.second = _Grouped(
+            k, math.ceil(iterations / 2), max_points_per_center, seed, stop_below=stop_below, **common
+        )
         self.third = SphericalKMeans(
             k, refinements, max_points_per_center, seed, backend=backend, stop_below=stop_below, **common
         )
@@ -198,8 +204,8 @@ def given_up(sizes_k: np.ndarray) -> np.ndarray:
 class _Grouped(SphericalKMeans):
     """The second level: a feature's candidates are the centers of its coarse cluster, which lie side by side.
 
-    In the last quarter of the iterations they are those of its PROBES nearest coarse clusters: at PROBES / K of the price of
-    a global iteration, features near a border move to the other side.
+    In the last iterations they are those of its PROBES nearest coarse clusters: at PROBES / K of the price of a global
+    iteration, features near a border move to the other side.
     """
 
     parts: list[Part]
@@ -295,7 +301,7 @@ class _Grouped(SphericalKMeans):
     @property
     def _narrow(self) -> int:
         """Iterations with one coarse cluster a feature."""
-        return self.iterations - math.ceil(self.iterations / 4)
+        return self.iterations - math.ceil(PROBED_SHARE * self.iterations)
 
     def _is_settled(self, state: KMeansState) -> bool:
         return len(state.history) > self._narrow and super()._is_settled(state)
