@@ -266,6 +266,11 @@ class ClusterConfig(Settings):
     nprobe: int = Field(16, ge=1, description="ivf: lists that are looked into")
     drop_bad_rows: bool = Field(False, description="leave out features that are zero or no numbers, and count them")
     stop_below: Finite = Field(0.0, ge=0, le=1, description="end early when no more than this share of features moves")
+    two_level: bool = Field(
+        False, description="k-means inside coarse clusters, then over all centers: a fraction of the time"
+    )
+    coarse: int | None = Field(None, ge=1, description="with --two_level: coarse clusters; none: the root of k")
+    refinements: int = Field(1, ge=0, description="with --two_level: iterations over all centers at the end")
     seed: int = Field(0, ge=0)
     timeout_minutes: Finite = Field(60.0, gt=0, description="longest wait for another rank")
     dry_run: bool = Field(False, description="print memory, bytes, FLOPs and hours, and stop")
@@ -290,6 +295,16 @@ class ClusterConfig(Settings):
             raise ValueError("--dry_run needs --features, or --num_features and --dim")
         elif self.features is not None and (self.num_features, self.dim) != (None, None):
             raise ValueError("--num_features and --dim are for a --dry_run without --features, which says both")
+        return self
+
+    @model_validator(mode="after")
+    def _levels(self):
+        if not self.two_level:
+            for name in ("coarse", "refinements"):
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(f"--{name} {getattr(self, name)} is for --two_level: add that, or leave it out")
+        elif self.coarse is not None and self.coarse > self.k:
+            raise ValueError(f"--coarse {self.coarse} is more than --k {self.k}: leave it out for the root of k")
         return self
 
 
@@ -419,5 +434,35 @@ class BenchHeadConfig(Settings):
     memory_batches: str = Field(
         "1024,2048,4096,8192", description="batches to see the head's memory at, with K, D and r of each shape"
     )
+    output: str | None = Field(None, description="JSON to write with all numbers")
+    seed: int = Field(0, ge=0, lt=2**31)
+
+
+class BenchKMeansConfig(Settings):
+    """tools/bench.py kmeans."""
+
+    points: int = Field(4096, ge=1, description="random features that each search looks for")
+    k: int = Field(16_384, ge=1, description="random centers that it searches")
+    d: int = Field(512, ge=1, description="dimensions")
+    tops: str = Field("1,8", description="nearest centers wanted, several joined by commas")
+    backends: str = Field("faiss,torch,ivf", description="searches (tools/cluster.py's --assign), joined by commas")
+    nprobe: int = Field(16, ge=1, description="ivf: lists that are looked into")
+    repeats: int = Field(7, ge=1, description="rounds; each times every contender once")
+    threads: int | None = Field(None, ge=1, description="none: the cores")
+    search: bool = Field(True, description="measure the searches")
+    memory: bool = Field(False, description="measure the searches' peak memory, in fresh processes")
+    lloyd: bool = Field(True, description="measure whole iterations against faiss.Kmeans")
+    lloyd_points: int = Field(65_536, ge=1, description="features of a mixture that they cluster")
+    lloyd_k: int = Field(2048, ge=1, description="centers that they find")
+    lloyd_d: int = Field(128, ge=1, description="dimensions")
+    lloyd_iterations: str = Field("1,5", description="iterations, several joined by commas")
+    lloyd_repeats: int = Field(3, ge=1, description="rounds")
+    iteration_points: int | None = Field(
+        None,
+        ge=1,
+        description="float16 features on the device for one iteration; none: 10M on a GPU, not done on a CPU",
+    )
+    iteration_k: int = Field(1_000_000, ge=1)
+    iteration_d: int = Field(768, ge=1)
     output: str | None = Field(None, description="JSON to write with all numbers")
     seed: int = Field(0, ge=0, lt=2**31)

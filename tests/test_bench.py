@@ -11,7 +11,8 @@ import torch
 
 from mlcd_ds.benchmarks import head as benchmarks_head
 from mlcd_ds.benchmarks.head import HeadStep, MaterialisedStep, Shape, bench_head, parse_shapes, peers_draw
-from mlcd_ds.config import BenchHeadConfig
+from mlcd_ds.benchmarks.kmeans import bench_kmeans, exact_ids, lloyd_step, one_iteration, random_on_device
+from mlcd_ds.config import BenchHeadConfig, BenchKMeansConfig
 from mlcd_ds.errors import ConfigError
 from mlcd_ds.topology import Topology
 
@@ -124,6 +125,66 @@ def test_every_shape_is_written_before_the_next_is_measured(on_cpu, tmp_path, mo
     with pytest.raises(KeyboardInterrupt):
         bench_head(BenchHeadConfig(shapes=",".join([TINY] * 3), threads=1, output=str(output)))
     assert [len(before) for before in measured] == [0, 1, 2]
+
+
+TINY_KMEANS = {"points": 60, "k": 200, "d": 16, "repeats": 2, "threads": 1, "lloyd_points": 600, "lloyd_k": 30}
+TINY_KMEANS |= {"lloyd_d": 32, "lloyd_repeats": 1, "iteration_k": 20, "iteration_d": 16, "iteration_points": 300}
+
+
+def test_kmeans_is_measured_with_every_search_and_against_faiss(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    threads = torch.get_num_threads()
+    result = bench_kmeans(BenchKMeansConfig(**TINY_KMEANS, output=str(tmp_path / "k.json")))
+    torch.set_num_threads(threads)
+    assert json.loads((tmp_path / "k.json").read_text()) == json.loads(json.dumps(result))
+    assert str(tmp_path) not in result["command"]
+    assert all(math.isfinite(number) for number in numbers(result))
+    searches = {f"{name} top-{top}" for name in ("faiss", "torch", "ivf") for top in (1, 8)}
+    assert set(result["search"]["seconds"]) == searches | {"product"} and set(result["search"]["found"]) == searches
+    assert all(share == 1 for name, share in result["search"]["found"].items() if not name.startswith("ivf"))
+    assert [row["iterations"] for row in result["lloyd"]] == [1, 5]
+    for row in result["lloyd"]:  # the same start and the same iterations: the same centers
+        for name in ("faiss", "torch"):
+            assert row["objective"][name] == pytest.approx(row["objective"]["faiss.Kmeans"], rel=2e-3)
+    assert set(result["iteration"]["extrapolated_hours"]) == {"8", "64"}
+
+
+def test_peak_memory_of_a_search_is_measured():
+    result = bench_kmeans(
+        BenchKMeansConfig(
+            **TINY_KMEANS | {"search": False, "lloyd": False, "memory": True, "tops": "1"}, backends="torch"
+        )
+    )
+    assert [row["search"] for row in result["memory"]] == ["torch top-1"]
+
+
+def test_one_iteration_on_a_device_is_lloyds():
+    """What a GPU is timed with, on the CPU, against a dense computation; blocks that do not divide the features."""
+    features, centers = random_on_device(300, 20, 16, torch.device("cpu"), seed=3)
+    new, objective = lloyd_step(features, centers, block=77)
+    unit = torch.nn.functional.normalize(features.double())
+    cosine = unit @ centers.double().T
+    sums = torch.zeros(20, 16, dtype=torch.float64).index_add_(0, cosine.argmax(1), unit)
+    torch.testing.assert_close(new.double(), torch.nn.functional.normalize(sums), rtol=0, atol=1e-6)
+    assert objective == pytest.approx(float(cosine.max(1)[0].mean()), rel=1e-6)
+    assert one_iteration(300, 20, 16, torch.device("cpu"), seed=3, block=77)["objective"] == objective
+    ids = exact_ids(features.float().numpy(), centers.numpy(), 3)
+    assert (ids[:, 0] == cosine.argmax(1).numpy()).mean() > 0.99
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"tops": "1,x"}, "whole numbers"),
+        ({"backends": "faiss,annoy"}, "expected some of faiss, torch, ivf"),
+        ({"tops": "9", "k": 8}, "9 nearest of --k 8"),
+        ({"lloyd_k": 601, "lloyd_points": 600}, "more than --lloyd_points"),
+        ({"output": "no/such/folder/x.json"}, "folder does not exist"),
+    ],
+)
+def test_flags_of_kmeans_that_do_not_fit_are_refused(flags, message):
+    with pytest.raises(ConfigError, match=message):
+        bench_kmeans(BenchKMeansConfig(**flags))
 
 
 def test_peers_draw_keeps_the_positives():

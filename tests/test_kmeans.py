@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from processes import ROOT, run_script, start_ranks, wait_ranks
 
 from mlcd_ds.clustering import kmeans as kmeans_module
@@ -66,6 +67,20 @@ def test_objective_is_as_good_as_faiss(tmp_path, k):
     assert objectives(result)[-1] > objectives(result)[0]
     np.testing.assert_allclose(np.linalg.norm(result.centers_kd, axis=1), 1, atol=1e-5)
     assert result.sizes_k.sum() == len(rows) == result.num_used
+
+
+@pytest.mark.parametrize("backend", ["faiss", "torch"])
+def test_from_the_same_start_it_is_faiss(tmp_path, backend):
+    """Equal iterations over the same features, none left out on either side: the objective within 0.5%."""
+    rows = mixture(n=5000, d=32, groups=200)
+    features = write_features(tmp_path / "f", np.array_split(rows, 2))
+    unit = np.concatenate([features.unit_rows(name, 0, 2500) for name in features.names])
+    np.save(tmp_path / "start.npy", unit[:120])
+    ours = SphericalKMeans(120, 8, 10**6, 0, init=str(tmp_path / "start.npy"), backend=backend)
+    centers = ours.fit(features, lambda _: None).centers_kd
+    theirs = faiss.Kmeans(32, 120, niter=8, spherical=True, max_points_per_centroid=10**6)
+    theirs.train(unit, init_centroids=unit[:120])
+    assert mean_cosine(rows, centers) == pytest.approx(mean_cosine(rows, theirs.centroids), rel=0.005)
 
 
 def test_one_iteration_is_lloyds(tmp_path):
@@ -169,12 +184,23 @@ def test_exact_searches_find_the_nearest(monkeypatch, backend, top):
     np.testing.assert_allclose(cosine, -np.sort(-exact, axis=1)[:, :top], atol=1e-5)
 
 
+@pytest.mark.parametrize("columns", [4 * 64 * 5, 4 * 64 * 5 + 64, 64, 1000])
+def test_largest_of_groups_are_the_largest(columns):
+    """The same values as a plain top-k, at columns that hold them: with ties, and columns that fill no group."""
+    scores = torch.randint(-3000, 3000, (40, columns), generator=torch.Generator().manual_seed(0)).float()
+    found, at = nearest_module._largest(scores, 5)
+    assert torch.equal(found, scores.topk(5, dim=1)[0])
+    assert torch.equal(scores.gather(1, at), found)
+    assert all(len(set(row)) == 5 for row in at.tolist())
+
+
 def test_candidates_in_bfloat16_are_ranked_again_in_float32(monkeypatch):
     """The GPU's path, on the CPU: nearly all ids are the exact ones, and the cosines of those found are exact."""
-    monkeypatch.setattr(nearest_module, "TILE_CENTERS", 64)
+    monkeypatch.setattr(nearest_module, "GPU_TILE_CENTERS", 64)
     rows, centers = mixture(n=400).astype(np.float32), mixture(seed=1, n=333).astype(np.float32)
     search = index_of(centers, "torch")
     search.is_exact, search.factor_kd = False, search.centers_kd.bfloat16()
+    search._scores = search._scores.bfloat16()
     cosine, ids = search.search(rows, 8)
     exact, expected = index_of(centers, "faiss").search(rows, 8)
     assert (ids == expected).mean() > 0.999

@@ -22,6 +22,7 @@ from mlcd_ds.clustering.assign import load_checked_centers
 from mlcd_ds.clustering.features import FeatureFolder
 from mlcd_ds.clustering.iterations import IterationStore
 from mlcd_ds.clustering.kmeans import Iteration, KMeansResult, SphericalKMeans
+from mlcd_ds.clustering.two_level import FINE, GLOBAL, TwoLevelKMeans
 from mlcd_ds.config import ClusterConfig
 from mlcd_ds.data.centers import read_description, save_centers
 from mlcd_ds.errors import ConfigError, DataError, differences
@@ -57,7 +58,6 @@ def main(config: ClusterConfig) -> None:
 def tell_plan(config: ClusterConfig, topology: Topology) -> None:
     """Prints what this clustering would take."""
     features = FeatureFolder(config.features) if config.features else None
-    settings = config.model_dump()
     job = plan.Job(
         num_features=features.num_features if features else config.num_features,
         dim=features.dim if features else config.dim,
@@ -68,8 +68,8 @@ def tell_plan(config: ClusterConfig, topology: Topology) -> None:
         backend=config.assign,
         nprobe=config.nprobe,
         device="cuda" if config.gpus else topology.device.type,
-        coarse=(settings["coarse"] or round(config.k**0.5)) if settings.get("two_level") else None,
-        refinements=settings.get("refinements", 1),
+        coarse=(config.coarse or round(config.k**0.5)) if config.two_level else None,
+        refinements=config.refinements,
         blocks=len(features.names) if features else 0,
     )
     given = {
@@ -118,6 +118,9 @@ def description(config: ClusterConfig, features: FeatureFolder, dropped: int | N
         "feature_model": features.model,
         "num_features": features.num_features,
         "features_fingerprint": features.fingerprint(),
+        "two_level": config.two_level or None,  # what is None may as well be missing
+        "coarse": config.coarse,
+        "refinements": config.refinements if config.two_level else None,
         **({"nprobe": config.nprobe} if config.assign == "ivf" else {}),
         **({} if dropped is None else {"dropped_rows": dropped}),
     }
@@ -147,7 +150,8 @@ def run(config: ClusterConfig, features: FeatureFolder, topology: Topology, stor
             f"using a uniform sample of {limit:,} of the {features.num_features:,} features "
             f"(--max_points_per_center {config.max_points_per_center})"
         )
-    kmeans = SphericalKMeans(
+    levels = {"coarse": config.coarse, "refinements": config.refinements} if config.two_level else {}
+    kmeans = (TwoLevelKMeans if config.two_level else SphericalKMeans)(
         config.k,
         config.iterations,
         config.max_points_per_center,
@@ -157,16 +161,18 @@ def run(config: ClusterConfig, features: FeatureFolder, topology: Topology, stor
         backend=config.assign,
         nprobe=config.nprobe,
         stop_below=config.stop_below,
+        **levels,
     )
     done = len(resume.history) if resume else 0
     if topology.is_main and done:
-        print(f"going on after iteration {done} of {config.iterations}")
+        print(f"going on after iteration {done} of {kmeans.total_iterations}")
     with tqdm(
-        total=config.iterations, initial=done, desc="k-means", unit="iteration", disable=not topology.is_main
+        total=kmeans.total_iterations, initial=done, desc="k-means", unit="iteration", disable=not topology.is_main
     ) as bar:
 
         def tell(iteration: Iteration) -> None:
             moved = "" if iteration.moved is None else f", {iteration.moved:.2%} moved"
+            bar.set_description("k-means" if iteration.phase is None else f"k-means, {iteration.phase}")
             bar.set_postfix_str(f"mean cosine {iteration.objective:.4f}, {iteration.empty} empty{moved}")
             bar.update()
 
@@ -176,7 +182,8 @@ def run(config: ClusterConfig, features: FeatureFolder, topology: Topology, stor
 
 def publish(config: ClusterConfig, features: FeatureFolder, made_from: dict, result: KMeansResult) -> None:
     """Writes the centers and how they came about, and says it."""
-    first, last = result.history[0], result.history[-1]
+    last = result.history[-1]
+    first = next(iteration for iteration in result.history if iteration.phase == last.phase)
     facts = {
         "features": str(features.path),
         "num_used": result.num_used,
@@ -193,11 +200,26 @@ def publish(config: ClusterConfig, features: FeatureFolder, made_from: dict, res
             f"; cluster sizes {result.sizes_k.min()} to {result.sizes_k.max()}, median {int(np.median(result.sizes_k))}"
         )
     save_centers(Path(config.output_dir), result.centers_kd, made_from | json.loads(json.dumps(facts)))
+    if config.two_level:
+        print(refined(result))
     print(
         f"{config.output_dir}: {config.k} centers of {result.num_used} features; mean cosine to the nearest "
         f"{last.objective:.4f} (first iteration {first.objective:.4f}){sizes}; {last.empty} empty in the last of "
         f"{len(result.history)} iterations"
     )
+
+
+def refined(result: KMeansResult) -> str:
+    """The objective inside the coarse clusters, and before and after the iterations over all centers."""
+    inside = [iteration for iteration in result.history if iteration.phase == FINE][-1]
+    over_all = [iteration for iteration in result.history if iteration.phase == GLOBAL]
+    text = f"mean cosine to the center inside the own coarse cluster {inside.updated:.4f}"
+    if over_all:
+        text += (
+            f"; to the nearest of all {over_all[0].objective:.4f} before, at least {over_all[-1].updated:.4f} after "
+            f"{len(over_all)} iteration(s) over all centers"
+        )
+    return text
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from mlcd_ds import collectives
-from mlcd_ds.benchmarks.timing import Contender, in_processes, peak_bytes, time_in_turn
+from mlcd_ds.benchmarks.timing import Contender, command_line, in_processes, peak_bytes, table, time_in_turn
 from mlcd_ds.config import BenchHeadConfig
 from mlcd_ds.errors import ConfigError
 from mlcd_ds.files import write_json
@@ -71,7 +71,7 @@ def bench_head(config: BenchHeadConfig) -> dict:
     on_gpu = torch.cuda.device_count() >= config.ranks
     device = f"cuda, {torch.cuda.get_device_name()}" if on_gpu else f"cpu, {torch.backends.cpu.get_cpu_capability()}"
     result = {
-        "command": _command(config),
+        "command": command_line("head", config),
         "device": device,
         "threads": _threads(config),
         "ranks": config.ranks,
@@ -125,14 +125,6 @@ def _checked(config: BenchHeadConfig) -> tuple[list[Shape], list[int]]:
     if config.output is not None and not Path(config.output).absolute().parent.is_dir():
         raise ConfigError(f"--output {config.output}: its folder does not exist")
     return shapes, [int(batch) for batch in config.memory_batches.split(",")]
-
-
-def _command(config: BenchHeadConfig) -> str:
-    """The command line, without the path of its output."""
-    given = [
-        f"--{name} {getattr(config, name)}" for name in type(config).model_fields if name in config.model_fields_set
-    ]
-    return " ".join(["python tools/bench.py head", *(flag for flag in given if not flag.startswith("--output "))])
 
 
 def _threads(config: BenchHeadConfig) -> int:
@@ -390,7 +382,7 @@ def _time_table(timing: list[dict]) -> str:
         )
         for name, peak in row["peak_bytes"].items():  # None: it ran out of memory
             lines[-1][f"{name} GB"] = "out of memory" if peak is None else f"{peak / 1e9:.2f}"
-    return _table(lines)
+    return table(lines)
 
 
 # --- memory ---------------------------------------------------------------------------------------------------------
@@ -451,12 +443,4 @@ def _memory_table(memory: list[dict]) -> str:
                     "to the first": f"{at['per_first']:.3f}",
                 }
             )
-    return f"{_table(contenders)}\n{_table(flatness)}"
-
-
-def _table(lines: list[dict[str, str]]) -> str:
-    """Aligned columns, the keys as their heads, "-" where a line has no such key."""
-    names = list(dict.fromkeys(name for line in lines for name in line))
-    rows = [names, *([line.get(name, "-") for name in names] for line in lines)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return f"{table(contenders)}\n{table(flatness)}"

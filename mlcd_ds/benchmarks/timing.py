@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from mlcd_ds import collectives
+from mlcd_ds.config import Settings
 from mlcd_ds.topology import Topology
 
 Contender = Callable[[], object]
@@ -93,3 +94,19 @@ def _status_bytes(name: str) -> int:
         if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024
     raise RuntimeError(f"/proc/self/status has no {name}")
+
+
+def command_line(name: str, config: Settings) -> str:
+    """The command line of a sub-command with the flags that were given, without the path of its output."""
+    given = [
+        f"--{field} {getattr(config, field)}" for field in type(config).model_fields if field in config.model_fields_set
+    ]
+    return " ".join([f"python tools/bench.py {name}", *(flag for flag in given if not flag.startswith("--output "))])
+
+
+def table(lines: list[dict[str, str]]) -> str:
+    """Aligned columns, the keys as their heads, "-" where a line has no such key."""
+    names = list(dict.fromkeys(name for line in lines for name in line))
+    rows = [names, *([line.get(name, "-") for name in names] for line in lines)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)

@@ -38,6 +38,9 @@ PATCHES_FILE = "patches.npz"
 MIN_IMAGES_TO_JUDGE = 1000
 """The share of unusable images is judged from this many on, and at the end."""
 ROWS_AT_A_TIME = 65_536
+
+CACHED_ROWS = 512
+"""Features that are read, converted and normalised at a time: 1.5 MB of float32 at 768 dimensions."""
 OPEN_ARRAYS = 64
 """Memory-mapped shards that one process keeps open: far below the usual limit of 1024 files."""
 _SKIPPED_KEY = b"mlcd_ds.skipped"
@@ -382,10 +385,15 @@ def _metadata_file(folder: Path, name: str) -> Path:
     return folder / "metadata" / f"metadata_{name}.parquet"
 
 
-def to_unit_rows(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(float32 copy [n, d] with rows of length 1, their lengths before [n]); rows of no direction become NaN."""
-    unit = np.array(values, dtype=np.float32)
-    lengths = np.linalg.norm(unit, axis=1)
+def to_unit_rows(values: np.ndarray, out: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """(float32 copy [n, d] with rows of length 1, their lengths before [n]); rows of no direction become NaN.
+
+    out: where the copy goes.
+    """
+    raw = np.array(values, values.dtype.newbyteorder("="))
+    unit = np.empty(raw.shape, np.float32) if out is None else out
+    torch.from_numpy(unit).copy_(torch.from_numpy(raw))  # ten times as fast as numpy from float16
+    lengths = np.sqrt(np.einsum("nd,nd->n", unit, unit))
     with np.errstate(divide="ignore", invalid="ignore"):
         unit /= lengths[:, None]
     return unit, lengths
@@ -520,12 +528,15 @@ class FeatureFolder:
             raise DataError(f"{file}: row {start + wrong} of column `{column}` is {keys[wrong]!r}, expected a text")
         return keys if column == "key" else [path.rsplit("/", 1)[-1].partition(".")[0] for path in keys]
 
-    def unit_rows(self, name: str, start: int, stop: int, rows: np.ndarray | None = None) -> np.ndarray:
+    def unit_rows(
+        self, name: str, start: int, stop: int, rows: np.ndarray | None = None, out: np.ndarray | None = None
+    ) -> np.ndarray:
         """float32 rows start..stop of a shard (or of its selected `rows`, sorted), each of length 1.
 
+        out: float32 [stop - start or more, d] to write them to: fresh memory costs more than the arithmetic.
         Raises DataError naming file and row for values that are no numbers and for rows of zeros.
         """
-        values, bad, lengths = self._unit_rows(name, start, stop, rows)
+        values, bad, lengths = self._unit_rows(name, start, stop, rows, out)
         if bad.any():
             at = int(np.flatnonzero(bad)[0])
             row = int(self._on_disk(name, start, stop, rows)[at])
@@ -545,11 +556,20 @@ class FeatureFolder:
         values[bad] = 0
         return values, ~bad
 
-    def _unit_rows(self, name: str, start: int, stop: int, rows: np.ndarray | None) -> tuple[np.ndarray, ...]:
-        plain = rows is None and name not in self._dropped
-        values, lengths = to_unit_rows(
-            self._opened(name)[slice(start, stop) if plain else self._on_disk(name, start, stop, rows)]
-        )
+    def _unit_rows(
+        self, name: str, start: int, stop: int, rows: np.ndarray | None, out: np.ndarray | None = None
+    ) -> tuple[np.ndarray, ...]:
+        array = self._opened(name)
+        dropped = len(self._dropped.get(name, ()))
+        stop = min(stop, len(array) - dropped if rows is None else len(rows))
+        values = np.empty((stop - start, self.dim), np.float32) if out is None else out[: stop - start]
+        lengths = np.empty(stop - start, np.float32)
+        for first in range(start, stop, CACHED_ROWS):  # little enough to stay in the cache from step to step
+            end = min(first + CACHED_ROWS, stop)
+            plain = rows is None and not dropped
+            raw = array[slice(first, end) if plain else self._on_disk(name, first, end, rows)]
+            part = slice(first - start, end - start)
+            _, lengths[part] = to_unit_rows(raw, values[part])
         return values, _has_no_direction(lengths), lengths
 
     def _on_disk(self, name: str, start: int, stop: int, rows: np.ndarray | None) -> np.ndarray:

@@ -1,6 +1,7 @@
 """What k-means leaves after each iteration, so that a killed job goes on: centers, history, curves. Rank 0 alone writes.
 
 centers/iterations/centers_00007.npy   float32 [k, d]
+centers/iterations/aside_00007.npz     what a two-level clustering needs beside the centers
 centers/iterations/state.json          made from what, after which iteration, hash; written last
 centers/tensorboard/                   objective, empty clusters, share of features that moved
 """
@@ -25,7 +26,7 @@ class IterationStore:
         self._writer = None
 
     def save(self, state: KMeansState) -> None:
-        """Publishes the state: the file of centers, then state.json, which names it; the one before goes last."""
+        """Publishes the state: its files, then state.json, which names them; those before go last."""
         make_folder(self.folder)
         number = len(state.history)
         file = self.folder / f"centers_{number:05d}.npy"
@@ -36,9 +37,13 @@ class IterationStore:
             "sha256": sha256(file),
             "history": [asdict(iteration) for iteration in state.history],
         }
+        aside = self.folder / f"aside_{number:05d}.npz"
+        if state.aside:
+            write_bytes(aside, lambda out: np.savez(out, **state.aside))
+            written |= {"aside": aside.name, "aside_sha256": sha256(aside)}
         write_json(self.folder / "state.json", written)
-        for other in self.folder.glob("centers_*.npy"):
-            if other != file:
+        for other in (*self.folder.glob("centers_*.npy"), *self.folder.glob("aside_*.npz")):
+            if other not in (file, aside):
                 other.unlink()
         self._curves(state.history)
 
@@ -51,7 +56,9 @@ class IterationStore:
             found = json.loads(file.read_text())
             centers = self.folder / found["file"]
             [Iteration(**iteration) for iteration in found["history"]]
-            before, digest = found["made_from"], found["sha256"]
+            before, files = found["made_from"], [(centers, found["sha256"])]
+            if "aside" in found:
+                files.append((self.folder / found["aside"], found["aside_sha256"]))
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{file} cannot be read ({error}): remove {self.folder} to begin anew") from None
         differs = differences(before, self.made_from)
@@ -60,15 +67,20 @@ class IterationStore:
                 f"{self.folder} holds the iterations of another clustering ({differs}). Give the same settings, "
                 "choose another --output_dir, or remove that folder."
             )
-        if not centers.is_file() or sha256(centers) != digest:
-            raise DataError(f"{centers} is missing or damaged: remove {self.folder} to begin anew")
+        for part, digest in files:
+            if not part.is_file() or sha256(part) != digest:
+                raise DataError(f"{part} is missing or damaged: remove {self.folder} to begin anew")
         return True
 
     def load(self) -> KMeansState:
         """The state that `verify` has passed; every rank reads it for itself."""
         found = json.loads((self.folder / "state.json").read_text())
         history = tuple(Iteration(**iteration) for iteration in found["history"])
-        return KMeansState(np.load(self.folder / found["file"], allow_pickle=False), history)
+        aside = {}
+        if "aside" in found:
+            with np.load(self.folder / found["aside"], allow_pickle=False) as arrays:
+                aside = dict(arrays)
+        return KMeansState(np.load(self.folder / found["file"], allow_pickle=False), history, aside)
 
     def remove(self) -> None:
         """Removes the iterations once the centers are published; the curves stay."""
@@ -86,7 +98,8 @@ class IterationStore:
             new = history
         for iteration in new:
             values = {"objective": iteration.objective, "empty": iteration.empty, "moved": iteration.moved}
+            group = "Cluster" if iteration.phase is None else f"Cluster_{iteration.phase}"
             for name, value in values.items():
                 if value is not None:
-                    self._writer.add_scalar(f"Cluster/{name}", value, iteration.number)
+                    self._writer.add_scalar(f"{group}/{name}", value, iteration.number)
         self._writer.flush()

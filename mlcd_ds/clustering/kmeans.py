@@ -9,7 +9,7 @@ Shapes: n features in use, k centers, d dimensions, b features of a block, W ran
 import heapq
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -38,20 +38,28 @@ class Iteration:
 
     number: from 0. objective: mean cosine to the nearest center, before the update. empty: clusters that were split anew.
     moved: share of the features whose nearest center changed; None where the iteration before is not known.
+    updated: mean cosine to the same center after the update: what the next objective is at least, but for the centers of
+    empty clusters. phase: what a two-level clustering was doing.
     """
 
     number: int
     objective: float
     empty: int
     moved: float | None
+    updated: float | None = None
+    phase: str | None = None
 
 
 @dataclass(frozen=True)
 class KMeansState:
-    """What an iteration leaves: all that the next one needs. centers_kd: float32, unit rows."""
+    """What an iteration leaves: all that the next one needs. centers_kd: float32, unit rows.
+
+    aside: what a two-level clustering needs beside them, by name.
+    """
 
     centers_kd: np.ndarray
     history: tuple[Iteration, ...]
+    aside: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -68,13 +76,17 @@ class KMeansResult:
 
 
 @dataclass(frozen=True)
-class _Block:
-    """Rows of one shard: start..stop, or those in `rows` (sorted)."""
+class Block:
+    """Rows of one shard: start..stop, or some of them."""
 
     number: int
     name: str
     start: int
     stop: int
+
+
+Part = tuple[Block, np.ndarray | None]
+"""A block and those of its rows that are used, sorted; None for all."""
 
 
 class SphericalKMeans:
@@ -102,6 +114,7 @@ class SphericalKMeans:
         stop_below: float = 0.0,
     ):
         self.k, self.iterations, self.seed = k, iterations, seed
+        self.total_iterations = iterations
         self.max_points_per_center = max_points_per_center
         self.topology = topology or Topology.single()
         self.init, self.backend, self.nprobe, self.stop_below = init, backend, nprobe, stop_below
@@ -119,18 +132,22 @@ class SphericalKMeans:
         centers that do not fit, and, on every rank, for rows that cannot be used (file and row named); ConfigError for
         k-means++ with too many centers.
         """
-        n = features.num_features
-        if self.k > n:
-            raise DataError(
-                f"--k {self.k} is more than the {n} features in {features.path}: use at most {n} centers, and for clusters "
-                f"that mean something about {max(1, n // 39)} (39 features each)"
-            )
-        blocks = _blocks(features)
-        counts = self._sample_counts([block.stop - block.start for block in blocks])
+        _, counts, parts = self.share(features)
         num_used = int(counts.sum())
-        own = range(self.topology.rank, len(blocks), self.topology.world_size)
-        parts = [(blocks[i], self._rows(blocks[i], counts[i])) for i in own]
-        state = resume or KMeansState(self._initial(features, blocks, counts), ())
+        state = resume or KMeansState(self.initial(features), ())
+        state, sizes_k = self.iterate(features, parts, num_used, state, tell, keep)
+        return KMeansResult(state.centers_kd, state.history, sizes_k, num_used)
+
+    def iterate(
+        self,
+        features: FeatureFolder,
+        parts: list[Part],
+        num_used: int,
+        state: KMeansState,
+        tell: Callable[[Iteration], None],
+        keep: Callable[[KMeansState], None] | None,
+    ) -> tuple[KMeansState, np.ndarray | None]:
+        """From `state` to the end: the last state, and the sizes [k] in the last iteration (None where none was left)."""
         nearest_before: list[np.ndarray] | None = None
         sizes_k = None
         while len(state.history) < self.iterations and not self._is_settled(state):
@@ -138,17 +155,17 @@ class SphericalKMeans:
             total, sums_kd, sizes_k, nearest, moved = outcome
             total, moved = self._sum(torch.tensor([total, float(moved)], dtype=torch.float64)).tolist()
             sizes_k = self._sum(torch.from_numpy(sizes_k)).numpy()
-            centers_kd, lost_k = self._update(state.centers_kd, sums_kd)
-            empty = split_largest(centers_kd, sizes_k, lost_k)
+            centers_kd, lost_k, updated = self._update(state.centers_kd, sums_kd)
+            empty = self._settle(centers_kd, sizes_k, lost_k)
             share = None if nearest_before is None else moved / num_used
-            iteration = Iteration(len(state.history), total / num_used, empty, share)
-            state = KMeansState(centers_kd, (*state.history, iteration))
+            iteration = Iteration(len(state.history), total / num_used, empty, share, updated / num_used)
+            state = KMeansState(centers_kd, (*state.history, iteration), state.aside)
             nearest_before = nearest
             if self.topology.is_main:
                 tell(iteration)
                 if keep is not None:
                     keep(state)
-        return KMeansResult(state.centers_kd, state.history, sizes_k, num_used)
+        return state, sizes_k
 
     def _is_settled(self, state: KMeansState) -> bool:
         last = state.history[-1] if state.history else None
@@ -172,6 +189,20 @@ class SphericalKMeans:
 
     # ------------------------------------------------------------------------------------------------ which features
 
+    def share(self, features: FeatureFolder) -> tuple[list[Block], np.ndarray, list[Part]]:
+        """All blocks, how many features of each are used, and this rank's part: its blocks with their rows, sorted, or None
+        for all of them. Raises DataError for fewer features than k."""
+        n = features.num_features
+        if self.k > n:
+            raise DataError(
+                f"--k {self.k} is more than the {n} features in {features.path}: use at most {n} centers, and for clusters "
+                f"that mean something about {max(1, n // 39)} (39 features each)"
+            )
+        blocks = _blocks(features)
+        counts = self._sample_counts([block.stop - block.start for block in blocks])
+        own = range(self.topology.rank, len(blocks), self.topology.world_size)
+        return blocks, counts, [(blocks[i], self._rows(blocks[i], counts[i])) for i in own]
+
     def _sample_counts(self, rows: Sequence[int]) -> np.ndarray:
         """How many features of each block are used: all, or shares of a uniform sample without replacement."""
         wanted = self.k * self.max_points_per_center
@@ -180,7 +211,7 @@ class SphericalKMeans:
         generator = np.random.default_rng([self.seed, 1])
         return generator.multivariate_hypergeometric(rows, wanted, method="marginals")
 
-    def _rows(self, block: _Block, count: int) -> np.ndarray | None:
+    def _rows(self, block: Block, count: int) -> np.ndarray | None:
         """The rows of a block that are used, sorted; None for all. A function of (seed, block)."""
         length = block.stop - block.start
         if count == length:
@@ -210,6 +241,11 @@ class SphericalKMeans:
         self._everywhere(fill)
         return self._sum(drawn).numpy()
 
+    def initial(self, features: FeatureFolder) -> np.ndarray:
+        """The centers to start from, float32 unit rows [k, d], on every rank."""
+        blocks, counts, _ = self.share(features)
+        return self._initial(features, blocks, counts)
+
     def _initial(self, features: FeatureFolder, blocks, counts: np.ndarray) -> np.ndarray:
         if self.init == "random":
             return self._draw(features, blocks, counts, self.k, purpose=3)
@@ -227,19 +263,31 @@ class SphericalKMeans:
 
     # ------------------------------------------------------------------------------------------------ an iteration
 
+    def _searcher(self, state: KMeansState) -> Callable[[int, np.ndarray], tuple[np.ndarray, np.ndarray]]:
+        """What finds (cosine [b], nearest [b]) for this rank's block of that number, float32 unit rows [b, d]."""
+        index = index_of(state.centers_kd, self.backend, self.topology.device, self.nprobe)
+
+        def search(_: int, block_bd: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            cosine_b1, nearest_b1 = index.search(block_bd, 1)
+            return cosine_b1[:, 0], nearest_b1[:, 0]
+
+        return search
+
+    def _settle(self, centers_kd: np.ndarray, sizes_k: np.ndarray, lost_k: np.ndarray) -> int:
+        """Mends the new centers in place, the same on every rank; returns how many clusters were empty."""
+        return split_largest(centers_kd, sizes_k, lost_k)
+
     def _assign(self, features: FeatureFolder, parts, state: KMeansState, before: list[np.ndarray] | None) -> tuple:
         """(sum of cosines, sums [k' , d] with k' a multiple of W, sizes [k], nearest of each block, moved) of this rank."""
-        index = index_of(state.centers_kd, self.backend, self.topology.device, self.nprobe)
+        search = self._searcher(state)
         padded = -(-self.k // self.topology.world_size) * self.topology.world_size
         sums_kd = torch.zeros(padded, features.dim, device=self.topology.device)
         sizes_k = np.zeros(self.k, np.int64)
-        total, moved, nearest = 0.0, 0, []
-        for number, (block, rows) in enumerate(parts):
-            start, stop = (block.start, block.stop) if rows is None else (0, len(rows))
-            block_bd = features.unit_rows(block.name, start, stop, rows)
-            cosine_b1, nearest_b1 = index.search(block_bd, 1)
-            nearest_b = nearest_b1[:, 0]
-            total += float(cosine_b1.sum(dtype=np.float64))
+        total, moved, nearest, out = 0.0, 0, [], buffer(features, parts)
+        for number, part in enumerate(parts):
+            block_bd = read(features, part, out)
+            cosine_b, nearest_b = search(number, block_bd)
+            total += float(cosine_b.sum(dtype=np.float64))
             sums_kd.index_add_(
                 0, torch.from_numpy(nearest_b).to(sums_kd.device), torch.from_numpy(block_bd).to(sums_kd.device)
             )
@@ -249,8 +297,9 @@ class SphericalKMeans:
                 moved += int((nearest[-1] != before[number]).sum())
         return total, sums_kd, sizes_k, nearest, moved
 
-    def _update(self, centers_kd: np.ndarray, sums_kd: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """New centers [k, d] on every rank, each normalised by one; and whether its members cancelled out [k]."""
+    def _update(self, centers_kd: np.ndarray, sums_kd: torch.Tensor) -> tuple[np.ndarray, np.ndarray, float]:
+        """New centers [k, d] on every rank, each normalised by one; whether its members cancelled out [k]; and the sum of
+        all members' cosines to their new center, which is that of the sums' lengths."""
         W, k = self.topology.world_size, self.k
         first = self.topology.rank * (len(sums_kd) // W)
         own_kd = collectives.reduce_scatter(sums_kd, self.topology)
@@ -265,14 +314,28 @@ class SphericalKMeans:
         own_kd[lost] = torch.from_numpy(centers_kd[first + lost.cpu().numpy()]).to(own_kd.device)
         whole_kd = collectives.all_gather(own_kd, self.topology)[:k]
         lost_k = collectives.all_gather(lost_k1[:, 0].to(torch.int32), self.topology)[:k]
-        return whole_kd.cpu().numpy(), lost_k.cpu().numpy().astype(bool)
+        updated = self._sum(lengths_k1.sum(dtype=torch.float64))
+        return whole_kd.cpu().numpy(), lost_k.cpu().numpy().astype(bool), float(updated)
 
 
-def _blocks(features: FeatureFolder) -> list[_Block]:
-    blocks: list[_Block] = []
+def read(features: FeatureFolder, part: Part, out: np.ndarray | None = None) -> np.ndarray:
+    """The used rows of a block, float32 [b, d] of length 1; in `out` where that is given."""
+    block, rows = part
+    start, stop = (block.start, block.stop) if rows is None else (0, len(rows))
+    return features.unit_rows(block.name, start, stop, rows, out)
+
+
+def buffer(features: FeatureFolder, parts: list[Part]) -> np.ndarray:
+    """What `read` can write any of these blocks to."""
+    most = max((part[0].stop - part[0].start if part[1] is None else len(part[1]) for part in parts), default=0)
+    return np.empty((most, features.dim), np.float32)
+
+
+def _blocks(features: FeatureFolder) -> list[Block]:
+    blocks: list[Block] = []
     for name, count in zip(features.names, features.rows, strict=True):
         for start in range(0, count, BLOCK_ROWS):
-            blocks.append(_Block(len(blocks), name, start, min(start + BLOCK_ROWS, count)))
+            blocks.append(Block(len(blocks), name, start, min(start + BLOCK_ROWS, count)))
     return blocks
 
 

@@ -16,9 +16,12 @@ import torch
 
 BACKENDS = ("faiss", "torch", "ivf")
 
-TILE_CENTERS = 65_536
-"""Centers that the torch search scores at a time: with a block of 4,096 features 1 GB of float32 scores."""
-TILE_FEATURES = 4096
+TILE_FEATURES, TILE_CENTERS = 1024, 16_384
+"""What the torch search scores at a time on a CPU: 64 MB of float32."""
+GPU_TILE_FEATURES, GPU_TILE_CENTERS = 4096, 65_536
+"""The same on a GPU: 0.5 GB of bfloat16."""
+GROUP = 64
+"""Columns whose largest score stands for them while the largest few are looked for."""
 CANDIDATES = 4
 """More than are wanted that bfloat16 scores bring before they are ranked again in float32."""
 CENTERS_PER_LIST = 39
@@ -64,31 +67,38 @@ def index_of(
 
 
 class TorchSearch:
-    """Blocked search: never more than TILE_FEATURES x TILE_CENTERS scores at a time."""
+    """Blocked search: never more scores at a time than one tile of them, whose memory is kept."""
 
     def __init__(self, centers_kd: torch.Tensor):
         self.centers_kd = centers_kd
         self.is_exact = centers_kd.device.type == "cpu"
         self.factor_kd = centers_kd if self.is_exact else centers_kd.bfloat16()
+        self._scores = torch.empty(0, dtype=self.factor_kd.dtype, device=centers_kd.device)
 
     def search(self, features_bd: np.ndarray, top: int) -> tuple[np.ndarray, np.ndarray]:
         """See `Nearest`."""
-        parts = [self._search(part, top) for part in torch.from_numpy(features_bd).split(TILE_FEATURES)]
+        best_bl, ids_bl = self.search_tensor(torch.from_numpy(features_bd), top)
+        return best_bl.cpu().numpy(), ids_bl.cpu().numpy()
+
+    def search_tensor(self, features_bd: torch.Tensor, top: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same for unit rows of any float type on any device; the answer is on the centers' device."""
+        rows = TILE_FEATURES if self.is_exact else GPU_TILE_FEATURES
+        parts = [self._search(part, top) for part in features_bd.split(rows)] if len(features_bd) else []
         if not parts:
-            return np.zeros((0, top), np.float32), np.zeros((0, top), np.int64)
-        return tuple(torch.cat(found).cpu().numpy() for found in zip(*parts, strict=True))
+            empty = torch.zeros(0, top, device=self.centers_kd.device)
+            return empty, empty.long()
+        return tuple(torch.cat(found) for found in zip(*parts, strict=True))
 
     def _search(self, features_bd: torch.Tensor, top: int) -> tuple[torch.Tensor, torch.Tensor]:
-        features_bd = features_bd.to(self.centers_kd.device)
+        features_bd = features_bd.to(self.centers_kd.device, self.centers_kd.dtype)
         wanted = min(top if self.is_exact else top + CANDIDATES, len(self.centers_kd))
         factor_bd = features_bd.to(self.factor_kd.dtype)
         best, ids = None, None
-        for first in range(0, len(self.factor_kd), TILE_CENTERS):
-            tile_td = self.factor_kd[first : first + TILE_CENTERS]
-            scores_bt = factor_bd @ tile_td.T
-            found, at = (
-                scores_bt.max(1, keepdim=True) if wanted == 1 else scores_bt.topk(min(wanted, len(tile_td)), dim=1)
-            )
+        width = TILE_CENTERS if self.is_exact else GPU_TILE_CENTERS
+        for first in range(0, len(self.factor_kd), width):
+            tile_td = self.factor_kd[first : first + width]
+            scores_bt = torch.mm(factor_bd, tile_td.T, out=self._room(len(factor_bd), len(tile_td)))
+            found, at = _largest(scores_bt, min(wanted, len(tile_td)))
             at = at + first
             if best is not None:
                 found, at = torch.cat([best, found], 1), torch.cat([ids, at], 1)
@@ -100,3 +110,76 @@ class TorchSearch:
             best, order = exact.topk(min(top, exact.shape[1]), dim=1)
             ids = ids.gather(1, order)
         return best.float(), ids
+
+    def _room(self, b: int, t: int) -> torch.Tensor:
+        """Kept memory for scores [b, t]: fresh pages cost more than the search in them."""
+        if self._scores.numel() < b * t:
+            self._scores = self._scores.new_empty(b * t)
+        return self._scores[: b * t].view(b, t)
+
+
+def _largest(scores_bt: torch.Tensor, wanted: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(the `wanted` largest [b, l] falling, their columns [b, l]).
+
+    The columns of the l largest lie in the l groups with the largest maxima, which one pass finds; top-k then looks at
+    those l groups alone.
+    """
+    b, t = scores_bt.shape
+    if wanted == 1:
+        best_b, at_b = _best(scores_bt)
+        return best_b[:, None], at_b[:, None]
+    if t % GROUP or t < 4 * GROUP * wanted:
+        return scores_bt.topk(wanted, dim=1)
+    groups_bgc = scores_bt.view(b, t // GROUP, GROUP)
+    group_bl = groups_bgc.amax(dim=2).topk(wanted, dim=1)[1]
+    candidates = groups_bgc.gather(1, group_bl[:, :, None].expand(b, wanted, GROUP)).view(b, wanted * GROUP)
+    found_bl, at_bl = candidates.topk(wanted, dim=1)
+    return found_bl, group_bl.gather(1, at_bl // GROUP) * GROUP + at_bl % GROUP
+
+
+class GroupedSearch:
+    """The nearest of the centers of a feature's own group, exact in float32.
+
+    first_g: int64 [groups + 1]; group g has the centers first_g[g] .. first_g[g + 1], at least one where a feature is its.
+    Keeps no copy of the centers on CPUs; on a GPU one in float32.
+    """
+
+    def __init__(self, centers_kd: np.ndarray, first_g: np.ndarray, device: torch.device | str = "cpu"):
+        self.first_g = first_g
+        self.centers_kd = torch.from_numpy(np.ascontiguousarray(centers_kd, np.float32)).to(device)
+
+    def search(self, features_bd: np.ndarray, counts_g: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(cosine float32 [b], id int64 [b] among all k) of float32 unit rows that lie group by group, counts_g of each."""
+        rows_bd = torch.from_numpy(features_bd).to(self.centers_kd.device)
+        best_b = torch.empty(len(rows_bd), device=rows_bd.device)
+        ids_b = torch.empty(len(rows_bd), dtype=torch.int64, device=rows_bd.device)
+        stops_g = np.cumsum(counts_g)
+        for group in np.flatnonzero(counts_g):
+            first, end, stop = int(self.first_g[group]), int(self.first_g[group + 1]), int(stops_g[group])
+            own_td = self.centers_kd[first:end]
+            for low in range(stop - int(counts_g[group]), stop, TILE_FEATURES):
+                high = min(low + TILE_FEATURES, stop)
+                best_b[low:high], at_b = _best(rows_bd[low:high] @ own_td.T)
+                ids_b[low:high] = at_b + first
+        return best_b.cpu().numpy(), ids_b.cpu().numpy()
+
+    def search_several(self, features_bd: np.ndarray, groups_bp: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The same among the centers of p groups for each feature, in any order; int [b, p]."""
+        best_b, ids_b = np.full(len(features_bd), -np.inf, np.float32), np.zeros(len(features_bd), np.int64)
+        for groups_b in groups_bp.T:
+            usable_b = np.flatnonzero(self.first_g[groups_b + 1] > self.first_g[groups_b])
+            order_b = usable_b[np.argsort(groups_b[usable_b], kind="stable")]
+            cosine_b, found_b = self.search(
+                features_bd[order_b], np.bincount(groups_b[order_b], minlength=len(self.first_g) - 1)
+            )
+            better = cosine_b > best_b[order_b]
+            best_b[order_b[better]], ids_b[order_b[better]] = cosine_b[better], found_b[better]
+        return best_b, ids_b
+
+
+def _best(scores_bt: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(largest [b], its column [b]). On CPUs numpy's argmax, ten times as fast as torch's."""
+    if scores_bt.device.type != "cpu":
+        return scores_bt.max(dim=1)
+    at_b = torch.from_numpy(scores_bt.numpy().argmax(axis=1))
+    return scores_bt.gather(1, at_b[:, None])[:, 0], at_b
