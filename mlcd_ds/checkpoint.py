@@ -316,6 +316,17 @@ def load_weights(model: VisionTransformer, folder: Path) -> None:
     model.load_state_dict(weights)
 
 
+def compare_encoder(weights: dict[str, torch.Tensor], folder: Path) -> None:
+    """Raises CheckpointError where float32 `weights` are not, bit for bit, those of an encoder folder."""
+    saved = load_file(folder / "encoder.safetensors")
+    differing = [name for name in weights if name not in saved or not torch.equal(weights[name], saved[name])]
+    if differing:
+        raise CheckpointError(
+            f"the encoder that DeepSpeed made of {folder.parent} is not the one that lies in {folder}: {len(differing)} "
+            f"tensors differ ({_few(differing)}). Resume with the number of ranks that it was written by, and report this."
+        )
+
+
 def _few(names: Iterable[str]) -> str:
     names = list(names)
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

@@ -86,7 +86,7 @@ def train_in(run: RunFolder, config: RunConfig, raw: dict, batch: BatchSizes, to
     found = store.find() if config.resume == "auto" else None
     loader = ImageLabelLoader(config, table, order, plan.encoder.image_size, topology)
     engine = build_engine(config, plan, topology, from_scratch=found is None)
-    step = 0 if found is None else resume(found, plan, engine, topology)
+    step = 0 if found is None else resume(found, config.seed, plan, engine, topology)
     monitor = open_monitor(run, engine, step, plan, topology)
     progress = Progress(
         monitor,
@@ -292,17 +292,14 @@ def build_head(config: RunConfig, plan: RunPlan, topology: Topology, from_scratc
     return PartialFC(num_classes, plan.encoder.embed_dim, topology, seed=config.seed + index, **options)
 
 
-def resume(found: Checkpoint, plan: RunPlan, engine: TrainEngine, topology: Topology) -> int:
+def resume(found: Checkpoint, seed: int, plan: RunPlan, engine: TrainEngine, topology: Topology) -> int:
     """Loads a checkpoint; the step to go on from."""
-    if found.state["world_size"] != topology.world_size:
-        raise CheckpointError(
-            f"{found.path} was written by {found.state['world_size']} ranks, this run has {topology.world_size}. Start as "
-            "many as then."
-        )
-    engine.load(found.path)
+    engine.load(found, seed)
     engine.skipped_steps = found.state["skipped_steps"]
     if topology.is_main:
-        print(f"resumed from {found.path} at step {found.step}/{plan.length.total_steps}", flush=True)
+        ranks = found.state["world_size"]
+        by = "" if ranks == topology.world_size else f", written by {ranks} ranks, on {topology.world_size}"
+        print(f"resumed from {found.path} at step {found.step}/{plan.length.total_steps}{by}", flush=True)
     return found.step
 
 
@@ -325,6 +322,7 @@ def save(
             "step": step,
             "samples": step * plan.settings.global_batch,
             "world_size": plan.world_size,
+            "zero_stage": plan.settings.zero_stage,
             "skipped_steps": engine.skipped_steps,
         }
         write_json(folder / "state.json", state)

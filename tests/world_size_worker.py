@@ -1,0 +1,101 @@
+"""Checkpoints of the engine taken from one number of ranks and ZeRO stage to another: the processes of test_world_size.py.
+
+DeepSpeed is imported once; the ranks of each act are forks of this process.
+"""
+
+import multiprocessing
+import os
+import sys
+from pathlib import Path
+
+import torch
+from engine_worker import batch_of_step, build, own_part
+from processes import free_port
+
+from mlcd_ds import collectives
+from mlcd_ds.checkpoint import Checkpoint
+from mlcd_ds.engine import TrainEngine
+from mlcd_ds.topology import Topology
+
+CHAIN = (2, 1, 2, 3, 2)
+"""Numbers of ranks, one after the other."""
+STEPS = 2
+"""Steps of each."""
+STAGES = {"0": (0,) * 5, "1": (1,) * 5, "2": (2,) * 5, "3": (3,) * 5, "mixed": (1, 3, 2, 3, 1)}
+"""ZeRO stages of each chain."""
+SEED = 5
+
+
+def state_of(engine: TrainEngine) -> dict:
+    """Everything that a checkpoint must bring back, whole; every rank calls it."""
+    import deepspeed
+
+    module, optimizer = engine.engine.module, engine.engine.optimizer
+    inner = getattr(optimizer, "optimizer", optimizer)
+    found = {"encoder": engine.encoder_weights()}
+    if engine.settings.zero_stage in (1, 2):
+        # DeepSpeed links the moments to the parameters after the first group's first step, when the second has none yet.
+        optimizer._hp_optimizer_states_linked = False
+        optimizer._lazy_init_hp_params_optimizer_state()
+    for moment in ("exp_avg", "exp_avg_sq"):
+        if engine.settings.zero_stage:
+            whole = {n: deepspeed.utils.safe_get_full_optimizer_state(p, moment) for n, p in module.named_parameters()}
+        else:
+            whole = {n: inner.state[p][moment] for n, p in module.named_parameters()}
+        found[moment] = {name: tensor.clone() for name, tensor in whole.items()}
+    found["steps"] = sorted(float(state["step"]) for state in inner.state.values())
+    found["groups"] = [{n: v for n, v in group.items() if n != "params"} for group in inner.param_groups]
+    found["schedule"] = engine.engine.lr_scheduler and engine.engine.lr_scheduler.state_dict()
+    found["global_steps"] = engine.engine.global_steps
+    rows = {"centers": engine.heads[0].centers.detach(), **engine.head_optimizers[0].state_dict()}
+    parts = collectives.gather_objects({n: t.clone() for n, t in rows.items()}, engine.topology)
+    found["head"] = {name: torch.cat([part[name] for part in parts]) for name in rows}
+    return found
+
+
+def act(topology: Topology, folder: Path, number: int) -> None:
+    """Loads the checkpoint of the act before, in all chains; takes STEPS steps; saves."""
+    for name, stages in STAGES.items():
+        engine = build(topology, stages[number], accumulation=1, checkpointing=False, options={"sample_rate": 1.0})
+        results = {"losses": [], "initial_seed": None}
+        if number:
+            before = folder / name / f"step_{number * STEPS:09d}"
+            found = {"world_size": CHAIN[number - 1], "zero_stage": stages[number - 1]}
+            engine.load(Checkpoint(before, number * STEPS, found), SEED)
+            results["loaded"] = state_of(engine)
+            results["initial_seed"] = torch.initial_seed()
+        for step in range(number * STEPS, (number + 1) * STEPS):
+            results["losses"].append(engine.train_step(own_part(batch_of_step(step), topology), step).loss)
+        results["saved"] = state_of(engine)
+        after = folder / name / f"step_{(number + 1) * STEPS:09d}"
+        if topology.is_main:
+            for part in ("head", "ranks"):
+                (after / part).mkdir(parents=True)
+        collectives.barrier(topology)
+        engine.save(after, "tiny")
+        torch.save(results, folder / name / f"act{number}_rank{topology.rank}.pt")
+
+
+def rank_process(rank: int, world_size: int, port: int, folder: Path, number: int) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    os.environ |= {"LOCAL_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    topology = Topology.from_environment().start(timeout_minutes=1.0)
+    act(topology, folder, number)
+    topology.stop()
+
+
+def main(folder: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    for number, world_size in enumerate(CHAIN):
+        port = free_port()
+        arguments = [(rank, world_size, port, folder, number) for rank in range(world_size)]
+        ranks = [context.Process(target=rank_process, args=each) for each in arguments]
+        for rank in ranks:
+            rank.start()
+        for rank in ranks:
+            rank.join()
+        assert all(rank.exitcode == 0 for rank in ranks), (number, [rank.exitcode for rank in ranks])
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
