@@ -39,10 +39,11 @@ from mlcd_ds.universal import ENGINE_TAG, UNIVERSAL, refuse_foreign_pickles
 
 
 def _quieten() -> None:
-    """Leaves DeepSpeed's warnings on, but for two that every start prints and nobody can act on."""
+    """Leaves DeepSpeed's warnings on, but for a few that every start or load prints and nobody can act on."""
     deepspeed.utils.logger.setLevel("WARNING")
     # Its schedulers ask themselves for the learning rate before their first step.
     deepspeed.utils.logger.addFilter(lambda record: "before it has started" not in record.getMessage())
+    deepspeed.utils.logger.addFilter(lambda record: "MPU is not provided" not in record.getMessage())
     # It calls torch's collectives by the names that torch 2.13 calls deprecated.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\..*` is deprecated", category=FutureWarning)
 
@@ -121,8 +122,9 @@ class TrainEngine:
                 settings.eps,
                 decay,
                 moments=moments,
-                seed=head.sampler.seed * topology.world_size + topology.rank,
+                seed=head.sampler.seed,
                 kernels=config.head_kernels,
+                first_row=head.start,
             )
             for head in heads
         ]
@@ -377,7 +379,9 @@ class TrainEngine:
 
     def _load_universal(self, folder: Path) -> None:
         config = self.engine._config
-        config.load_universal_checkpoint = True  # DeepSpeed knows it as a setting of the whole run; it is one of this load
+        config.load_universal_checkpoint = (
+            True  # DeepSpeed knows it as a setting of the whole run; it is one of this load
+        )
         try:
             self._load_engine(folder)
         finally:

@@ -19,17 +19,19 @@ from mlcd_ds.files import write_json
 
 FREE_TO_CHANGE = frozenset(
     "resume workers prefetch save_every_steps keep_last log_every_steps histogram_every_steps timeout_minutes shard_cache "
-    "max_skipped_fraction expect_world_size workspace_mb output_dir deepspeed_config init_from centers shards labels".split()
+    "max_skipped_fraction expect_world_size workspace_mb output_dir deepspeed_config init_from centers shards labels "
+    "world_size zero_stage".split()
 )
-"""Settings that a resumed run may change: they do not enter the mathematics (init_from, centers: only the first start;
-workspace_mb: only the order of sums; shards, labels: where the data lies, whose fingerprints are facts)."""
+"""Settings and facts that a resumed run may change: they do not enter the mathematics (init_from, centers: only the first
+start; workspace_mb: only the order of sums; shards, labels: where the data lies, whose fingerprints are facts; world_size,
+zero_stage: the checkpoint is fitted to them)."""
 
 JSON_FREE_TO_CHANGE = frozenset(
     "tensorboard csv_monitor wandb comet steps_per_print wall_clock_breakdown dump_state memory_breakdown flops_profiler "
     "comms_logger checkpoint train_micro_batch_size_per_gpu gradient_accumulation_steps reduce_bucket_size "
     "allgather_bucket_size overlap_comm contiguous_gradients stage3_prefetch_bucket_size stage3_max_live_parameters "
     "stage3_max_reuse_distance stage3_param_persistence_threshold sub_group_size pin_memory buffer_count "
-    "activation_checkpointing log_level disable_python_gc timers round_robin_gradients reduce_scatter".split()
+    "activation_checkpointing log_level disable_python_gc timers round_robin_gradients reduce_scatter stage".split()
 )
 """Keys of the DeepSpeed JSON, at any depth, that a resumed run may change: monitors, logs, and how the same step is cut
 into buffers and micro-batches (another cut draws other negatives; the global batch is compared)."""
@@ -89,15 +91,8 @@ class RunFolder:
         setting, fact or key of the DeepSpeed JSON that differs and may not.
         """
         path = self.path / "config.json"
-        if path.exists():
-            try:
-                before = json.loads(path.read_text())
-                before["settings"], before["facts"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise CheckpointError(
-                    f"{path} is damaged ({error}): put back a copy, or choose another --output_dir. The checkpoints beside "
-                    "it can still be used by --init_from."
-                ) from None
+        before = self._config_before()
+        if before is not None:
             config_now = json.loads(json.dumps(config))
             changed = [
                 f"{name}: {before[part].get(name)!r} then, {value!r} now"
@@ -118,6 +113,25 @@ class RunFolder:
                 )
         write_json(path, config)
         self.status("running", self.step)
+
+    def global_batch(self) -> int | None:
+        """Images of a step of the run that is being resumed, None where there is none. CheckpointError: see write_config."""
+        before = self._config_before()
+        return None if before is None else before["facts"].get("global_batch")
+
+    def _config_before(self) -> dict[str, Any] | None:
+        path = self.path / "config.json"
+        if not path.exists():
+            return None
+        try:
+            before = json.loads(path.read_text())
+            before["settings"], before["facts"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"{path} is damaged ({error}): put back a copy, or choose another --output_dir. The checkpoints beside "
+                "it can still be used by --init_from."
+            ) from None
+        return before
 
     def status(self, state: str, step: int, reason: str = "") -> None:
         """Writes status.json: the launcher may hide exit codes, this file does not."""

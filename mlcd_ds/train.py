@@ -50,20 +50,20 @@ def train(config: RunConfig) -> None:
         return dry_run(config, topology)
     check_launch(config, topology)
     raw = load_deepspeed_config(config.deepspeed_config)
-    batch = BatchSizes.resolve(raw, topology.world_size)
     topology.start(config.timeout_minutes)
     run = RunFolder(config.output_dir)
     try:
-        train_in(run, config, raw, batch, topology)
+        train_in(run, config, raw, topology)
     except Exception as error:
         run.fail(error, topology.rank)
         raise
     topology.stop()
 
 
-def train_in(run: RunFolder, config: RunConfig, raw: dict, batch: BatchSizes, topology: Topology) -> None:
-    """The run, from its folder to its last checkpoint."""
+def train_in(run: RunFolder, config: RunConfig, raw: dict, topology: Topology) -> None:
+    """The run, from its folder to its last checkpoint. raw: the DeepSpeed JSON."""
     collectives.on_main(topology, run.open, config.resume == "auto")
+    batch = BatchSizes.resolve(raw, topology.world_size, collectives.on_main(topology, run.global_batch))
     shards = collectives.on_main(topology, expand_shards, config.shards)
     table = build_shard_table(
         shards,
@@ -215,7 +215,8 @@ def dry_run(config: RunConfig, topology: Topology) -> None:
     found = [check_label_folder(folder, names, config.num_positives) for folder in split_paths(config.labels)]
     labels, images = tuple(info for info, _ in found), max(sum(rows) for _, rows in found)
     raw = load_deepspeed_config(config.deepspeed_config)
-    batch = BatchSizes.resolve(raw, world_size)
+    kept = RunFolder(config.output_dir).global_batch() if config.resume == "auto" else None
+    batch = BatchSizes.resolve(raw, world_size, kept)
     plan = plan_run(config, raw, batch, planned, images, len(shards), labels)
     check_start(config, plan)
     if topology.is_main:

@@ -94,13 +94,13 @@ def make_uniform(folder: Path) -> None:
         for name, shape in shapes.items():
             for moment in MOMENTS:
                 _make_whole(zero / name / f"{moment}.pt", shape)
-            torch.save(step, zero / name / "step.pt")
+            _save(step, zero / name / "step.pt")
     uniform = {
         "param_groups": state["param_groups"],
         "optimizer_state_dict": {"state": {0: {"step": step}}, "param_groups": state["param_groups"]},
         "ds_version": _load(model_states)["ds_version"],
     }
-    torch.save(uniform, zero / "optimizer_state.pt")
+    _save(uniform, zero / "optimizer_state.pt")
 
 
 def param_groups(folder: Path) -> list[dict[str, Any]]:
@@ -111,9 +111,13 @@ def param_groups(folder: Path) -> list[dict[str, Any]]:
 
 def _make_whole(path: Path, shape: torch.Size) -> None:
     """A flat tensor becomes the record that stages 1 and 2 read; stage 3 reads both."""
-    flat = _load(path)
+    _save({"param": _load(path).view(shape), "cat_dim": 0}, path)
+
+
+def _save(value: Any, path: Path) -> None:
+    """By a rename: parts of `value` may be mapped from the very file."""
     temporary = path.with_suffix(".tmp")
-    torch.save({"param": flat.view(shape), "cat_dim": 0}, temporary)
+    torch.save(value, temporary)
     temporary.replace(path)
 
 

@@ -35,6 +35,7 @@ FLOORS = {  # DESIGN's table: a file imports from its own floor or below; a fold
     "models": 2,
     "data": 3,
     "checkpoint": 3,
+    "universal": 3,
     "monitor": 3,
     "progress": 3,
     "run_folder": 3,

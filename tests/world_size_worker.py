@@ -1,6 +1,6 @@
 """Checkpoints of the engine taken from one number of ranks and ZeRO stage to another: the processes of test_world_size.py.
 
-DeepSpeed is imported once; the ranks of each act are forks of this process.
+DeepSpeed and what it imports at its first engine are imported once; the ranks of each act are forks of this process.
 """
 
 import multiprocessing
@@ -8,6 +8,8 @@ import os
 import sys
 from pathlib import Path
 
+import deepspeed
+import deepspeed.runtime.zero.muon.original_muon  # with torch's compiler: else each fork would import it anew
 import torch
 from engine_worker import batch_of_step, build, own_part
 from processes import free_port
@@ -19,20 +21,18 @@ from mlcd_ds.topology import Topology
 
 CHAIN = (2, 1, 2, 3, 2)
 """Numbers of ranks, one after the other."""
-STEPS = 2
+STEPS = 1
 """Steps of each."""
-STAGES = {"0": (0,) * 5, "1": (1,) * 5, "2": (2,) * 5, "3": (3,) * 5, "mixed": (1, 3, 2, 3, 1)}
-"""ZeRO stages of each chain."""
+STAGES = {"0": (0, 0, 0), "1": (1,) * 5, "2": (2,) * 5, "3": (3,) * 5, "changing": (1, 3, 2)}
+"""ZeRO stages of the acts of each chain."""
 SEED = 5
 
 
 def state_of(engine: TrainEngine) -> dict:
     """Everything that a checkpoint must bring back, whole; every rank calls it."""
-    import deepspeed
-
     module, optimizer = engine.engine.module, engine.engine.optimizer
     inner = getattr(optimizer, "optimizer", optimizer)
-    found = {"encoder": engine.encoder_weights()}
+    found = {"encoder": {name: weights.clone() for name, weights in engine.encoder_weights().items()}}
     if engine.settings.zero_stage in (1, 2):
         # DeepSpeed links the moments to the parameters after the first group's first step, when the second has none yet.
         optimizer._hp_optimizer_states_linked = False
@@ -56,6 +56,8 @@ def state_of(engine: TrainEngine) -> dict:
 def act(topology: Topology, folder: Path, number: int) -> None:
     """Loads the checkpoint of the act before, in all chains; takes STEPS steps; saves."""
     for name, stages in STAGES.items():
+        if number >= len(stages):
+            continue
         engine = build(topology, stages[number], accumulation=1, checkpointing=False, options={"sample_rate": 1.0})
         results = {"losses": [], "initial_seed": None}
         if number:
