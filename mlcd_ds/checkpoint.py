@@ -30,7 +30,7 @@ from safetensors.torch import load_file
 
 from mlcd_ds import collectives
 from mlcd_ds.batch import head_suffix
-from mlcd_ds.errors import CheckpointError
+from mlcd_ds.errors import CheckpointError, NewerFormatError
 from mlcd_ds.files import save_tensors, sha256, sync_file, sync_folder, write_json, write_text
 from mlcd_ds.models.vit import VisionTransformer, VitConfig
 from mlcd_ds.topology import Topology
@@ -99,7 +99,8 @@ class CheckpointStore:
         """The newest checkpoint that is whole, verified by all ranks, a share of its files each; None when there is none.
 
         A damaged one is announced by name, set aside as damaged_step_N, and the one before it taken. Raises
-        CheckpointError, on every rank, when there are checkpoints and none is whole.
+        CheckpointError, on every rank, when there are checkpoints and none is whole, or when the newest is of a later
+        format: that is no damage, and going back would throw away work.
         """
         problems, damaged = [], []
         for path in collectives.on_main(self.topology, published, self.folder)[::-1]:
@@ -129,12 +130,15 @@ class CheckpointStore:
             if self.topology.is_main:
                 read_state(path)
         except CheckpointError as error:
-            found = str(error)
+            found = error
         except (
             Exception
         ) as error:  # a bad disk, a manifest of another shape: whatever it is, this checkpoint is not whole
-            found = f"{path} cannot be read ({type(error).__name__}: {error})"
-        return next((problem for problem in collectives.gather_objects(found, self.topology) if problem), None)
+            found = CheckpointError(f"{path} cannot be read ({type(error).__name__}: {error})")
+        problem = next((problem for problem in collectives.gather_objects(found, self.topology) if problem), None)
+        if isinstance(problem, NewerFormatError):
+            raise problem
+        return None if problem is None else str(problem)
 
     def _prune(self) -> None:
         for path in published(self.folder)[: -self.keep_last]:
@@ -182,28 +186,49 @@ def rank_file(rank: int) -> str:
     return f"rank_{rank:05d}.safetensors"
 
 
-def verify(path: Path, part: int = 0, parts: int = 1) -> None:
-    """Compares every file (or every `parts`-th, from `part` on) with the manifest.
+def read_manifest(path: Path) -> dict[str, dict]:
+    """{name: {"bytes", "sha256"}} of a checkpoint's files.
 
-    Raises CheckpointError naming the first that is missing or changed.
+    Raises CheckpointError where the manifest is missing or damaged, NewerFormatError where a later version wrote it.
     """
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         version, files = manifest["format_version"], manifest["files"]
     except FileNotFoundError:
         raise CheckpointError(f"{path / MANIFEST} does not exist: the checkpoint was never finished") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path / MANIFEST} cannot be read ({error}): the checkpoint is damaged") from None
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise NewerFormatError(
+            f"{path} has format version {version}, this program reads {FORMAT_VERSION}: a later version has written it. "
+            "Update this program."
+        )
     if version != FORMAT_VERSION:
-        raise CheckpointError(f"{path} has format version {version}, this program reads {FORMAT_VERSION}")
-    for name, expected in list(files.items())[part::parts]:
-        file = path / name
-        if not file.is_file():
-            raise CheckpointError(f"{file} is missing")
-        if file.stat().st_size != expected["bytes"]:
-            raise CheckpointError(f"{file} has {file.stat().st_size} bytes, the manifest says {expected['bytes']}")
-        if sha256(file) != expected["sha256"]:
-            raise CheckpointError(f"{file} has changed since it was written: its SHA-256 is not the manifest's")
+        raise CheckpointError(f"{path} has format version {version!r}, this program reads {FORMAT_VERSION}")
+    return files
+
+
+def check_file(path: Path, name: str, expected: dict, contents: bool = True) -> None:
+    """Compares one file of a checkpoint with its manifest's entry; contents: False looks at the size alone.
+
+    Raises CheckpointError naming what is missing or changed.
+    """
+    file = path / name
+    if not file.is_file():
+        raise CheckpointError(f"{file} is missing")
+    if file.stat().st_size != expected["bytes"]:
+        raise CheckpointError(f"{file} has {file.stat().st_size} bytes, the manifest says {expected['bytes']}")
+    if contents and sha256(file) != expected["sha256"]:
+        raise CheckpointError(f"{file} has changed since it was written: its SHA-256 is not the manifest's")
+
+
+def verify(path: Path, part: int = 0, parts: int = 1) -> None:
+    """Compares every file (or every `parts`-th, from `part` on) with the manifest.
+
+    Raises CheckpointError naming the first that is missing or changed.
+    """
+    for name, expected in list(read_manifest(path).items())[part::parts]:
+        check_file(path, name, expected)
 
 
 def read_state(path: Path) -> Checkpoint:

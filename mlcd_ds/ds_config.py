@@ -86,8 +86,8 @@ def _kept_batch(total: int, micro: int | None, accumulation: int | None, world_s
         fits = [n for n in range(1, total + 1) if total % n == 0]
         near = sorted(sorted(fits, key=lambda n: abs(n - world_size))[:6])
         raise ConfigError(
-            f"the run goes on with its global batch of {total} images, which {world_size} ranks cannot share evenly. Numbers "
-            f"of ranks near {world_size} that can: {', '.join(map(str, near))}"
+            f"the run goes on with its global batch of {total} images, which {world_size} ranks cannot share evenly. "
+            f"Numbers of ranks near {world_size} that can: {', '.join(map(str, near))}"
         )
     wanted = micro or max(1, images_per_rank // (accumulation or 1))
     fitting = max(size for size in range(1, min(wanted, images_per_rank) + 1) if images_per_rank % size == 0)

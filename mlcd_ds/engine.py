@@ -324,9 +324,10 @@ class TrainEngine:
         """Goes on from a checkpoint, whatever number of ranks and ZeRO stage it was written by.
 
         From the same number and stage bit for bit on CPUs in float32. Else through DeepSpeed's universal form: the same
-        weights, moments, step counts and schedule; the heads' rows are found by their address. ZeRO stage 0 keeps the encoder's
-        state whole, so that any number of ranks reads it, but is not converted to and from the others. Where the number of
-        ranks differs, torch's global generators, from which no step draws, start anew by (seed, step, number of ranks, rank).
+        weights, moments, step counts and schedule; the heads' rows are found by their address. ZeRO stage 0 keeps the
+        encoder's state whole, so that any number of ranks reads it, but is not converted to and from the others. Where the
+        number of ranks differs, torch's global generators, from which no step draws, start anew by (seed, step, number of
+        ranks, rank).
 
         Raises CheckpointError for parts that do not fit or must not be loaded, the same on every rank where it can be.
         """

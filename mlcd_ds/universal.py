@@ -24,7 +24,7 @@ ENGINE_TAG = "engine"
 """Name of the engine's folder in a checkpoint."""
 
 UNIVERSAL = "universal"
-"""state.json's engine_format where the engine's files are of the universal form; absent: as the engine's ranks wrote them."""
+"""state.json's engine_format where the engine's files are of the universal form; absent: as its ranks wrote them."""
 
 MOMENTS = ("fp32", "exp_avg", "exp_avg_sq")
 
