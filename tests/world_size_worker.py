@@ -8,15 +8,11 @@ import os
 import sys
 from pathlib import Path
 
-import deepspeed
-import deepspeed.runtime.zero.muon.original_muon  # with torch's compiler: else each fork would import it anew
 import torch
-from engine_worker import batch_of_step, build, own_part
 from processes import free_port
 
 from mlcd_ds import collectives
 from mlcd_ds.checkpoint import Checkpoint
-from mlcd_ds.engine import TrainEngine
 from mlcd_ds.topology import Topology
 
 CHAIN = (2, 1, 2, 3, 2)
@@ -28,8 +24,10 @@ STAGES = {"0": (0, 0, 0), "1": (1,) * 5, "2": (2,) * 5, "3": (3,) * 5, "changing
 SEED = 5
 
 
-def state_of(engine: TrainEngine) -> dict:
+def state_of(engine) -> dict:
     """Everything that a checkpoint must bring back, whole; every rank calls it."""
+    import deepspeed
+
     module, optimizer = engine.engine.module, engine.engine.optimizer
     inner = getattr(optimizer, "optimizer", optimizer)
     found = {"encoder": {name: weights.clone() for name, weights in engine.encoder_weights().items()}}
@@ -55,6 +53,8 @@ def state_of(engine: TrainEngine) -> dict:
 
 def act(topology: Topology, folder: Path, number: int) -> None:
     """Loads the checkpoint of the act before, in all chains; takes STEPS steps; saves."""
+    from engine_worker import batch_of_step, build, own_part
+
     for name, stages in STAGES.items():
         if number >= len(stages):
             continue
@@ -87,6 +87,9 @@ def rank_process(rank: int, world_size: int, port: int, folder: Path, number: in
 
 
 def main(folder: Path) -> None:
+    import deepspeed.runtime.zero.muon.original_muon  # noqa: F401  with torch's compiler: else each fork imports it anew
+    import engine_worker  # noqa: F401  and DeepSpeed
+
     context = multiprocessing.get_context("fork")
     for number, world_size in enumerate(CHAIN):
         port = free_port()
