@@ -69,12 +69,15 @@ class CheckpointStore:
         collectives.barrier(self.topology)
         return staging
 
-    def publish(self, step: int) -> Path:
-        """Makes the staged checkpoint the newest one. Every rank calls it after writing its parts."""
+    def publish(self, step: int, shards: int | None = None) -> Path:
+        """Makes the staged checkpoint the newest one. Every rank calls it after writing its parts.
+
+        shards: where one process has written the rows of so many ranks, and no random number generators.
+        """
         staging, final = self.folder / f"{_name(step)}.tmp", self.folder / _name(step)
         collectives.barrier(self.topology)  # every part is written
         # One rank lists: on a network file system the others may see a part later than its writer does.
-        files = collectives.on_main(self.topology, _parts, staging, self.topology.world_size, self.head_folders)
+        files = collectives.on_main(self.topology, _parts, staging, self.topology.world_size, self.head_folders, shards)
         hashed = {}
         for name in files[self.topology.rank :: self.topology.world_size]:
             path = staging / name
@@ -165,14 +168,16 @@ def head_folder(index: int) -> str:
     return f"head{head_suffix(index)}"
 
 
-def _parts(staging: Path, world_size: int, head_folders: list[str]) -> list[str]:
+def _parts(staging: Path, world_size: int, head_folders: list[str], shards: int | None) -> list[str]:
     """All files of a staged checkpoint, relative to it. Raises CheckpointError where a rank's part is not among them."""
     names = sorted(str(path.relative_to(staging)) for path in staging.rglob("*") if path.is_file())
-    missing = [f"ranks/{rank_file(rank)}" for rank in range(world_size) if f"ranks/{rank_file(rank)}" not in names]
+    ranks = range(world_size if shards is None else 0)
+    missing = [f"ranks/{rank_file(rank)}" for rank in ranks if f"ranks/{rank_file(rank)}" not in names]
+    shards = world_size if shards is None else shards
     for folder in head_folders:
         rows = [name for name in names if name.startswith(f"{folder}/")]
-        if len(rows) != world_size:
-            missing.append(f"{world_size - len(rows)} of the {world_size} files in {folder}/")
+        if len(rows) != shards:
+            missing.append(f"{shards - len(rows)} of the {shards} files in {folder}/")
     if missing:
         raise CheckpointError(
             f"{staging} lacks {missing[0]}, though every rank has written its own: do all hosts see the same file system "
@@ -316,8 +321,13 @@ def load_encoder(path: str | Path, untrained: bool = False, seed: int = 0) -> Vi
         config = VitConfig(**described["config"])
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder / 'encoder.json'} cannot be read: {error}") from None
-    if described.get("format_version") != FORMAT_VERSION:
-        raise CheckpointError(f"{folder} has format version {described.get('format_version')}, not {FORMAT_VERSION}")
+    version = described.get("format_version")
+    if version != FORMAT_VERSION:
+        newer = isinstance(version, int) and version > FORMAT_VERSION
+        hint = ": a later version has written it. Update this program." if newer else ""
+        raise (NewerFormatError if newer else CheckpointError)(
+            f"{folder} has format version {version}, not {FORMAT_VERSION}{hint}"
+        )
     model = VisionTransformer(config, seed=seed)
     if not untrained:
         load_weights(model, folder)

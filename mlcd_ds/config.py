@@ -281,6 +281,25 @@ class AssignConfig(Settings):
     timeout_minutes: Finite = Field(60.0, gt=0, description="with --verify: longest wait for another rank")
 
 
+class CheckpointPathConfig(Settings):
+    """tools/checkpoint.py verify, list."""
+
+    path: str = Field(description="a run folder, or one checkpoint (run/checkpoints/step_000001000)")
+
+
+class ReshardConfig(CheckpointPathConfig):
+    """tools/checkpoint.py reshard."""
+
+    world_size: int = Field(ge=1, description="number of ranks that the new run will have")
+    output_dir: str = Field(description="new run folder; the run of --path stays as it is")
+
+
+class ConsolidateConfig(CheckpointPathConfig):
+    """tools/checkpoint.py consolidate."""
+
+    output_dir: str = Field(description="folder to make, with encoder.safetensors and centers.safetensors")
+
+
 class ProbeConfig(Settings):
     """tools/linear_probe.py."""
 

@@ -91,7 +91,7 @@ class RunFolder:
         setting, fact or key of the DeepSpeed JSON that differs and may not.
         """
         path = self.path / "config.json"
-        before = self._config_before()
+        before = self.config()
         if before is not None:
             config_now = json.loads(json.dumps(config))
             changed = [
@@ -115,11 +115,12 @@ class RunFolder:
         self.status("running", self.step)
 
     def global_batch(self) -> int | None:
-        """Images of a step of the run that is being resumed, None where there is none. CheckpointError: see write_config."""
-        before = self._config_before()
+        """Images of a step of the run that is being resumed, None where there is none. Raises as `config`."""
+        before = self.config()
         return None if before is None else before["facts"].get("global_batch")
 
-    def _config_before(self) -> dict[str, Any] | None:
+    def config(self) -> dict[str, Any] | None:
+        """What config.json holds; None where there is none. Raises CheckpointError where it is damaged."""
         path = self.path / "config.json"
         if not path.exists():
             return None

@@ -15,7 +15,7 @@ import sys
 import zlib
 from pathlib import Path
 
-import deepspeed.runtime.zero.muon.original_muon  # with torch's compiler
+import deepspeed.runtime.zero.muon.original_muon  # noqa: F401  with torch's compiler
 import fire
 import torch
 import torch.utils.tensorboard
@@ -42,7 +42,7 @@ def start(run: dict, rank: int, port: int, log: Path, steps: Path) -> None:
         specification = importlib.util.spec_from_file_location("tool", path)
         module = importlib.util.module_from_spec(specification)
         specification.loader.exec_module(module)
-        module.run()
+        module.main()
         return
     train_step = TrainEngine.train_step
 

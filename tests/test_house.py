@@ -43,6 +43,7 @@ FLOORS = {  # DESIGN's table: a file imports from its own floor or below; a fold
     "card": 4,
     "clustering": 4,
     "evaluation": 4,
+    "checkpoint_tools": 4,
     "benchmarks": 4,
     "cli": 5,
     "train": 5,

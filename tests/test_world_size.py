@@ -105,6 +105,14 @@ def runs(tmp_path_factory):
     for number, (world_size, workers, stop) in enumerate(SEGMENTS):
         segment = {"name": f"segment{number}", "world_size": world_size, "flags": flags("run", workers=workers)}
         listed.append(segment | ({} if stop is None else {"stop": stop}))
+    listed += [
+        {
+            "name": "reshard", "world_size": 1, "tool": "checkpoint.py",
+            "flags": ["reshard", f"--path={folder}/run/checkpoints/step_000000008", "--world_size=3",
+                      f"--output_dir={folder}/resharded"],
+        },
+        {"name": "resharded", "world_size": 3, "flags": flags("resharded")},
+    ]  # fmt: skip
     listed.append({"name": "five", "world_size": 5, "flags": flags("run")})
     (folder / "runs.json").write_text(json.dumps(listed))
     (ended,) = run_script(1, [ROOT / "tests" / "forked_runs.py", folder], timeout=600)
@@ -185,3 +193,19 @@ def test_ranks_that_cannot_share_the_global_batch_are_refused_with_those_that_ca
     last = found["five"][0]["output"].strip().splitlines()[-1]
     assert "global batch of 24 images, which 5 ranks cannot share evenly" in last
     assert last.endswith("near 5 that can: 1, 2, 3, 4, 6, 8")
+
+
+def test_resharded_checkpoint_goes_on_at_the_number_of_ranks_it_was_made_for(runs):
+    folder, found = runs
+    (reshard,) = found["reshard"]
+    assert reshard["code"] == 0, reshard["output"][-3000:]
+    assert "step 8, written by 3 ranks, now of 3" in reshard["output"]
+    for rank in found["resharded"]:
+        assert rank["code"] == 0, rank["output"][-3000:]
+    whole = images_of(found["whole"])
+    assert images_of(found["resharded"]) == {step: whole[step] for step in (8, 9)}
+    own = [json.loads(line) for line in (folder / "resharded" / "metrics.jsonl").read_text().splitlines()]
+    other = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["train_loss"] for line in own] == pytest.approx([line["train_loss"] for line in other[8:]], rel=1e-5)
+    state = json.loads((folder / "resharded" / "checkpoints" / "step_000000008" / "state.json").read_text())
+    assert state["engine_format"] == "universal" and state["world_size"] == 3
