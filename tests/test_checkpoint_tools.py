@@ -15,7 +15,7 @@ from mlcd_ds import checkpoint, checkpoint_tools
 from mlcd_ds.checkpoint import CheckpointStore, save_rows
 from mlcd_ds.config import CheckpointPathConfig, ConsolidateConfig, ReshardConfig
 from mlcd_ds.errors import CheckpointError, ConfigError, NewerFormatError
-from mlcd_ds.files import save_tensors, write_json
+from mlcd_ds.files import write_json
 from mlcd_ds.models.vit import VisionTransformer
 from mlcd_ds.partition import ClassPartition
 from mlcd_ds.topology import Topology
