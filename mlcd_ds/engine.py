@@ -13,7 +13,7 @@ import math
 import shutil
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -374,7 +374,8 @@ class TrainEngine:
                 raise error
 
     def _load_engine(self, folder: Path) -> None:
-        path, _ = self.engine.load_checkpoint(str(folder), tag=ENGINE_TAG)
+        with _plainly_named(folder) as plain:
+            path, _ = self.engine.load_checkpoint(str(plain), tag=ENGINE_TAG)
         if path is None:
             raise CheckpointError(f"DeepSpeed finds no engine state in {folder / ENGINE_TAG}")
 
@@ -412,6 +413,15 @@ class TrainEngine:
         return folder / "ranks" / checkpoint.rank_file(self.topology.rank)
 
 
+@contextlib.contextmanager
+def _plainly_named(folder: Path) -> Iterator[Path]:
+    """Another name of `folder`, without what would mean something in a pattern: DeepSpeed takes its paths for such."""
+    with tempfile.TemporaryDirectory(prefix="mlcd_ds_") as temporary:
+        link = Path(temporary) / "checkpoint"
+        link.symlink_to(folder.resolve())
+        yield link
+
+
 def to_universal(checkpoint_folder: Path, folder: Path) -> None:
     """Writes the engine's part of a checkpoint in DeepSpeed's universal form into `folder`, which is emptied before.
 
@@ -422,11 +432,7 @@ def to_universal(checkpoint_folder: Path, folder: Path) -> None:
         shutil.rmtree(folder)  # of a process that died over it
     folder.mkdir()
     universal.check_room(checkpoint_folder, folder)
-    with tempfile.TemporaryDirectory(prefix="mlcd_ds_") as plain:
-        # The converter takes its paths for patterns; these names hold nothing that a pattern would mean something by.
-        source, target = Path(plain) / "source", Path(plain) / "target"
-        source.symlink_to(checkpoint_folder.resolve())
-        target.symlink_to(folder.resolve())
+    with _plainly_named(checkpoint_folder) as source, _plainly_named(folder) as target:
         arguments = argparse.Namespace(
             input_folder=str(source / ENGINE_TAG),
             output_folder=str(target / ENGINE_TAG),

@@ -14,12 +14,15 @@ from mlcd_ds.checkpoint import published, verify
 
 @pytest.fixture(scope="module")
 def acts(tmp_path_factory):
-    """{chain: [what rank 0 had in each act]}."""
+    """{chain: [what the last rank had in each act]}."""
     folder = tmp_path_factory.mktemp("chains")
     (ended,) = run_script(1, [ROOT / "tests" / "world_size_worker.py", folder], timeout=600)
     assert ended.code == 0, ended.output[-3000:]
     return {
-        name: [torch.load(folder / name / f"act{number}_rank0.pt", weights_only=True) for number in range(len(stages))]
+        name: [
+            torch.load(folder / name / f"act{number}_rank{CHAIN[number] - 1}.pt", weights_only=True)
+            for number in range(len(stages))
+        ]
         for name, stages in STAGES.items()
     }
 
@@ -69,10 +72,19 @@ def test_all_chains_take_the_same_course(acts):
 @pytest.mark.parametrize("name", STAGES)
 def test_random_generators_start_anew_by_seed_step_and_rank(acts, name):
     for number, act in list(enumerate(acts[name]))[1:]:
-        assert act["initial_seed"] == (SEED + number * STEPS * 0x9E3779B1) * CHAIN[number]
+        assert act["initial_seed"] == (SEED + number * STEPS * 0x9E3779B1) * CHAIN[number] + CHAIN[number] - 1
+
+
+def test_pickle_that_is_not_ours_and_an_encoder_that_is_another_are_refused_by_every_rank(acts):
+    last = acts["1"][-1]
+    assert "foreign_pickle/engine/zero_pp_rank_1_mp_rank_00_optim_states.pt would import" in last["foreign_pickle"]
+    assert "system when it is loaded" in last["foreign_pickle"]
+    assert "1 tensors differ (projection.weight)" in last["another_encoder"]
 
 
 GLOBAL_BATCH, LENGTH, KILLED = 24, 10, 9
+RUN = "run [a+b]"
+"""Characters that are patterns to DeepSpeed and its converter."""
 SEGMENTS = ((2, 1, 3), (1, 0, 5), (2, 2, 7), (3, 0, 9), (2, 0, None))
 """Ranks, loader processes, and the step at which the run is killed; a checkpoint after every second."""
 
@@ -103,17 +115,17 @@ def runs(tmp_path_factory):
 
     listed = [{"name": "whole", "world_size": 2, "flags": flags("whole")}]
     for number, (world_size, workers, stop) in enumerate(SEGMENTS):
-        segment = {"name": f"segment{number}", "world_size": world_size, "flags": flags("run", workers=workers)}
+        segment = {"name": f"segment{number}", "world_size": world_size, "flags": flags(RUN, workers=workers)}
         listed.append(segment | ({} if stop is None else {"stop": stop}))
     listed += [
         {
             "name": "reshard", "world_size": 1, "tool": "checkpoint.py",
-            "flags": ["reshard", f"--path={folder}/run/checkpoints/step_000000008", "--world_size=3",
+            "flags": ["reshard", f"--path={folder}/{RUN}/checkpoints/step_000000008", "--world_size=3",
                       f"--output_dir={folder}/resharded"],
         },
         {"name": "resharded", "world_size": 3, "flags": flags("resharded")},
     ]  # fmt: skip
-    listed.append({"name": "five", "world_size": 5, "flags": flags("run")})
+    listed.append({"name": "five", "world_size": 5, "flags": flags(RUN)})
     (folder / "runs.json").write_text(json.dumps(listed))
     (ended,) = run_script(1, [ROOT / "tests" / "forked_runs.py", folder], timeout=600)
     assert ended.code == 0, ended.output[-3000:]
@@ -169,7 +181,7 @@ def test_curve_of_the_run_is_that_of_the_one_that_never_stopped(runs):
     folder, _ = runs
     whole, run = (
         [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
-        for name in ("whole", "run")
+        for name in ("whole", RUN)
     )
     assert [line["step"] for line in run] == list(range(1, LENGTH + 1))
     for one, other in zip(whole, run, strict=True):
@@ -179,9 +191,9 @@ def test_curve_of_the_run_is_that_of_the_one_that_never_stopped(runs):
 
 def test_nothing_of_the_conversion_is_left(runs):
     folder, _ = runs
-    names = [path.name for path in (folder / "run" / "checkpoints").iterdir()]
+    names = [path.name for path in (folder / RUN / "checkpoints").iterdir()]
     assert sorted(names) == ["latest", *(f"step_{step:09d}" for step in range(2, LENGTH + 1, 2))]
-    for path in published(folder / "run" / "checkpoints"):
+    for path in published(folder / RUN / "checkpoints"):
         verify(path)
 
 
@@ -205,7 +217,7 @@ def test_resharded_checkpoint_goes_on_at_the_number_of_ranks_it_was_made_for(run
     whole = images_of(found["whole"])
     assert images_of(found["resharded"]) == {step: whole[step] for step in (8, 9)}
     own = [json.loads(line) for line in (folder / "resharded" / "metrics.jsonl").read_text().splitlines()]
-    other = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    other = [json.loads(line) for line in (folder / RUN / "metrics.jsonl").read_text().splitlines()]
     assert [line["train_loss"] for line in own] == pytest.approx([line["train_loss"] for line in other[8:]], rel=1e-5)
     state = json.loads((folder / "resharded" / "checkpoints" / "step_000000008" / "state.json").read_text())
     assert state["engine_format"] == "universal" and state["world_size"] == 3

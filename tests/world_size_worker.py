@@ -5,14 +5,18 @@ DeepSpeed and what it imports at its first engine are imported once; the ranks o
 
 import multiprocessing
 import os
+import shutil
 import sys
 from pathlib import Path
 
 import torch
 from processes import free_port
+from safetensors.torch import load_file
 
 from mlcd_ds import collectives
 from mlcd_ds.checkpoint import Checkpoint
+from mlcd_ds.errors import CheckpointError
+from mlcd_ds.files import save_tensors
 from mlcd_ds.topology import Topology
 
 CHAIN = (2, 1, 2, 3, 2)
@@ -51,6 +55,41 @@ def state_of(engine) -> dict:
     return found
 
 
+def another_encoder(path: Path) -> None:
+    """As if DeepSpeed had made something else of the checkpoint than what it holds."""
+    file = path / "encoder" / "encoder.safetensors"
+    weights = load_file(file)
+    save_tensors(file, {name: tensor + (name == "projection.weight") for name, tensor in weights.items()})
+
+
+def foreign_pickle(path: Path) -> None:
+    """Makes a file when it is loaded."""
+    torch.save({"loss_scaler": Attack(path / "mark")}, path / "engine" / "zero_pp_rank_1_mp_rank_00_optim_states.pt")
+
+
+class Attack:
+    def __init__(self, mark: Path):
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.mark}",)
+
+
+def refusal(engine, topology: Topology, checkpoint: Path, spoil, state: dict) -> str:
+    """What loading a spoilt copy of the checkpoint says; every rank calls it."""
+    path = checkpoint.with_name(spoil.__name__)
+    if topology.is_main:
+        shutil.copytree(checkpoint, path)
+        spoil(path)
+    collectives.barrier(topology)
+    try:
+        engine.load(Checkpoint(path, 0, state), SEED)
+    except CheckpointError as error:
+        assert not (path / "mark").exists()
+        return str(error)
+    return "loaded"
+
+
 def act(topology: Topology, folder: Path, number: int) -> None:
     """Loads the checkpoint of the act before, in all chains; takes STEPS steps; saves."""
     from engine_worker import batch_of_step, build, own_part
@@ -75,6 +114,9 @@ def act(topology: Topology, folder: Path, number: int) -> None:
                 (after / part).mkdir(parents=True)
         collectives.barrier(topology)
         engine.save(after, "tiny")
+        if name == "1" and number == len(stages) - 1:
+            for spoil in (another_encoder, foreign_pickle):
+                results[spoil.__name__] = refusal(engine, topology, before, spoil, found)
         torch.save(results, folder / name / f"act{number}_rank{topology.rank}.pt")
 
 
