@@ -8,7 +8,7 @@ converter leaves files that only the ZeRO stage they came from can read; `make_u
 
     engine/zero/NAME/fp32.pt, exp_avg.pt, exp_avg_sq.pt, step.pt
     engine/zero/optimizer_state.pt              settings of the parameter groups
-    engine/mp_rank_00_model_states.pt           counters and the schedule's position; stage 3 wants
+    engine/mp_rank_00_model_states.pt           counters and the schedule's position, without weights; stage 3 wants
     engine/zero_pp_rank_0_mp_rank_00_model_states.pt    the same by this name
 """
 
@@ -75,22 +75,21 @@ def check_room(checkpoint: Path, folder: Path) -> None:
 def make_uniform(folder: Path) -> None:
     """Makes what DeepSpeed's converter wrote (engine/ of a universal checkpoint) fit every ZeRO stage from 1 to 3.
 
-    From stage 3 come flat tensors and no step counts, from 1 and 2 no group of settings by stage 3's name; and both hold a
-    loss scaler that nobody reads here. Raises KeyError where this DeepSpeed writes something else.
+    From stage 3 come flat tensors and no step counts, from 1 and 2 no settings by stage 3's name; all bring a loss scaler
+    that nobody reads here, and the weights once more. Raises KeyError where this DeepSpeed writes something else.
     """
     zero = folder / "zero"
     state = _load(zero / "optimizer_state.pt")
-    model_states = next(folder / name for name in _MODEL_STATES if (folder / name).is_file())
+    model_states = _load(next(folder / name for name in _MODEL_STATES if (folder / name).is_file()))
     for name in _MODEL_STATES:
-        if not (folder / name).is_file():
-            shutil.copyfile(model_states, folder / name)
+        _save(model_states | {"module": None}, folder / name)  # the weights are read from zero/
     nested = state.get("optimizer_state_dict")
     if nested is None:  # of stage 1 or 2
         first = next(path for path in sorted(zero.iterdir()) if (path / "step.pt").is_file())
         step = _load(first / "step.pt")
     else:
         step = nested["state"][0]["step"]
-        shapes = {name: shape for group in _load(model_states)["param_shapes"] for name, shape in group.items()}
+        shapes = {name: shape for group in model_states["param_shapes"] for name, shape in group.items()}
         for name, shape in shapes.items():
             for moment in MOMENTS:
                 _make_whole(zero / name / f"{moment}.pt", shape)
@@ -98,7 +97,7 @@ def make_uniform(folder: Path) -> None:
     uniform = {
         "param_groups": state["param_groups"],
         "optimizer_state_dict": {"state": {0: {"step": step}}, "param_groups": state["param_groups"]},
-        "ds_version": _load(model_states)["ds_version"],
+        "ds_version": model_states["ds_version"],
     }
     _save(uniform, zero / "optimizer_state.pt")
 

@@ -24,6 +24,7 @@ CHAIN = (2, 1, 2, 3, 2)
 STEPS = 1
 """Steps of each."""
 STAGES = {"0": (0, 0, 0), "1": (1,) * 5, "2": (2,) * 5, "3": (3,) * 5, "changing": (1, 3, 2)}
+STAGES |= {"0 bf16": (0, 0), "1 bf16": (1, 1, 1), "2 bf16": (2, 2, 2), "3 bf16": (3, 3, 3)}
 """ZeRO stages of the acts of each chain."""
 SEED = 5
 
@@ -43,7 +44,8 @@ def state_of(engine) -> dict:
         if engine.settings.zero_stage:
             whole = {n: deepspeed.utils.safe_get_full_optimizer_state(p, moment) for n, p in module.named_parameters()}
         else:
-            whole = {n: inner.state[p][moment] for n, p in module.named_parameters()}
+            parameters = [parameter for group in inner.param_groups for parameter in group["params"]]
+            whole = {str(number): inner.state[parameter][moment] for number, parameter in enumerate(parameters)}
         found[moment] = {name: tensor.clone() for name, tensor in whole.items()}
     found["steps"] = sorted(float(state["step"]) for state in inner.state.values())
     found["groups"] = [{n: v for n, v in group.items() if n != "params"} for group in inner.param_groups]
@@ -97,7 +99,8 @@ def act(topology: Topology, folder: Path, number: int) -> None:
     for name, stages in STAGES.items():
         if number >= len(stages):
             continue
-        engine = build(topology, stages[number], accumulation=1, checkpointing=False, options={"sample_rate": 1.0})
+        extra = {"bf16": {"enabled": True}} if "bf16" in name else {}
+        engine = build(topology, stages[number], 1, False, {"sample_rate": 1.0}, extra=extra)
         results = {"losses": [], "initial_seed": None}
         if number:
             before = folder / name / f"step_{number * STEPS:09d}"
