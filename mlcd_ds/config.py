@@ -137,6 +137,9 @@ class RunConfig(HeadConfig):
     default_epochs: Finite = Field(32.0, gt=0, description="length when none of epochs, samples, steps is given")
     warmup_steps: int = Field(2000, ge=0, description="steps of linear warm-up (at most a tenth of the run)")
     resume: Literal["auto", "never"] = Field("never", description="auto: go on from the last complete checkpoint")
+    allow_changed: str | None = Field(
+        None, description="what a resumed run may change though it enters the mathematics: names joined by commas"
+    )
     init_from: str | None = Field(None, description="run folder whose encoder weights to start from")
     seed: int = Field(0, ge=0, lt=2**31)
     workers: int = Field(4, ge=0, description="loader processes per rank")

@@ -78,7 +78,8 @@ def train_in(run: RunFolder, config: RunConfig, raw: dict, topology: Topology) -
     if topology.is_main:
         print(plan.card, flush=True)
     collectives.on_main(topology, check_start, config, plan, run)
-    collectives.on_main(topology, run.write_config, plan.record(config, table.fingerprint(), order.fingerprint()))
+    record = plan.record(config, table.fingerprint(), order.fingerprint())
+    collectives.on_main(topology, run.write_config, record, config.allow_changed)
     check_shared(run, topology)
     run.is_ours = True
 

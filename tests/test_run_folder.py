@@ -102,6 +102,32 @@ def test_resumed_run_may_change_its_number_of_ranks_and_zero_stage(tmp_path):
         run.write_config(now)
 
 
+def test_what_is_allowed_by_name_may_change_and_is_said(tmp_path, capsys):
+    before = record(optimizer={"params": {"lr": 1e-3}})
+    before["facts"] |= {"data": "a", "order": "b"}
+    now = record(optimizer={"params": {"lr": 1e-4}})
+    now["facts"] |= {"data": "c", "order": "d"}
+    now["settings"]["seed"] = 3
+    RunFolder(tmp_path).write_config(before)
+    for names in (None, "seed", "data,optimizer.params.lr", "seed,data"):
+        with pytest.raises(CheckpointError, match="holds a different run.*If you mean to change it: --allow_changed "):
+            RunFolder(tmp_path).write_config(now, names)
+    RunFolder(tmp_path).write_config(now, "seed, data,optimizer.params.lr")
+    said = capsys.readouterr().out.splitlines()
+    assert "--allow_changed: seed: 0 then, 3 now" in said and "--allow_changed: data: 'a' then, 'c' now" in said
+    assert "--allow_changed: optimizer.params.lr of the DeepSpeed JSON: 0.001 then, 0.0001 now" in said
+    RunFolder(tmp_path).write_config(now)  # what it is now
+
+
+@pytest.mark.parametrize("name", ["num_classes", "precision", "global_batch"])
+def test_what_cannot_fit_is_refused_though_it_is_allowed(tmp_path, name):
+    before, now = record(), record()
+    before["facts"][name], now["facts"][name] = 1, 2
+    RunFolder(tmp_path).write_config(before)
+    with pytest.raises(CheckpointError, match=f"{name}: 1 then, 2 now.*another --output_dir.$"):
+        RunFolder(tmp_path).write_config(now, name)
+
+
 def test_any_rank_notes_the_error_that_ends_the_run_and_the_first_word_stays(tmp_path, monkeypatch):
     monkeypatch.setattr(errors, "SECONDS_FOR_RANK_0", 0.0)
     run = RunFolder(tmp_path)

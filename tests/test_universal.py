@@ -3,10 +3,13 @@
 import os
 import pickle
 import tarfile
+import time
 
 import pytest
 import torch
+from ranks import run_ranks
 
+from mlcd_ds.collectives import on_main_for_long
 from mlcd_ds.errors import CheckpointError
 from mlcd_ds.universal import check_room, make_uniform, param_groups, refuse_foreign_pickles
 
@@ -152,3 +155,27 @@ def test_conversion_asks_for_room_before_it_begins(tmp_path, monkeypatch):
         check_room(tmp_path / "step_000000001", tmp_path)
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("usage", (), {"free": 2000}))
     check_room(tmp_path / "step_000000001", tmp_path)
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_ranks_wait_for_long_work_of_rank_0_beyond_their_timeout(world_size):
+    def work(number):
+        time.sleep(4)
+        return 2 * number
+
+    assert run_ranks(world_size, lambda topology: on_main_for_long(topology, work, 21), 3) == [42] * world_size
+
+
+def test_every_rank_gets_the_error_of_long_work():
+    def told(topology, error):
+        def work():
+            raise error
+
+        with pytest.raises((CheckpointError, RuntimeError, ZeroDivisionError)) as caught:
+            on_main_for_long(topology, work)
+        return type(caught.value), str(caught.value)
+
+    assert run_ranks(2, lambda t: told(t, CheckpointError("no room"))) == [(CheckpointError, "no room")] * 2
+    first, second = run_ranks(2, lambda t: told(t, ZeroDivisionError("a fault")))
+    assert first == (ZeroDivisionError, "a fault")
+    assert second == (RuntimeError, "rank 0: ZeroDivisionError: a fault")

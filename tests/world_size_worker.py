@@ -104,8 +104,13 @@ def act(topology: Topology, folder: Path, number: int) -> None:
         results = {"losses": [], "initial_seed": None}
         if number:
             before = folder / name / f"step_{number * STEPS:09d}"
+            staging = before.with_name(f"{before.name}.universal.tmp")
+            if topology.is_main:  # what a process leaves that is killed in the middle of a conversion
+                (staging / "engine" / "zero" / "leftover").mkdir(parents=True)
+                (staging / "engine" / "zero" / "optimizer_state.pt").write_text("half")
             found = {"world_size": CHAIN[number - 1], "zero_stage": stages[number - 1]}
             engine.load(Checkpoint(before, number * STEPS, found), SEED)
+            assert not (topology.is_main and stages[number] and staging.exists())
             results["loaded"] = state_of(engine)
             results["initial_seed"] = torch.initial_seed()
         for step in range(number * STEPS, (number + 1) * STEPS):
