@@ -91,7 +91,8 @@ class RunFolder:
         """Compares `config` with that of the run that is being resumed, if any, and writes it.
 
         config: {"settings": flags, "facts": what follows from data and JSON, ...}. Raises CheckpointError naming each
-        setting, fact or key of the DeepSpeed JSON that differs and may not; what allow_changed names (commas between) may, and is printed.
+        setting, fact or key of the DeepSpeed JSON that differs and may not; what allow_changed names (commas between) may,
+        and is printed.
         """
         path = self.path / "config.json"
         before = self.config()
