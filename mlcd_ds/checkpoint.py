@@ -30,7 +30,7 @@ from safetensors.torch import load_file
 
 from mlcd_ds import collectives
 from mlcd_ds.batch import head_suffix
-from mlcd_ds.errors import CheckpointError
+from mlcd_ds.errors import CheckpointError, NewerFormatError
 from mlcd_ds.files import save_tensors, sha256, sync_file, sync_folder, write_json, write_text
 from mlcd_ds.models import hf
 from mlcd_ds.models.hf import PROJECTION
@@ -73,12 +73,15 @@ class CheckpointStore:
         collectives.barrier(self.topology)
         return staging
 
-    def publish(self, step: int) -> Path:
-        """Makes the staged checkpoint the newest one. Every rank calls it after writing its parts."""
+    def publish(self, step: int, shards: int | None = None) -> Path:
+        """Makes the staged checkpoint the newest one. Every rank calls it after writing its parts.
+
+        shards: where one process has written the rows of so many ranks, and no random number generators.
+        """
         staging, final = self.folder / f"{_name(step)}.tmp", self.folder / _name(step)
         collectives.barrier(self.topology)  # every part is written
         # One rank lists: on a network file system the others may see a part later than its writer does.
-        files = collectives.on_main(self.topology, _parts, staging, self.topology.world_size, self.head_folders)
+        files = collectives.on_main(self.topology, _parts, staging, self.topology.world_size, self.head_folders, shards)
         hashed = {}
         for name in files[self.topology.rank :: self.topology.world_size]:
             path = staging / name
@@ -103,7 +106,8 @@ class CheckpointStore:
         """The newest checkpoint that is whole, verified by all ranks, a share of its files each; None when there is none.
 
         A damaged one is announced by name, set aside as damaged_step_N, and the one before it taken. Raises
-        CheckpointError, on every rank, when there are checkpoints and none is whole.
+        CheckpointError, on every rank, when there are checkpoints and none is whole, or when the newest is of a later
+        format: that is no damage, and going back would throw away work.
         """
         problems, damaged = [], []
         for path in collectives.on_main(self.topology, published, self.folder)[::-1]:
@@ -133,12 +137,15 @@ class CheckpointStore:
             if self.topology.is_main:
                 read_state(path)
         except CheckpointError as error:
-            found = str(error)
+            found = error
         except (
             Exception
         ) as error:  # a bad disk, a manifest of another shape: whatever it is, this checkpoint is not whole
-            found = f"{path} cannot be read ({type(error).__name__}: {error})"
-        return next((problem for problem in collectives.gather_objects(found, self.topology) if problem), None)
+            found = CheckpointError(f"{path} cannot be read ({type(error).__name__}: {error})")
+        problem = next((problem for problem in collectives.gather_objects(found, self.topology) if problem), None)
+        if isinstance(problem, NewerFormatError):
+            raise problem
+        return None if problem is None else str(problem)
 
     def _prune(self) -> None:
         for path in published(self.folder)[: -self.keep_last]:
@@ -165,14 +172,16 @@ def head_folder(index: int) -> str:
     return f"head{head_suffix(index)}"
 
 
-def _parts(staging: Path, world_size: int, head_folders: list[str]) -> list[str]:
+def _parts(staging: Path, world_size: int, head_folders: list[str], shards: int | None) -> list[str]:
     """All files of a staged checkpoint, relative to it. Raises CheckpointError where a rank's part is not among them."""
     names = sorted(str(path.relative_to(staging)) for path in staging.rglob("*") if path.is_file())
-    missing = [f"ranks/{rank_file(rank)}" for rank in range(world_size) if f"ranks/{rank_file(rank)}" not in names]
+    ranks = range(world_size if shards is None else 0)
+    missing = [f"ranks/{rank_file(rank)}" for rank in ranks if f"ranks/{rank_file(rank)}" not in names]
+    shards = world_size if shards is None else shards
     for folder in head_folders:
         rows = [name for name in names if name.startswith(f"{folder}/")]
-        if len(rows) != world_size:
-            missing.append(f"{world_size - len(rows)} of the {world_size} files in {folder}/")
+        if len(rows) != shards:
+            missing.append(f"{shards - len(rows)} of the {shards} files in {folder}/")
     if missing:
         raise CheckpointError(
             f"{staging} lacks {missing[0]}, though every rank has written its own: do all hosts see the same file system "
@@ -186,28 +195,49 @@ def rank_file(rank: int) -> str:
     return f"rank_{rank:05d}.safetensors"
 
 
-def verify(path: Path, part: int = 0, parts: int = 1) -> None:
-    """Compares every file (or every `parts`-th, from `part` on) with the manifest.
+def read_manifest(path: Path) -> dict[str, dict]:
+    """{name: {"bytes", "sha256"}} of a checkpoint's files.
 
-    Raises CheckpointError naming the first that is missing or changed.
+    Raises CheckpointError where the manifest is missing or damaged, NewerFormatError where a later version wrote it.
     """
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         version, files = manifest["format_version"], manifest["files"]
     except FileNotFoundError:
         raise CheckpointError(f"{path / MANIFEST} does not exist: the checkpoint was never finished") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path / MANIFEST} cannot be read ({error}): the checkpoint is damaged") from None
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise NewerFormatError(
+            f"{path} has format version {version}, this program reads {FORMAT_VERSION}: a later version has written it. "
+            "Update this program."
+        )
     if version != FORMAT_VERSION:
-        raise CheckpointError(f"{path} has format version {version}, this program reads {FORMAT_VERSION}")
-    for name, expected in list(files.items())[part::parts]:
-        file = path / name
-        if not file.is_file():
-            raise CheckpointError(f"{file} is missing")
-        if file.stat().st_size != expected["bytes"]:
-            raise CheckpointError(f"{file} has {file.stat().st_size} bytes, the manifest says {expected['bytes']}")
-        if sha256(file) != expected["sha256"]:
-            raise CheckpointError(f"{file} has changed since it was written: its SHA-256 is not the manifest's")
+        raise CheckpointError(f"{path} has format version {version!r}, this program reads {FORMAT_VERSION}")
+    return files
+
+
+def check_file(path: Path, name: str, expected: dict, contents: bool = True) -> None:
+    """Compares one file of a checkpoint with its manifest's entry; contents: False looks at the size alone.
+
+    Raises CheckpointError naming what is missing or changed.
+    """
+    file = path / name
+    if not file.is_file():
+        raise CheckpointError(f"{file} is missing")
+    if file.stat().st_size != expected["bytes"]:
+        raise CheckpointError(f"{file} has {file.stat().st_size} bytes, the manifest says {expected['bytes']}")
+    if contents and sha256(file) != expected["sha256"]:
+        raise CheckpointError(f"{file} has changed since it was written: its SHA-256 is not the manifest's")
+
+
+def verify(path: Path, part: int = 0, parts: int = 1) -> None:
+    """Compares every file (or every `parts`-th, from `part` on) with the manifest.
+
+    Raises CheckpointError naming the first that is missing or changed.
+    """
+    for name, expected in list(read_manifest(path).items())[part::parts]:
+        check_file(path, name, expected)
 
 
 def read_state(path: Path) -> Checkpoint:
@@ -301,8 +331,13 @@ def load_encoder(path: str | Path, untrained: bool = False, seed: int = 0) -> Vi
         config = VitConfig(**described["config"])
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder / 'encoder.json'} cannot be read: {error}") from None
-    if described.get("format_version") != FORMAT_VERSION:
-        raise CheckpointError(f"{folder} has format version {described.get('format_version')}, not {FORMAT_VERSION}")
+    version = described.get("format_version")
+    if version != FORMAT_VERSION:
+        newer = isinstance(version, int) and version > FORMAT_VERSION
+        hint = ": a later version has written it. Update this program." if newer else ""
+        raise (NewerFormatError if newer else CheckpointError)(
+            f"{folder} has format version {version}, not {FORMAT_VERSION}{hint}"
+        )
     model = VisionTransformer(config, seed=seed)
     if not untrained:
         load_weights(model, folder)
@@ -349,6 +384,17 @@ def fit_weights(model: VisionTransformer, weights: dict[str, torch.Tensor], wher
         )
     model.load_state_dict(weights)
     return adapted
+
+
+def compare_encoder(weights: dict[str, torch.Tensor], folder: Path) -> None:
+    """Raises CheckpointError where float32 `weights` are not, bit for bit, those of an encoder folder."""
+    saved = load_file(folder / "encoder.safetensors")
+    differing = [name for name in weights if name not in saved or not torch.equal(weights[name], saved[name])]
+    if differing:
+        raise CheckpointError(
+            f"the encoder that DeepSpeed made of {folder.parent} is not the one that lies in {folder}: {len(differing)} "
+            f"tensors differ ({_few(differing)}). Resume with the number of ranks that it was written by, and report this."
+        )
 
 
 def _few(names: Iterable[str]) -> str:

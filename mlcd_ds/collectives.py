@@ -3,6 +3,7 @@
 b rows of this rank, W ranks, G = W*b rows of all ranks in rank order, D columns.
 """
 
+import threading
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -160,6 +161,40 @@ def on_main(topology: Topology, function: Callable[..., T], *arguments) -> T:
             gather_objects((None, RuntimeError(f"rank 0: {type(raised).__name__}: {raised}")), topology)
             raise
     result, error = gather_objects((result, error), topology)[0]
+    if error is not None:
+        raise error
+    return result
+
+
+def on_main_for_long(topology: Topology, function: Callable[..., T], *arguments) -> T:
+    """`on_main` for minutes of work, however short the ranks' timeout: meanwhile they exchange a word every second.
+
+    The work is done in a thread. Its result, or the error it raises, on every rank; as with `on_main`, what is no UserError
+    arrives as a RuntimeError on the others.
+    """
+    outcome: list[tuple[T | None, Exception | None]] = []
+
+    def work() -> None:
+        try:
+            outcome.append((function(*arguments), None))
+        except Exception as raised:
+            outcome.append((None, raised))
+
+    thread = threading.Thread(target=work, daemon=True)
+    if topology.is_main:
+        thread.start()
+    told = None
+    while told is None:
+        if topology.is_main:
+            thread.join(1.0)
+            if outcome:
+                result, error = outcome[0]
+                plain = error is None or isinstance(error, UserError)
+                told = result, error if plain else RuntimeError(f"rank 0: {type(error).__name__}: {error}")
+        told = gather_objects(told, topology)[0]
+    if topology.is_main and outcome[0][1] is not None:
+        raise outcome[0][1]
+    result, error = told
     if error is not None:
         raise error
     return result

@@ -137,6 +137,9 @@ class RunConfig(HeadConfig):
     default_epochs: Finite = Field(32.0, gt=0, description="length when none of epochs, samples, steps is given")
     warmup_steps: int = Field(2000, ge=0, description="steps of linear warm-up (at most a tenth of the run)")
     resume: Literal["auto", "never"] = Field("never", description="auto: go on from the last complete checkpoint")
+    allow_changed: str | None = Field(
+        None, description="what a resumed run may change though it enters the mathematics: names joined by commas"
+    )
     init_from: str | None = Field(
         None, description="run folder, or hf:FOLDER (CLIP or MLCD), to start the encoder from; positions are resized"
     )
@@ -361,6 +364,25 @@ class InspectConfig(Settings):
     max_pixels: int = Field(50_000_000, ge=1, description="larger images are not made thumbnails of")
     shard_cache: str | None = Field(None, description="folder for remote tars; needed for URLs")
     seed: int = Field(0, ge=0, description="of the clusters and images that are drawn")
+
+
+class CheckpointPathConfig(Settings):
+    """tools/checkpoint.py verify, list."""
+
+    path: str = Field(description="a run folder, or one checkpoint (run/checkpoints/step_000001000)")
+
+
+class ReshardConfig(CheckpointPathConfig):
+    """tools/checkpoint.py reshard."""
+
+    world_size: int = Field(ge=1, description="number of ranks that the new run will have")
+    output_dir: str = Field(description="new run folder; the run of --path stays as it is")
+
+
+class ConsolidateConfig(CheckpointPathConfig):
+    """tools/checkpoint.py consolidate."""
+
+    output_dir: str = Field(description="folder to make, with encoder.safetensors and centers.safetensors")
 
 
 class ProbeConfig(Settings):

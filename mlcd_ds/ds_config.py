@@ -40,9 +40,12 @@ class BatchSizes:
         return self.micro_batch * self.accumulation
 
     @staticmethod
-    def resolve(raw: dict, world_size: int) -> "BatchSizes":
+    def resolve(raw: dict, world_size: int, going_on_with: int | None = None) -> "BatchSizes":
         """DeepSpeed's rule: any two of the three sizes give the third. "auto" counts as absent.
 
+        going_on_with: the global batch of a run that is resumed. It stays (unless the JSON now names another, which the
+        run folder refuses): the accumulation follows the number of ranks, and where the micro-batch of the JSON does not
+        fit, the largest smaller one that does is taken.
         Raises ConfigError when nothing is given or the product does not come out, with the numbers and the world sizes
         near `world_size` that fit.
         """
@@ -53,6 +56,8 @@ class BatchSizes:
                 raise ConfigError(f'"{key}" is {value}: it must be at least 1')
         total, micro, accumulation = (None if value is None else int(value) for value in given.values())
         notes = []
+        if going_on_with is not None and total in (None, going_on_with):
+            return _kept_batch(going_on_with, micro, accumulation, world_size)
         if total is None and micro is None:
             raise ConfigError(
                 'the DeepSpeed JSON has no batch size: set "train_batch_size" (images of an optimizer step over all ranks) '
@@ -72,6 +77,29 @@ class BatchSizes:
         if micro * accumulation * world_size != total:
             raise ConfigError(_batch_mismatch(total, given, micro, accumulation, world_size))
         return BatchSizes(total, micro, accumulation, world_size, tuple(notes))
+
+
+def _kept_batch(total: int, micro: int | None, accumulation: int | None, world_size: int) -> BatchSizes:
+    """The sizes of a resumed run: `total` images a step, no more of them in a forward pass than the JSON allows."""
+    images_per_rank, left = divmod(total, world_size)
+    if left:
+        fits = [n for n in range(1, total + 1) if total % n == 0]
+        near = sorted(sorted(fits, key=lambda n: abs(n - world_size))[:6])
+        raise ConfigError(
+            f"the run goes on with its global batch of {total} images, which {world_size} ranks cannot share evenly. "
+            f"Numbers of ranks near {world_size} that can: {', '.join(map(str, near))}"
+        )
+    wanted = micro or max(1, images_per_rank // (accumulation or 1))
+    fitting = max(size for size in range(1, min(wanted, images_per_rank) + 1) if images_per_rank % size == 0)
+    needed = images_per_rank // fitting
+    notes = []
+    if (micro, accumulation) != (fitting, needed):
+        changed = f", instead of micro-batches of {micro}" if micro not in (None, fitting) else ""
+        notes.append(
+            f"the run goes on with its global batch: {total} images = {fitting} a micro-batch x {needed} accumulated x "
+            f"{world_size} ranks{changed}"
+        )
+    return BatchSizes(total, fitting, needed, world_size, tuple(notes))
 
 
 def _batch_mismatch(total: int, given: dict, micro: int, accumulation: int, world_size: int) -> str:

@@ -6,18 +6,25 @@ number of accumulated micro-batches, which reaches encoder and head alike. With 
 sum of theirs.
 """
 
+import argparse
+import contextlib
+import io
 import math
+import shutil
+import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import deepspeed
 import torch
+from deepspeed.checkpoint import ds_to_universal
 from safetensors.torch import load_file
 
-from mlcd_ds import checkpoint, collectives
+from mlcd_ds import checkpoint, collectives, universal
 from mlcd_ds.batch import ImageLabelBatch, head_suffix
+from mlcd_ds.checkpoint import Checkpoint
 from mlcd_ds.config import HeadConfig
 from mlcd_ds.ds_config import DeepSpeedSettings
 from mlcd_ds.errors import CheckpointError, NonFiniteError
@@ -28,15 +35,15 @@ from mlcd_ds.partial_fc import PartialFC
 from mlcd_ds.sampling import Draw, Marked, positions
 from mlcd_ds.sharded_loss import RowGradient
 from mlcd_ds.topology import Topology, set_timeout_of_every_group
-
-ENGINE_TAG = "engine"
+from mlcd_ds.universal import ENGINE_TAG, UNIVERSAL, refuse_foreign_pickles
 
 
 def _quieten() -> None:
-    """Leaves DeepSpeed's warnings on, but for two that every start prints and nobody can act on."""
+    """Leaves DeepSpeed's warnings on, but for a few that every start or load prints and nobody can act on."""
     deepspeed.utils.logger.setLevel("WARNING")
     # Its schedulers ask themselves for the learning rate before their first step.
     deepspeed.utils.logger.addFilter(lambda record: "before it has started" not in record.getMessage())
+    deepspeed.utils.logger.addFilter(lambda record: "MPU is not provided" not in record.getMessage())
     # It calls torch's collectives by the names that torch 2.13 calls deprecated.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\..*` is deprecated", category=FutureWarning)
 
@@ -115,8 +122,9 @@ class TrainEngine:
                 settings.eps,
                 decay,
                 moments=moments,
-                seed=head.sampler.seed * topology.world_size + topology.rank,
+                seed=head.sampler.seed,
                 kernels=config.head_kernels,
+                first_row=head.start,
             )
             for head in heads
         ]
@@ -314,20 +322,87 @@ class TrainEngine:
         if self.topology.is_main:
             checkpoint.save_encoder(folder / "encoder", model_name, self.engine.module.config, weights)
 
-    def load(self, folder: Path) -> None:
-        """Goes on from a checkpoint of the same number of ranks, bit for bit on CPUs in float32.
+    def load(self, found: Checkpoint, seed: int) -> None:
+        """Goes on from a checkpoint, whatever number of ranks and ZeRO stage it was written by.
 
-        Raises CheckpointError for another number of ranks, or parts that do not fit.
+        From the same number and stage bit for bit on CPUs in float32. Else through DeepSpeed's universal form: the same
+        weights, moments, step counts and schedule; the heads' rows are found by their address. ZeRO stage 0 keeps the
+        encoder's state whole, so that any number of ranks reads it, but is not converted to and from the others. Where the
+        number of ranks differs, torch's global generators, from which no step draws, start anew by (seed, step, number of
+        ranks, rank).
+
+        Raises CheckpointError for parts that do not fit or must not be loaded, the same on every rank where it can be.
         """
-        path, _ = self.engine.load_checkpoint(str(folder), tag=ENGINE_TAG)
-        if path is None:
-            raise CheckpointError(f"DeepSpeed finds no engine state in {folder / ENGINE_TAG}")
+        folder, stage = found.path, self.settings.zero_stage
+        self._check_pickles(folder / ENGINE_TAG)
+        was_stage = found.state.get("zero_stage", stage)
+        if 0 in (stage, was_stage) and stage != was_stage:
+            raise CheckpointError(
+                f"{folder} was written with ZeRO stage {was_stage}, this run has stage {stage}: stages 1, 2 and 3 are "
+                'converted into each other, 0 is not. Set "zero_optimization.stage" back.'
+            )
+        same_ranks = found.state["world_size"] == self.topology.world_size
+        if found.state.get("engine_format") == UNIVERSAL:
+            self._load_universal(folder)
+            self._compare_encoder(folder)
+        elif stage == 0 or (same_ranks and was_stage == stage):
+            self._load_engine(folder)
+        else:
+            staging = folder.with_name(f"{folder.name}.universal.tmp")
+            collectives.on_main_for_long(self.topology, to_universal, folder, staging)
+            self._load_universal(staging)
+            self._compare_encoder(folder)
+            if self.topology.is_main:
+                shutil.rmtree(staging)
         for path, head, rows in self._head_rows(folder):
             checkpoint.load_rows(path, head.start, head.stop, head.partition.num_classes, into=rows)
-        random_states = load_file(self._rank_file(folder))
-        torch.set_rng_state(random_states["torch"])
-        if "cuda" in random_states and self.topology.device.type == "cuda":
-            torch.cuda.set_rng_state(random_states["cuda"])
+        if same_ranks and self._rank_file(folder).is_file():
+            random_states = load_file(self._rank_file(folder))
+            torch.set_rng_state(random_states["torch"])
+            if "cuda" in random_states and self.topology.device.type == "cuda":
+                torch.cuda.set_rng_state(random_states["cuda"])
+        else:
+            self.topology.seed_torch(seed, found.step)
+
+    def _check_pickles(self, folder: Path) -> None:
+        """Every file that DeepSpeed is about to unpickle, a share of them on each rank."""
+        found = None
+        try:
+            refuse_foreign_pickles(folder, self.topology.rank, self.topology.world_size)
+        except CheckpointError as error:
+            found = error
+        for error in collectives.gather_objects(found, self.topology):
+            if error is not None:
+                raise error
+
+    def _load_engine(self, folder: Path) -> None:
+        with _plainly_named(folder) as plain:
+            path, _ = self.engine.load_checkpoint(str(plain), tag=ENGINE_TAG)
+        if path is None:
+            raise CheckpointError(f"DeepSpeed finds no engine state in {folder / ENGINE_TAG}")
+
+    def _load_universal(self, folder: Path) -> None:
+        config = self.engine._config
+        config.load_universal_checkpoint = (
+            True  # DeepSpeed knows it as a setting of the whole run; it is one of this load
+        )
+        try:
+            self._load_engine(folder)
+        finally:
+            config.load_universal_checkpoint = False
+        # At stage 3 DeepSpeed 0.19 gives every group the settings of the first, so that biases and norms would decay, and
+        # all their parameters one step count, which each of them would then advance.
+        optimizer = getattr(self.engine.optimizer, "optimizer", self.engine.optimizer)
+        for group, settings in zip(optimizer.param_groups, universal.param_groups(folder / ENGINE_TAG), strict=True):
+            group.update(settings)
+        for state in optimizer.state.values():
+            if isinstance(state.get("step"), torch.Tensor):
+                state["step"] = state["step"].clone()
+
+    def _compare_encoder(self, folder: Path) -> None:
+        """Holds the encoder, after a conversion, to the one that lies beside it in the checkpoint. Every rank calls it."""
+        weights = self.encoder_weights()
+        collectives.on_main(self.topology, checkpoint.compare_encoder, weights, folder / "encoder")
 
     def _head_rows(self, folder: Path) -> list[tuple[Path, PartialFC, dict[str, torch.Tensor]]]:
         """(its folder in a checkpoint, the head, its rows by name) of each head."""
@@ -338,6 +413,40 @@ class TrainEngine:
 
     def _rank_file(self, folder: Path) -> Path:
         return folder / "ranks" / checkpoint.rank_file(self.topology.rank)
+
+
+@contextlib.contextmanager
+def _plainly_named(folder: Path) -> Iterator[Path]:
+    """Another name of `folder`, without what would mean something in a pattern: DeepSpeed takes its paths for such."""
+    with tempfile.TemporaryDirectory(prefix="mlcd_ds_") as temporary:
+        link = Path(temporary) / "checkpoint"
+        link.symlink_to(folder.resolve())
+        yield link
+
+
+def to_universal(checkpoint_folder: Path, folder: Path) -> None:
+    """Writes the engine's part of a checkpoint in DeepSpeed's universal form into `folder`, which is emptied before.
+
+    One process does it; every file must have passed `refuse_foreign_pickles`. It needs room for twice the optimizer's files.
+    Raises CheckpointError where the disk has too little.
+    """
+    if folder.exists():
+        shutil.rmtree(folder)  # of a process that died over it
+    folder.mkdir()
+    universal.check_room(checkpoint_folder, folder)
+    with _plainly_named(checkpoint_folder) as source, _plainly_named(folder) as target:
+        arguments = argparse.Namespace(
+            input_folder=str(source / ENGINE_TAG),
+            output_folder=str(target / ENGINE_TAG),
+            num_extract_workers=1,  # more would be forks of a process that holds threads, and maybe a GPU
+            num_merge_workers=1,
+            keep_temp_folder=False,
+            strict=True,
+            inject_missing_state=True,
+        )
+        with contextlib.redirect_stdout(io.StringIO()):
+            ds_to_universal.main(arguments)
+    universal.make_uniform(folder / ENGINE_TAG)
 
 
 def _averaged(stats: list[dict[str, torch.Tensor]], weights_A: torch.Tensor) -> dict[str, torch.Tensor]:

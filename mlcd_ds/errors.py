@@ -36,6 +36,10 @@ class CheckpointError(UserError):
     exit_code = 4
 
 
+class NewerFormatError(CheckpointError):
+    """A checkpoint is whole, but a later version of this program has written it."""
+
+
 class NonFiniteError(UserError):
     """The loss or a gradient stopped being a number."""
 

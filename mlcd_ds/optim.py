@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from mlcd_ds import collectives
+from mlcd_ds.sampling import hash_
 from mlcd_ds.sharded_loss import RowGradient
 from mlcd_ds.topology import Topology
 
@@ -69,8 +70,9 @@ class RowAdamW:
     The sampled rows are gathered, updated and scattered a block at a time: no temporary has the size of the shard.
 
     centers_cD: the parameter to change, in place. moments: dtype of both moments; None: that of the centers. bfloat16
-    halves their memory; they are then rounded stochastically, by (seed, step), so that small changes are not lost: the
-    second moment moves by a thousandth of itself, which rounding to the nearest of bfloat16's 8 bits would drop.
+    halves their memory; they are then rounded stochastically, so that small changes are not lost: the second moment moves by
+    a thousandth of itself, which rounding to the nearest of bfloat16's 8 bits would drop. Up or down is decided by a hash of
+    (seed, step, global row, column): the number of ranks does not enter. first_row: global row of the first center here.
     kernels: "torch", or "triton" for one pass over float32 rows and moments.
     """
 
@@ -83,12 +85,14 @@ class RowAdamW:
         moments: torch.dtype | None = None,
         seed: int = 0,
         kernels: str = "torch",
+        first_row: int = 0,
     ):
         self.centers_cD = centers_cD
         self.betas = betas
         self.eps = eps
         self.weight_decay = weight_decay
         self.seed = seed
+        self.first_row = first_row
         self.fused = kernels == "triton" and centers_cD.dtype == torch.float32 and moments in (None, torch.float32)
         self.exp_avg_cD = torch.zeros_like(centers_cD, dtype=moments)
         self.exp_avg_sq_cD = torch.zeros_like(centers_cD, dtype=moments)
@@ -100,15 +104,12 @@ class RowAdamW:
         if self.fused:
             self._step_fused(gradient, learning_rate)
             return
-        generator = None
-        if self.exp_avg_cD.dtype != self.centers_cD.dtype:
-            generator = torch.Generator(self.centers_cD.device).manual_seed((self.seed * 0x9E3779B1 + step) % (1 << 63))
         size = BLOCK_BYTES[self.centers_cD.device.type] // (self.centers_cD.shape[1] * self.centers_cD.element_size())
         size = max(1, size)
         for first in range(0, len(gradient.rows_S), size):
             block = slice(first, min(first + size, len(gradient.rows_S)))
             rows = slice(block.start, block.stop) if gradient.is_whole else gradient.rows_S[block]
-            self._step_block(rows, gradient.values_SD[block], learning_rate, generator)
+            self._step_block(rows, gradient.values_SD[block], learning_rate, step)
 
     def _step_fused(self, gradient: RowGradient, learning_rate: float) -> None:
         from mlcd_ds.kernels.row_adamw import row_adamw
@@ -122,7 +123,7 @@ class RowAdamW:
         tensors = self.centers_cD, self.exp_avg_cD, self.exp_avg_sq_cD, rows_S, gradient.values_SD, step_size_S, root_S
         row_adamw(*tensors, beta1, beta2, self.eps, 1 - learning_rate * self.weight_decay)
 
-    def _step_block(self, rows, g_nD: torch.Tensor, learning_rate: float, generator) -> None:
+    def _step_block(self, rows, g_nD: torch.Tensor, learning_rate: float, step: int) -> None:
         """rows: a slice (the update is then in place) or int64 [n]."""
         beta1, beta2 = self.betas
         dtype = self.centers_cD.dtype
@@ -137,20 +138,33 @@ class RowAdamW:
         change_nD = v_nD.sqrt().div_(root_n1).add_(self.eps).reciprocal_().mul_(m_nD).mul_(step_size_n1)
         centers_nD.mul_(1 - learning_rate * self.weight_decay).sub_(change_nD)
         self.steps_c[rows] = steps_n
-        if generator is not None:
-            m_nD, v_nD = round_stochastically(m_nD, generator), round_stochastically(v_nD, generator)
+        if self.exp_avg_cD.dtype != dtype:
+            noise_nD = self._noise(rows, step)
+            m_nD = round_stochastically(m_nD, noise_nD & 0xFFFF)
+            v_nD = round_stochastically(v_nD, noise_nD.bitwise_right_shift_(16).bitwise_and_(0xFFFF))
         self.exp_avg_cD[rows] = m_nD
         self.exp_avg_sq_cD[rows] = v_nD
         self.centers_cD[rows] = centers_nD
+
+    def _noise(self, rows, step: int) -> torch.Tensor:
+        """32 random bits for each element of these rows, int32 [n, D]: hashes of a hash of the row plus the column."""
+        device = self.centers_cD.device
+        if isinstance(rows, slice):
+            rows = torch.arange(rows.start, rows.stop, dtype=torch.int32, device=device)
+        rows_n = hash_(rows.to(torch.int32) + self.first_row, self.seed, step)
+        columns_D = torch.arange(self.centers_cD.shape[1], dtype=torch.int32, device=device)
+        return hash_(rows_n[:, None] + columns_D, self.seed, ~step)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The moments and step counts of this shard's rows, by name."""
         return {"exp_avg": self.exp_avg_cD, "exp_avg_sq": self.exp_avg_sq_cD, "steps": self.steps_c}
 
 
-def round_stochastically(values: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """float32 to bfloat16, up or down with probabilities that make the expectation exact; finite values stay finite."""
-    noise = torch.randint(0, 1 << 16, values.shape, dtype=torch.int32, device=values.device, generator=generator)
+def round_stochastically(values: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """float32 to bfloat16, up or down with probabilities that make the expectation exact; finite values stay finite.
+
+    noise: int32 of the same shape, uniform in 0..65535; overwritten.
+    """
     bits = noise.add_(values.view(torch.int32)).bitwise_and_(-(1 << 16))
     largest = torch.finfo(torch.bfloat16).max
     # What is infinite or NaN stays it; the last few numbers below infinity are rounded down.

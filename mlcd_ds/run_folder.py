@@ -19,17 +19,22 @@ from mlcd_ds.files import write_json
 
 FREE_TO_CHANGE = frozenset(
     "resume workers prefetch save_every_steps keep_last log_every_steps histogram_every_steps timeout_minutes shard_cache "
-    "max_skipped_fraction expect_world_size workspace_mb output_dir deepspeed_config init_from centers shards labels".split()
+    "max_skipped_fraction expect_world_size workspace_mb output_dir deepspeed_config init_from centers shards labels "
+    "world_size zero_stage allow_changed".split()
 )
-"""Settings that a resumed run may change: they do not enter the mathematics (init_from, centers: only the first start;
-workspace_mb: only the order of sums; shards, labels: where the data lies, whose fingerprints are facts)."""
+"""Settings and facts that a resumed run may change: they do not enter the mathematics (init_from, centers: only the first
+start; workspace_mb: only the order of sums; shards, labels: where the data lies, whose fingerprints are facts; world_size,
+zero_stage: the checkpoint is fitted to them)."""
+
+NEVER_CHANGED = frozenset("model image_size num_classes precision global_batch".split())
+"""What --allow_changed cannot allow: weights, rows, moments would not fit, or a step would be another share of the data."""
 
 JSON_FREE_TO_CHANGE = frozenset(
     "tensorboard csv_monitor wandb comet steps_per_print wall_clock_breakdown dump_state memory_breakdown flops_profiler "
     "comms_logger checkpoint train_micro_batch_size_per_gpu gradient_accumulation_steps reduce_bucket_size "
     "allgather_bucket_size overlap_comm contiguous_gradients stage3_prefetch_bucket_size stage3_max_live_parameters "
     "stage3_max_reuse_distance stage3_param_persistence_threshold sub_group_size pin_memory buffer_count "
-    "activation_checkpointing log_level disable_python_gc timers round_robin_gradients reduce_scatter".split()
+    "activation_checkpointing log_level disable_python_gc timers round_robin_gradients reduce_scatter stage".split()
 )
 """Keys of the DeepSpeed JSON, at any depth, that a resumed run may change: monitors, logs, and how the same step is cut
 into buffers and micro-batches (another cut draws other negatives; the global batch is compared)."""
@@ -82,42 +87,52 @@ class RunFolder:
                 f"--output_dir {self.path} already holds a run. Go on with it by --resume auto, or choose another folder."
             )
 
-    def write_config(self, config: dict[str, Any]) -> None:
+    def write_config(self, config: dict[str, Any], allow_changed: str | None = None) -> None:
         """Compares `config` with that of the run that is being resumed, if any, and writes it.
 
         config: {"settings": flags, "facts": what follows from data and JSON, ...}. Raises CheckpointError naming each
-        setting, fact or key of the DeepSpeed JSON that differs and may not.
+        setting, fact or key of the DeepSpeed JSON that differs and may not; what allow_changed names (commas between) may,
+        and is printed.
         """
         path = self.path / "config.json"
-        if path.exists():
-            try:
-                before = json.loads(path.read_text())
-                before["settings"], before["facts"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise CheckpointError(
-                    f"{path} is damaged ({error}): put back a copy, or choose another --output_dir. The checkpoints beside "
-                    "it can still be used by --init_from."
-                ) from None
-            config_now = json.loads(json.dumps(config))
-            changed = [
-                f"{name}: {before[part].get(name)!r} then, {value!r} now"
-                for part in ("settings", "facts")
-                for name, value in config_now[part].items()
-                if before[part].get(name) != value and name not in FREE_TO_CHANGE
-            ]
-            then, now = _leaves(before.get("deepspeed", {})), _leaves(config_now.get("deepspeed", {}))
-            changed += [
-                f"{name} of the DeepSpeed JSON: {then.get(name, 'absent')!r} then, {now.get(name, 'absent')!r} now"
-                for name in sorted(then.keys() | now.keys())
-                if then.get(name) != now.get(name)
-            ]
-            if changed:
-                raise CheckpointError(
-                    f"--resume: {self.path} holds a different run ({'; '.join(changed)}). Give the settings it was "
-                    "started with, or another --output_dir."
+        before = self.config()
+        if before is not None:
+            changed = _changes(before, json.loads(json.dumps(config)))
+            allowed = _allowed(allow_changed)
+            refused = {name: text for name, text in changed.items() if name not in allowed - NEVER_CHANGED}
+            if refused:
+                free = sorted(name for name in refused if name not in NEVER_CHANGED)
+                hint = (
+                    f" If you mean to change it: --allow_changed {','.join(free)}." if len(free) == len(refused) else ""
                 )
+                raise CheckpointError(
+                    f"--resume: {self.path} holds a different run ({'; '.join(refused.values())}). Give the settings it was "
+                    f"started with, or another --output_dir.{hint}"
+                )
+            for text in changed.values():
+                print(f"--allow_changed: {text}", flush=True)
         write_json(path, config)
         self.status("running", self.step)
+
+    def global_batch(self) -> int | None:
+        """Images of a step of the run that is being resumed, None where there is none. Raises as `config`."""
+        before = self.config()
+        return None if before is None else before["facts"].get("global_batch")
+
+    def config(self) -> dict[str, Any] | None:
+        """What config.json holds; None where there is none. Raises CheckpointError where it is damaged."""
+        path = self.path / "config.json"
+        if not path.exists():
+            return None
+        try:
+            before = json.loads(path.read_text())
+            before["settings"], before["facts"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"{path} is damaged ({error}): put back a copy, or choose another --output_dir. The checkpoints beside "
+                "it can still be used by --init_from."
+            ) from None
+        return before
 
     def status(self, state: str, step: int, reason: str = "") -> None:
         """Writes status.json: the launcher may hide exit codes, this file does not."""
@@ -144,6 +159,28 @@ class RunFolder:
             reason = f"rank {rank}: {reason}"
         if json.loads((self.path / "status.json").read_text())["state"] == "running":
             self.status("failed", self.step, reason)
+
+
+def _changes(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
+    """{name: what it was and is} of all that enters the mathematics and differs."""
+    changed = {
+        name: f"{name}: {before[part].get(name)!r} then, {value!r} now"
+        for part in ("settings", "facts")
+        for name, value in now[part].items()
+        if before[part].get(name) != value and name not in FREE_TO_CHANGE
+    }
+    then, now = _leaves(before.get("deepspeed", {})), _leaves(now.get("deepspeed", {}))
+    return changed | {
+        name: f"{name} of the DeepSpeed JSON: {then.get(name, 'absent')!r} then, {now.get(name, 'absent')!r} now"
+        for name in sorted(then.keys() | now.keys())
+        if then.get(name) != now.get(name)
+    }
+
+
+def _allowed(names: str | None) -> set[str]:
+    """The names in --allow_changed; who allows other data or another seed allows the order that follows from them."""
+    found = {name.strip() for name in names.split(",")} if names else set()
+    return found | ({"order"} if found & {"data", "seed", "shuffle_window"} else set())
 
 
 def _leaves(section: dict[str, Any], path: str = "") -> dict[str, Any]:

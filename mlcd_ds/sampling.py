@@ -28,13 +28,17 @@ _HASH_BITS = 31
 
 
 def hash_rows(first: int, stop: int, seed: int, step: int, device: torch.device | str = "cpu") -> torch.Tensor:
-    """31-bit hashes of (seed, step, row) for rows first..stop, int32 [stop - first].
+    """31-bit hashes of (seed, step, row) for rows first..stop, int32 [stop - first], see `hash_`."""
+    return hash_(torch.arange(first, stop, dtype=torch.int32, device=device), seed, step).bitwise_and_(0x7FFFFFFF)
+
+
+def hash_(x: torch.Tensor, seed: int, step: int) -> torch.Tensor:
+    """Turns int32 numbers in place into hashes of (seed, step, number), all 32 bits; different numbers stay different.
 
     Two multiply-and-shift rounds in wrapping int32 arithmetic (vectorised everywhere, a quarter of int64's cost), with half
     of a 64-bit key of (seed, step) before each: neighbouring seeds or steps share nothing, not even shifted.
     """
     key = _mix(_mix(seed * _GOLDEN + 0x632BE59BD9B4E019) + step * _GOLDEN)
-    x = torch.arange(first, stop, dtype=torch.int32, device=device)
     shifted = torch.empty_like(x)
 
     def fold(bits: int) -> None:
@@ -49,7 +53,7 @@ def hash_rows(first: int, stop: int, seed: int, step: int, device: torch.device 
     fold(15)
     x *= _signed_32(0x846CA68B)
     fold(16)
-    return x.bitwise_and_(0x7FFFFFFF)
+    return x
 
 
 def _mix(x: int) -> int:

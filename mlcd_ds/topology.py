@@ -94,9 +94,12 @@ class Topology:
             dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world_size, timeout=timeout)
         return self
 
-    def seed_torch(self, seed: int) -> None:
-        """Seeds torch's global generators, differently on each rank; torch alone would seed them from the clock."""
-        torch.manual_seed(seed * self.world_size + self.rank)
+    def seed_torch(self, seed: int, step: int = 0) -> None:
+        """Seeds torch's global generators, differently on each rank; torch alone would seed them from the clock.
+
+        step: where a run goes on that cannot have the states it was stopped with.
+        """
+        torch.manual_seed((seed + step * 0x9E3779B1) * self.world_size + self.rank)
 
     def stop(self) -> None:
         """Leaves the process group."""

@@ -50,20 +50,20 @@ def train(config: RunConfig) -> None:
         return dry_run(config, topology)
     check_launch(config, topology)
     raw = load_deepspeed_config(config.deepspeed_config)
-    batch = BatchSizes.resolve(raw, topology.world_size)
     topology.start(config.timeout_minutes)
     run = RunFolder(config.output_dir)
     try:
-        train_in(run, config, raw, batch, topology)
+        train_in(run, config, raw, topology)
     except Exception as error:
         run.fail(error, topology.rank)
         raise
     topology.stop()
 
 
-def train_in(run: RunFolder, config: RunConfig, raw: dict, batch: BatchSizes, topology: Topology) -> None:
-    """The run, from its folder to its last checkpoint."""
+def train_in(run: RunFolder, config: RunConfig, raw: dict, topology: Topology) -> None:
+    """The run, from its folder to its last checkpoint. raw: the DeepSpeed JSON."""
     collectives.on_main(topology, run.open, config.resume == "auto")
+    batch = BatchSizes.resolve(raw, topology.world_size, collectives.on_main(topology, run.global_batch))
     shards = collectives.on_main(topology, expand_shards, config.shards)
     table = build_shard_table(
         shards,
@@ -78,7 +78,8 @@ def train_in(run: RunFolder, config: RunConfig, raw: dict, batch: BatchSizes, to
     if topology.is_main:
         print(plan.card, flush=True)
     collectives.on_main(topology, check_start, config, plan, run)
-    collectives.on_main(topology, run.write_config, plan.record(config, table.fingerprint(), order.fingerprint()))
+    record = plan.record(config, table.fingerprint(), order.fingerprint())
+    collectives.on_main(topology, run.write_config, record, config.allow_changed)
     check_shared(run, topology)
     run.is_ours = True
 
@@ -86,7 +87,7 @@ def train_in(run: RunFolder, config: RunConfig, raw: dict, batch: BatchSizes, to
     found = store.find() if config.resume == "auto" else None
     loader = ImageLabelLoader(config, table, order, plan.encoder.image_size, topology)
     engine = build_engine(config, plan, topology, from_scratch=found is None)
-    step = 0 if found is None else resume(found, plan, engine, topology)
+    step = 0 if found is None else resume(found, config.seed, plan, engine, topology)
     monitor = open_monitor(run, engine, step, plan, topology)
     progress = Progress(
         monitor,
@@ -215,7 +216,8 @@ def dry_run(config: RunConfig, topology: Topology) -> None:
     found = [check_label_folder(folder, names, config.num_positives) for folder in split_paths(config.labels)]
     labels, images = tuple(info for info, _ in found), max(sum(rows) for _, rows in found)
     raw = load_deepspeed_config(config.deepspeed_config)
-    batch = BatchSizes.resolve(raw, world_size)
+    kept = RunFolder(config.output_dir).global_batch() if config.resume == "auto" else None
+    batch = BatchSizes.resolve(raw, world_size, kept)
     plan = plan_run(config, raw, batch, planned, images, len(shards), labels)
     check_start(config, plan)
     if topology.is_main:
@@ -294,17 +296,14 @@ def build_head(config: RunConfig, plan: RunPlan, topology: Topology, from_scratc
     return PartialFC(num_classes, plan.encoder.embed_dim, topology, seed=config.seed + index, **options)
 
 
-def resume(found: Checkpoint, plan: RunPlan, engine: TrainEngine, topology: Topology) -> int:
+def resume(found: Checkpoint, seed: int, plan: RunPlan, engine: TrainEngine, topology: Topology) -> int:
     """Loads a checkpoint; the step to go on from."""
-    if found.state["world_size"] != topology.world_size:
-        raise CheckpointError(
-            f"{found.path} was written by {found.state['world_size']} ranks, this run has {topology.world_size}. Start as "
-            "many as then."
-        )
-    engine.load(found.path)
+    engine.load(found, seed)
     engine.skipped_steps = found.state["skipped_steps"]
     if topology.is_main:
-        print(f"resumed from {found.path} at step {found.step}/{plan.length.total_steps}", flush=True)
+        ranks = found.state["world_size"]
+        by = "" if ranks == topology.world_size else f", written by {ranks} ranks, on {topology.world_size}"
+        print(f"resumed from {found.path} at step {found.step}/{plan.length.total_steps}{by}", flush=True)
     return found.step
 
 
@@ -327,6 +326,7 @@ def save(
             "step": step,
             "samples": step * plan.settings.global_batch,
             "world_size": plan.world_size,
+            "zero_stage": plan.settings.zero_stage,
             "skipped_steps": engine.skipped_steps,
         }
         write_json(folder / "state.json", state)

@@ -47,7 +47,9 @@ def build(
     options: dict,
     classes=(CLASSES,),
     eps: float = 1e-8,
+    extra: dict | None = None,
 ) -> TrainEngine:
+    """extra: more keys of the DeepSpeed JSON."""
     raw = {
         "train_batch_size": IMAGES,
         "gradient_accumulation_steps": accumulation,
@@ -55,6 +57,7 @@ def build(
         "gradient_clipping": 1e9,  # finite, so that the norm is computed, and never reached
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "eps": eps, "weight_decay": 0.1, "torch_adam": True}},
         **({"activation_checkpointing": {}} if checkpointing else {}),
+        **(extra or {}),
     }
     settings = resolve_deepspeed_config(
         raw,

@@ -10,16 +10,17 @@ import torch.distributed as dist
 from mlcd_ds.topology import Topology
 
 
-def _gloo_group(store, rank: int, world_size: int) -> dist.ProcessGroup:
+def _gloo_group(store, rank: int, world_size: int, timeout_seconds: float) -> dist.ProcessGroup:
     group = dist.ProcessGroup(store, rank, world_size)
-    gloo = dist.ProcessGroupGloo(dist.PrefixStore("ranks", store), rank, world_size, timedelta(seconds=60))
+    timeout = timedelta(seconds=timeout_seconds)
+    gloo = dist.ProcessGroupGloo(dist.PrefixStore("ranks", store), rank, world_size, timeout)
     group._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, gloo)
     group._set_default_backend(dist.ProcessGroup.BackendType.GLOO)
     group._set_group_name(f"ranks_{id(store)}_{rank}")
     return group
 
 
-def run_ranks(world_size: int, function: Callable[[Topology], object]) -> list:
+def run_ranks(world_size: int, function: Callable[[Topology], object], timeout_seconds: float = 60) -> list:
     """`function(topology)` on every rank at once; the results in rank order. A rank's exception is raised here.
 
     Each group is made directly, not registered with torch.distributed, so eight ranks cost milliseconds, not seconds.
@@ -30,7 +31,7 @@ def run_ranks(world_size: int, function: Callable[[Topology], object]) -> list:
 
     def one(rank: int):
         torch.set_num_threads(1)
-        group = _gloo_group(store, rank, world_size)
+        group = _gloo_group(store, rank, world_size, timeout_seconds)
         return function(Topology(rank, world_size, rank, world_size, torch.device("cpu"), group))
 
     with ThreadPoolExecutor(world_size) as pool:

@@ -8,7 +8,7 @@ import torch
 
 from mlcd_ds import checkpoint
 from mlcd_ds.checkpoint import CheckpointStore, load_rows, published, save_rows
-from mlcd_ds.errors import CheckpointError
+from mlcd_ds.errors import CheckpointError, NewerFormatError
 from mlcd_ds.files import save_tensors, sha256, write_json
 from mlcd_ds.models.vit import VisionTransformer, VitConfig
 from mlcd_ds.partition import ClassPartition
@@ -184,7 +184,7 @@ def test_copies_that_users_made_are_neither_found_nor_pruned(tmp_path):
 
 
 def test_manifest_missing_or_broken(tmp_path):
-    for text in (None, "{", "[]", '{"format_version": 9, "files": {}}'):
+    for text in (None, "{", "[]", '{"format_version": 0, "files": {}}', '{"format_version": "9", "files": {}}'):
         path = write(tmp_path, 7)
         manifest = path / "manifest.json"
         manifest.unlink() if text is None else manifest.write_text(text)
@@ -195,6 +195,19 @@ def test_manifest_missing_or_broken(tmp_path):
         for folder in sorted(path.rglob("*"), reverse=True):
             folder.rmdir()
         path.rmdir()
+
+
+def test_newer_format_is_no_damage(tmp_path):
+    """It is neither set aside nor passed over: the run would go back to an older checkpoint and write over the newer."""
+    write(tmp_path, 1)
+    path = write(tmp_path, 2)
+    manifest = json.loads((path / "manifest.json").read_text())
+    write_json(path / "manifest.json", manifest | {"format_version": 2})
+    with pytest.raises(NewerFormatError, match="format version 2, this program reads 1: a later version.*Update"):
+        store(tmp_path).find(lambda text: pytest.fail(text))
+    assert path.is_dir()
+    with pytest.raises(CheckpointError, match="Update this program"):
+        checkpoint.verify(path)
 
 
 @pytest.mark.parametrize(("saved", "loaded"), [(1, 3), (3, 1), (2, 3), (3, 2), (2, 2)])

@@ -287,7 +287,8 @@ def test_defaults_are_valid_and_settings_are_frozen():
     with pytest.raises(Exception, match="frozen"):
         run.seed = 3
     for cls in settings_classes():
-        required = {name: "x" for name, field in cls.model_fields.items() if field.is_required()}
+        needed = {name: field.annotation for name, field in cls.model_fields.items() if field.is_required()}
+        required = {name: 1 if kind is int else "x" for name, kind in needed.items()}
         values = cls(**required)
         assert cls.model_validate(values.model_dump()) == values
         with pytest.raises(Exception, match="Extra inputs"):

@@ -596,3 +596,34 @@ def test_deepspeed_trains_with_every_shipped_file(tmp_path):
             config["optimizer"]["params"]["lr"] * 3 / 10
         )  # the counter stands at 3 after 4 steps
         assert list((tmp_path / name / "tensorboard").glob("events.*"))
+
+
+@pytest.mark.parametrize(
+    ("raw", "world_size", "expected"),
+    [
+        ({"train_batch_size": 24, "train_micro_batch_size_per_gpu": 12}, 2, (12, 1)),
+        ({"train_batch_size": 24, "train_micro_batch_size_per_gpu": 12}, 1, (12, 2)),
+        ({"train_batch_size": 24, "train_micro_batch_size_per_gpu": 12}, 3, (8, 1)),
+        ({"train_batch_size": 24, "train_micro_batch_size_per_gpu": 5}, 2, (4, 3)),
+        ({"train_micro_batch_size_per_gpu": 12}, 1, (12, 2)),
+        ({"train_micro_batch_size_per_gpu": 6, "gradient_accumulation_steps": 2}, 1, (6, 4)),
+        ({"train_batch_size": 24, "train_micro_batch_size_per_gpu": 12, "gradient_accumulation_steps": 1}, 1, (12, 2)),
+        ({"train_batch_size": 24, "gradient_accumulation_steps": 2}, 3, (4, 2)),
+        ({"train_batch_size": 24, "gradient_accumulation_steps": 2}, 8, (1, 3)),
+        ({"train_batch_size": 24}, 4, (6, 1)),
+    ],
+)
+def test_global_batch_of_a_resumed_run_stays(raw, world_size, expected):
+    """24 images on any number of ranks that divides it, in forward passes no larger than the JSON's; and it says so."""
+    batch = BatchSizes.resolve(raw, world_size, going_on_with=24)
+    assert (batch.micro_batch, batch.accumulation) == expected
+    assert batch.global_batch == batch.micro_batch * batch.accumulation * world_size == 24
+    given = raw.get("train_micro_batch_size_per_gpu"), raw.get("gradient_accumulation_steps")
+    assert bool(batch.notes) == (given != expected)
+
+
+def test_ranks_that_cannot_share_the_global_batch_of_a_resumed_run():
+    with pytest.raises(ConfigError, match="of 24 images, which 7 ranks cannot share evenly.*: 2, 3, 4, 6, 8, 12"):
+        BatchSizes.resolve({"train_batch_size": 24}, 7, going_on_with=24)
+    # Another global batch in the JSON is for the run folder to refuse.
+    assert BatchSizes.resolve({"train_batch_size": 48}, 2, going_on_with=24).global_batch == 48

@@ -133,13 +133,37 @@ def test_no_temporary_has_the_size_of_the_shard():
 def test_stochastic_rounding_is_right_on_average():
     values = torch.tensor([1.0, 1.001, -3.003, 1e-20, 0.0, 7e37, -1.3e-5, torch.finfo(torch.float32).max])
     generator = torch.Generator().manual_seed(0)
-    draws = torch.stack([round_stochastically(values, generator) for _ in range(4000)]).double()
+    noise = torch.randint(0, 1 << 16, (4000, len(values)), generator=generator, dtype=torch.int32)
+    draws = torch.stack([round_stochastically(values, each) for each in noise]).double()
     assert torch.isfinite(draws).all()
     step = values.double().abs() * 2.0**-7
     assert ((draws - values.double()).abs() <= step).all()
     assert ((draws.mean(0) - values.double()).abs() <= 6 * step / 4000**0.5)[:-1].all()
     assert (draws[:, 0] == 1).all()
     assert (draws[:, 4] == 0).all()
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_bfloat16_moments_are_rounded_alike_whatever_the_shards(whole):
+    """The noise of a row is that of its global number; it is uniform, and neither rows, columns nor steps repeat it."""
+    rows = torch.arange(1000) if whole else torch.arange(0, 1000, 3)
+    gradient = torch.randn(len(rows), 8, generator=torch.Generator().manual_seed(4))
+    shards = [(0, 1000), (0, 300), (300, 301), (301, 1000)]
+    found = []
+    for first, stop in shards:
+        centers = torch.zeros(stop - first, 8)
+        optimizer = RowAdamW(centers, **SETTINGS, moments=torch.bfloat16, seed=7, first_row=first)
+        here = (rows >= first) & (rows < stop)
+        optimizer.step(RowGradient(rows[here] - first, gradient[here].clone()), 1e-3, step=5)
+        found.append((optimizer.exp_avg_cD, optimizer.exp_avg_sq_cD))
+    for one, *parts in zip(*found, strict=True):
+        assert torch.equal(one, torch.cat(parts))
+    noise = optimizer._noise(torch.arange(699), 5)
+    assert len(noise.unique()) > 0.999 * noise.numel()
+    assert len(torch.cat([noise, optimizer._noise(torch.arange(699), 6)]).unique()) > 0.999 * 2 * noise.numel()
+    for half in (noise & 0xFFFF, noise >> 16 & 0xFFFF):
+        counts = torch.bincount((half >> 12).flatten(), minlength=16)
+        assert ((counts - noise.numel() / 16).abs() < 5 * (noise.numel() / 16) ** 0.5).all()
 
 
 def test_bfloat16_moments_follow_the_float32_ones_where_plain_rounding_stalls():

@@ -32,7 +32,6 @@ def record(**deepspeed):
             record(optimizer={"params": {"lr": 1e-3}}),
             "optimizer.params.lr of the DeepSpeed JSON: 'absent' then, 0.001 now",
         ),
-        (record(zero={"stage": 2}), "zero_optimization.stage of the DeepSpeed JSON: 1 then, 2 now"),
         (record() | {"facts": {"num_classes": 51}}, "num_classes: 50 then, 51 now"),
         (record() | {"settings": {"seed": 1}}, "seed: 0 then, 1 now"),
     ],
@@ -87,6 +86,46 @@ def test_resumed_run_may_change_logs_buffers_and_micro_batches(tmp_path):
     changed["settings"]["workers"] = 0
     RunFolder(tmp_path).write_config(changed)
     assert json.loads((tmp_path / "config.json").read_text())["deepspeed"]["steps_per_print"] == 3
+
+
+def test_resumed_run_may_change_its_number_of_ranks_and_zero_stage(tmp_path):
+    before, now = record(), record(zero={"stage": 3}, train_micro_batch_size_per_gpu=2, gradient_accumulation_steps=4)
+    before["facts"] |= {"world_size": 2, "zero_stage": 1, "global_batch": 24}
+    now["facts"] |= {"world_size": 3, "zero_stage": 3, "global_batch": 24}
+    run = RunFolder(tmp_path)
+    assert run.global_batch() is None
+    run.write_config(before)
+    assert run.global_batch() == 24
+    run.write_config(now)
+    now["facts"]["global_batch"] = 36
+    with pytest.raises(CheckpointError, match="global_batch: 24 then, 36 now"):
+        run.write_config(now)
+
+
+def test_what_is_allowed_by_name_may_change_and_is_said(tmp_path, capsys):
+    before = record(optimizer={"params": {"lr": 1e-3}})
+    before["facts"] |= {"data": "a", "order": "b"}
+    now = record(optimizer={"params": {"lr": 1e-4}})
+    now["facts"] |= {"data": "c", "order": "d"}
+    now["settings"]["seed"] = 3
+    RunFolder(tmp_path).write_config(before)
+    for names in (None, "seed", "data,optimizer.params.lr", "seed,data"):
+        with pytest.raises(CheckpointError, match="holds a different run.*If you mean to change it: --allow_changed "):
+            RunFolder(tmp_path).write_config(now, names)
+    RunFolder(tmp_path).write_config(now, "seed, data,optimizer.params.lr")
+    said = capsys.readouterr().out.splitlines()
+    assert "--allow_changed: seed: 0 then, 3 now" in said and "--allow_changed: data: 'a' then, 'c' now" in said
+    assert "--allow_changed: optimizer.params.lr of the DeepSpeed JSON: 0.001 then, 0.0001 now" in said
+    RunFolder(tmp_path).write_config(now)  # what it is now
+
+
+@pytest.mark.parametrize("name", ["num_classes", "precision", "global_batch"])
+def test_what_cannot_fit_is_refused_though_it_is_allowed(tmp_path, name):
+    before, now = record(), record()
+    before["facts"][name], now["facts"][name] = 1, 2
+    RunFolder(tmp_path).write_config(before)
+    with pytest.raises(CheckpointError, match=f"{name}: 1 then, 2 now.*another --output_dir.$"):
+        RunFolder(tmp_path).write_config(now, name)
 
 
 def test_any_rank_notes_the_error_that_ends_the_run_and_the_first_word_stays(tmp_path, monkeypatch):
