@@ -22,8 +22,9 @@ from mlcd_ds.batch import ImageLabelBatch, head_suffix
 from mlcd_ds.config import HeadConfig
 from mlcd_ds.ds_config import DeepSpeedSettings
 from mlcd_ds.errors import CheckpointError
-from mlcd_ds.files import save_tensors
+from mlcd_ds.files import plain_write_errors, save_tensors
 from mlcd_ds.models.vit import VisionTransformer, decay_groups
+from mlcd_ds.monitor import never_stopping
 from mlcd_ds.optim import GradientSum, RowAdamW, sharded_norms
 from mlcd_ds.partial_fc import PartialFC
 from mlcd_ds.sampling import Draw, Marked, positions
@@ -46,11 +47,12 @@ def _quieten() -> None:
 class StepResult:
     """What one optimizer step was.
 
-    loss, grad_norm, head_grad_norms (one per head): the norms before clipping, over all ranks; grad_norm is nan or inf
-    where the step was skipped. applied: False where loss, encoder's or a head's gradient was no number on any rank:
-    nothing has moved, on no rank. bad, bad_ranks: of a skipped step, what was no number first ("embeddings", "centers",
-    "gradients") and where. stop_ranks: how many ranks have asked to stop. stats: the heads', averaged over the micro-batches by their images, empty unless
-    asked for; those of the heads after the first end in "_1", "_2" ... learning_rate, head_learning_rate: of this step.
+    loss, grad_norm, head_grad_norms (one per head): the norms before clipping, over all ranks; grad_norm is nan or
+    inf where the step was skipped. applied: False where loss, encoder's or a head's gradient was no number on any
+    rank: nothing has moved, on no rank. bad, bad_ranks: of a skipped step, what was no number first ("embeddings",
+    "centers", "gradients") and where. stop_ranks: how many ranks have asked to stop. stats: the heads', averaged over
+    the micro-batches by their images, empty unless asked for; those of the heads after the first end in "_1", "_2"
+    ... learning_rate, head_learning_rate: of this step.
     """
 
     loss: float
@@ -130,6 +132,8 @@ class TrainEngine:
         # What is no number anywhere in the backward pass reaches the first layer: this rank's own gradient there, before
         # the engine mixes it with the others', tells whose fault a bad step is.
         self._own_gradient_is_bad: list[torch.Tensor] = []
+        self._write_error: Exception | None = None
+        self._make_writes_patient()
         model.embeddings.patch.weight.register_hook(self._note_own_gradient)
 
     @property
@@ -355,6 +359,27 @@ class TrainEngine:
             gradient.values_SD.mul_(factor)
         optimizer.step(gradient, learning_rate, step)
 
+    def _make_writes_patient(self) -> None:
+        """Lets DeepSpeed's save_checkpoint come to its end on every rank, with all its barriers, when a disk is full.
+
+        The first error of this rank's writes is kept for `save` to raise. Nor do its monitors stop a step.
+        """
+
+        def patient(function: Callable) -> Callable:
+            def call(*arguments, **options):
+                try:
+                    with plain_write_errors("a file of DeepSpeed's"):
+                        return function(*arguments, **options)
+                except OSError as error:
+                    self._write_error = self._write_error or error
+
+            return call
+
+        writer, monitor = self.engine.checkpoint_engine, self.engine.monitor
+        writer.save, writer.makedirs = patient(writer.save), patient(writer.makedirs)
+        self.engine._copy_recovery_script = patient(self.engine._copy_recovery_script)
+        monitor.write_events = never_stopping(monitor.write_events, "a log of DeepSpeed's monitors")
+
     def encoder_weights(self) -> dict[str, torch.Tensor]:
         """The encoder's float32 weights on the CPU, whole, whatever the ZeRO stage. Every rank must call it."""
         partitioned = self.settings.zero_stage == 3 or self.settings.precision != "float32"
@@ -364,16 +389,29 @@ class TrainEngine:
             weights[name] = (parameter if full is None else full).detach().float().cpu()
         return weights
 
+    def not_finite(self) -> str:
+        """Name of a parameter of this rank that holds what is no number; "" where there is none."""
+        named = [(f"encoder.{name}", getattr(p, "ds_tensor", p)) for name, p in self.engine.module.named_parameters()]
+        named += [(f"centers{head_suffix(index)}", head.centers) for index, head in enumerate(self.heads)]
+        return next((name for name, values in named if not torch.isfinite(values.detach()).all()), "")
+
     def save(self, folder: Path, model_name: str) -> None:
-        """Writes this rank's parts of a checkpoint into a staged folder (checkpoint.CheckpointStore.stage)."""
+        """Writes this rank's parts of a checkpoint into a staged folder (checkpoint.CheckpointStore.stage).
+
+        Raises OSError, on this rank alone, where they cannot be written; all collectives have then ended.
+        """
+        self._write_error = None
         self.engine.save_checkpoint(str(folder), tag=ENGINE_TAG, save_latest=False)
+        weights = self.encoder_weights()
+        # From here on nobody waits for anybody: this rank may fail alone.
+        if self._write_error is not None:
+            raise self._write_error
         for path, head, rows in self._head_rows(folder):
             checkpoint.save_rows(path, head.start, head.stop, head.partition.num_classes, rows)
         random_states = {"torch": torch.get_rng_state()}
         if self.topology.device.type == "cuda":
             random_states["cuda"] = torch.cuda.get_rng_state()
         save_tensors(self._rank_file(folder), random_states)
-        weights = self.encoder_weights()
         if self.topology.is_main:
             checkpoint.save_encoder(folder / "encoder", model_name, self.engine.module.config, weights)
 
