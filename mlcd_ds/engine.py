@@ -368,7 +368,7 @@ class TrainEngine:
         def patient(function: Callable) -> Callable:
             def call(*arguments, **options):
                 try:
-                    with plain_write_errors("a file of DeepSpeed's"):
+                    with plain_write_errors(arguments[1] if len(arguments) > 1 else "a file of DeepSpeed's"):
                         return function(*arguments, **options)
                 except OSError as error:
                     self._write_error = self._write_error or error

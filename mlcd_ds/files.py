@@ -57,7 +57,7 @@ def plain_write_errors(path: str | Path) -> Iterator[None]:
         if not re.search(r"os error \d|fd \d+ failed with|inline_container", str(error)):
             raise
         code = re.search(r"os error (\d+)", str(error))
-        text = str(error) if code is None else os.strerror(int(code.group(1)))
+        text = f"torch could not write: {error}" if code is None else os.strerror(int(code.group(1)))
         raise OSError(int(code.group(1)) if code else errno.EIO, text, str(path)) from error
 
 

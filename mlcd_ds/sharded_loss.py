@@ -349,6 +349,7 @@ class _Statistics:
             self._count(1, cosine.masked_fill_((weight_n[: self.ROWS] == 0)[:, None], -2))
 
     def _count(self, which: int, cosine: torch.Tensor) -> None:
+        cosine = cosine.nan_to_num(nan=-2)  # of a step that will be skipped: what is no number has no bin
         bin_of = ((cosine.clamp(-2, 1) + 1) * (HISTOGRAM_BINS / 2)).floor().clamp(-1, HISTOGRAM_BINS - 1).long() + 1
         ones = torch.ones((), dtype=self.histogram_2H.dtype, device=bin_of.device).expand(bin_of.numel())
         counts = self.histogram_2H.new_zeros(HISTOGRAM_BINS + 1).scatter_add_(0, bin_of.flatten(), ones)

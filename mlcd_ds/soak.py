@@ -5,7 +5,9 @@ second instead of an import of torch and DeepSpeed. What is killed is killed by 
 step or inside a save; then the run is started again, unaided, until it ends.
 """
 
+import contextlib
 import hashlib
+import importlib
 import io
 import json
 import os
@@ -53,11 +55,25 @@ SAVE_POINTS = (
 """Where a save can be killed: before, in the middle of, and after writing of these."""
 
 
+IMPORTED_ON_THE_WAY = (
+    "torch._dynamo",
+    "torch._inductor.compile_fx",
+    "torch.distributed.fsdp",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "torch.utils.tensorboard",
+)
 ONLY_ON_RANK_0 = ("encoder", "json", "sync_folder", "rename", "latest")
 
 
 class SoakError(Exception):
     """A killed run did not come to its end, or to another one than its undisturbed twin."""
+
+
+def import_ahead() -> None:
+    """Imports what a start of train.py would import on its way: torch's compiler, most of a start's time."""
+    for name in IMPORTED_ON_THE_WAY:
+        with contextlib.suppress(ImportError):  # of another version of DeepSpeed or torch
+            importlib.import_module(name)
 
 
 class ForkedRanks:
@@ -73,6 +89,8 @@ class ForkedRanks:
         logs.mkdir(parents=True, exist_ok=True)
         port = _free_port()
         self.logs = [logs / f"rank{rank}.log" for rank in range(world_size)]
+        for log in self.logs:
+            log.write_bytes(b"")
         self.processes = [self._fork(list(arguments), rank, world_size, port, before) for rank in range(world_size)]
         self.codes: dict[int, int] = {}
         """{rank: exit code, negative where a signal ended it} of those that have ended."""
@@ -324,6 +342,7 @@ def kills(config: KillsConfig) -> dict[str, object]:
     generator = random.Random(config.seed)
     folder = Path(config.output_dir)
     make_data(folder)
+    import_ahead()
     cases = [Case(s, w, a) for s in config.zero_stages for w in config.workers for a in config.accumulations]
     for leftover in folder.glob("whole_*"):
         shutil.rmtree(leftover)  # of another version of this program

@@ -8,6 +8,7 @@ does; a rank whose collective has failed reads there who has fallen silent.
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import threading
@@ -198,36 +199,37 @@ class Watch:
         beat = 0
         while not self._ended.wait(BEAT_SECONDS):
             beat += 1
-            # The store may be gone with rank 0: whoever asks then learns that.
-            with contextlib.suppress(RuntimeError):
+            try:
                 self._beat(beat)
+            except RuntimeError:  # the store has gone with rank 0: whoever asks will learn that
+                return
 
     def _beat(self, beat: int) -> None:
         doing = self._doing
         seconds = round(time.monotonic() - doing.since)
         self._store.set(_key(self.topology.rank), json.dumps([beat, doing.step, doing.what, seconds]))
 
-    def _read(self) -> dict[int, list] | None:
-        """{rank: [beat, step, what, seconds]}; None where the store does not answer."""
-        found = {}
-        try:
-            store = dist.distributed_c10d._get_default_store().clone()
-            store.set_timeout(timedelta(seconds=BEAT_SECONDS))
-            for rank in range(self.topology.world_size):
-                if store.check([_key(rank)]):
-                    found[rank] = json.loads(store.get(_key(rank)))
-        except RuntimeError:
-            return None
-        return found
+    def _read(self) -> dict[int, list]:
+        """{rank: [beat, step, what, seconds]} of those that ever told. Raises RuntimeError where the store is gone."""
+        keys = [_key(rank) for rank in range(self.topology.world_size)]
+        return {r: json.loads(self._store.get(key)) for r, key in enumerate(keys) if self._store.check([key])}
+
+    def _read_twice(self, found: list[dict[int, list]]) -> None:
+        """Two readings, two beats and a second apart. In a thread: a store that was frozen answers nothing, not even no."""
+        with contextlib.suppress(RuntimeError):
+            found.append(self._read())
+            time.sleep(2 * BEAT_SECONDS + 1)
+            found.append(self._read())
 
     def peers(self) -> str:
         """Which ranks have fallen silent, and what the slowest of the others do. Takes two beats and a second."""
-        before = self._read()
-        if before is not None:
-            time.sleep(2 * BEAT_SECONDS + 1)
-        now = self._read() if before is not None else None
-        if before is None or now is None:
+        found: list[dict[int, list]] = []
+        reader = threading.Thread(target=self._read_twice, args=(found,), daemon=True)
+        reader.start()
+        reader.join(2 * BEAT_SECONDS + 3)
+        if len(found) < 2:
             return "rank 0, which holds the ranks' store, does not answer"
+        before, now = found
         ranks = [rank for rank in range(self.topology.world_size) if rank != self.topology.rank]
         silent = [rank for rank in ranks if rank not in now or now[rank] == before.get(rank)]
         behind = sorted((now[rank][1], -now[rank][3], rank) for rank in ranks if rank in now and rank not in silent)
@@ -251,7 +253,7 @@ class Watch:
             if not self.topology.is_distributed or not any(words in str(error) for words in _GROUP_ERRORS):
                 raise
             where = _collective(error)
-            reason = str(error).strip().splitlines()[0][-200:]
+            reason = re.sub(r"^\[\S*\]\s*", "", str(error).strip().splitlines()[0]).partition(". This is typ")[0][:200]
             doing = self._doing
             raise PeerError(
                 f"rank {self.topology.rank} {doing.what} after step {doing.step}: {where} failed ({reason}); "
@@ -273,7 +275,9 @@ def _few(ranks: list[int]) -> str:
 def _collective(error: BaseException) -> str:
     """The collective that raised, and who called it: "all_reduce in sharded_norms (optim.py:45)"."""
     frames = traceback.extract_tb(error.__traceback__)
-    kind = next((f.name for f in reversed(frames) if f.filename.endswith("distributed_c10d.py")), "a collective")
+    kind = next((f.name for f in reversed(frames) if f.filename.endswith("distributed_c10d.py")), None)
+    if kind is None:  # one that was started before, and waited for here
+        kind = "all_gather" if any(f.name == "finish" for f in frames) else "a collective"
     here = Path(__file__).parent
     ours = [
         f
