@@ -37,8 +37,9 @@ ENGINE_TAG = "engine"
 def _quieten() -> None:
     """Leaves DeepSpeed's warnings on, but for two that every start prints and nobody can act on."""
     deepspeed.utils.logger.setLevel("WARNING")
-    # Its schedulers ask themselves for the learning rate before their first step.
-    deepspeed.utils.logger.addFilter(lambda record: "before it has started" not in record.getMessage())
+    # Its schedulers ask themselves for the learning rate before their first step; a skipped step is told by the trainer.
+    unheard = ("before it has started", "OVERFLOW! Skipping step")
+    deepspeed.utils.logger.addFilter(lambda record: not any(words in record.getMessage() for words in unheard))
     # It calls torch's collectives by the names that torch 2.13 calls deprecated.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\..*` is deprecated", category=FutureWarning)
 

@@ -60,10 +60,12 @@ def train(config: RunConfig) -> None:
             with watch.naming_peers():
                 train_in(run, config, raw, batch, topology, watch)
         except Preempted as stop:
+            watch.stop_beating()
             if topology.is_main or not watch.in_loop:
                 run.fail(stop, topology.rank)
             raise
         except Exception as error:
+            watch.stop_beating()
             run.fail(error, topology.rank)
             raise
     topology.stop()

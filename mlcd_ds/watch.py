@@ -67,7 +67,7 @@ class Watch:
         """Whether steps have begun, at whose ends wishes are heard."""
         self._doing = _Doing(0, "starts", time.monotonic())
         self._signals: dict[int, float] = {}  # when each came first
-        self._ended = threading.Event()
+        self._ended, self._silent = threading.Event(), threading.Event()
         self._ancestors = _launchers()
         self._warned = 0.0
         self._raised = False
@@ -93,12 +93,17 @@ class Watch:
 
     def __exit__(self, *_) -> None:
         self._ended.set()
+        self.stop_beating()
         signal.set_wakeup_fd(self._wakeup_before)
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._threads[0].join()
         self._reader.close()
         self._writer.close()
+
+    def stop_beating(self) -> None:
+        """For a rank that is about to end by an error of its own: the store may go before it does."""
+        self._silent.set()
 
     def does(self, what: str, step: int) -> None:
         """Notes what this rank does from now on. step: steps finished."""
@@ -197,7 +202,7 @@ class Watch:
 
     def _keep_beating(self) -> None:
         beat = 0
-        while not self._ended.wait(BEAT_SECONDS):
+        while not self._silent.wait(BEAT_SECONDS):
             beat += 1
             try:
                 self._beat(beat)
