@@ -351,7 +351,7 @@ class KillsConfig(Settings):
     hours: Finite | None = Field(None, gt=0, description="stop after so long, however many kills that were")
     ranks: int = Field(2, ge=1, description="processes of each run")
     steps: int = Field(8, ge=2, description="optimizer steps of each run; every second one is saved")
-    kills_per_run: int = Field(4, ge=1, description="a run is killed up to so often before it is left to end")
+    kills_per_run: int = Field(7, ge=1, description="a run is killed up to so often before it is left to end")
     zero_stages: Numbers = Field((0, 1, 2, 3), description="joined by commas, as the next two")
     workers: Numbers = Field((0, 2), description="loader processes per rank")
     accumulations: Numbers = Field((1, 2), description="micro-batches a step")

@@ -36,7 +36,7 @@ from mlcd_ds.files import write_json
 from mlcd_ds.topology import Topology
 from mlcd_ds.train import train
 
-CLASSES, POSITIVES, IMAGE_SIZE = 50, 8, 16
+CLASSES, POSITIVES, IMAGE_SIZE, SAVE_EVERY = 50, 8, 16, 2
 CHANGING = ("time", "samples_per_second", "data_wait_fraction", "memory_gb", "samples_decoded", "samples_skipped")
 """Of a line of metrics.jsonl: what two equal runs need not share. (Samples are counted from each start on.)"""
 
@@ -170,15 +170,15 @@ class Kill:
     survivors: str
 
     @staticmethod
-    def draw(generator: random.Random, world_size: int, steps: int, seconds: float) -> "Kill":
-        """A random one. steps, seconds: how long an undisturbed run is."""
+    def draw(generator: random.Random, world_size: int, first_step: int, steps: int, seconds: float) -> "Kill":
+        """A random one. first_step: of the attempt. steps, seconds: how long an undisturbed run is."""
         kind = generator.random()
         if kind < 0.25:
             how, at = "time", round(generator.uniform(0, seconds), 3)
         elif kind < 0.5:
-            how, at = "step", generator.randrange(steps)
+            how, at = "step", generator.randrange(first_step, steps)
         else:
-            how, at = generator.choice(SAVE_POINTS), generator.randrange(1, 5)
+            how, at = generator.choice(SAVE_POINTS), generator.randint(1, max(1, (steps - first_step) // SAVE_EVERY))
         survivors = "left" if generator.random() < 0.1 else "killed"
         rank = 0 if how in ONLY_ON_RANK_0 else generator.randrange(world_size)
         return Kill(rank, how, at, generator.choice(("before", "inside", "after")), survivors)
@@ -287,7 +287,7 @@ class Case:
         values = {
             "deepspeed_config": path, "shards": folder / "tars" / "{00000..00001}.tar", "labels": folder / "labels",
             "model": "vit_toy", "image_size": IMAGE_SIZE, "output_dir": run, "steps": steps, "workers": self.workers,
-            "prefetch": 1, "save_every_steps": 2, "keep_last": 2, "log_every_steps": 1, "histogram_every_steps": 100,
+            "prefetch": 1, "save_every_steps": SAVE_EVERY, "keep_last": 2, "log_every_steps": 1, "histogram_every_steps": 100,
             "sample_rate": 0.3, "timeout_minutes": 2, "resume": "auto",
         }  # fmt: skip
         return [f"--{name}={value}" for name, value in values.items()]
@@ -383,7 +383,9 @@ def _kill_case(case: Case, config: KillsConfig, generator, folder: Path, done: C
     arguments = case.arguments(folder, run, config.steps, config.ranks)
     story, left = [], min(config.kills_per_run, config.kills - done["kills"])
     while True:
-        kill = Kill.draw(generator, config.ranks, config.steps, facts["seconds"]) if left else None
+        found = checkpoint.published(run / "checkpoints")
+        first_step = min(checkpoint.step_of(found[-1]) if found else 0, config.steps - 1)
+        kill = Kill.draw(generator, config.ranks, first_step, config.steps, facts["seconds"]) if left else None
         story.append(str(kill))
         ranks = ForkedRanks(arguments, config.ranks, logs, kill.arm if kill else lambda rank: None)
         killed = _disturb(ranks, kill) if kill else ranks.wait(600) and False
