@@ -393,6 +393,7 @@ def _kill_case(case: Case, config: KillsConfig, generator, folder: Path, done: C
         if killed:
             left -= 1
             done["kills"] += 1
+            print(f"kill {done['kills']}/{config.kills}: {case.name}, {kill}", flush=True)
             done["at a random time" if kill.how == "time" else f"in a {'step' if kill.how == 'step' else 'save'}"] += 1
             if kill.survivors == "left":
                 done["survivors left to themselves"] += 1
