@@ -12,15 +12,17 @@
             encoder/encoder.safetensors, encoder.json   the encoder alone, float32, for every tool that reads it
 
 A checkpoint is written as step_N.tmp by all ranks, hashed, given its manifest, synced, renamed; then `latest` follows.
-Whatever dies before the rename leaves a .tmp folder that nobody reads and the next save removes. All ranks must see the
-same file system.
+Whatever dies before the rename leaves a .tmp folder that nobody reads and the next save removes. What cannot be written on
+any rank (a full disk) is a SaveError on all of them, the staged folder goes, those published before stay. All ranks must
+see the same file system.
 """
 
+import contextlib
 import itertools
 import json
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +32,7 @@ from safetensors.torch import load_file
 
 from mlcd_ds import collectives
 from mlcd_ds.batch import head_suffix
-from mlcd_ds.errors import CheckpointError, NewerFormatError
+from mlcd_ds.errors import CheckpointError, NewerFormatError, SaveError
 from mlcd_ds.files import save_tensors, sha256, sync_file, sync_folder, write_json, write_text
 from mlcd_ds.models import hf
 from mlcd_ds.models.hf import PROJECTION
@@ -53,54 +55,105 @@ class Checkpoint:
 
 
 class CheckpointStore:
-    """The checkpoints of one run folder, for all ranks of `topology`, with `heads` heads; keeps the last `keep_last`."""
+    """The checkpoints of one run folder, for all ranks of `topology`, with `heads` heads.
 
-    def __init__(self, run_folder: Path, topology: Topology, keep_last: int, heads: int = 1):
+    Keeps the last `keep_last`, and those of every `keep_every`-th step, where given, for good.
+    """
+
+    def __init__(
+        self, run_folder: Path, topology: Topology, keep_last: int, heads: int = 1, keep_every: int | None = None
+    ):
         self.folder = run_folder / "checkpoints"
         self.topology = topology
-        self.keep_last = keep_last
+        self.keep_last, self.keep_every = keep_last, keep_every
         self.head_folders = [head_folder(index) for index in range(heads)]
 
     def stage(self, step: int) -> Path:
-        """An empty step_N.tmp for all ranks to write into; leftovers of killed saves are removed."""
+        """An empty step_N.tmp for all ranks to write into; leftovers of killed saves are removed.
+
+        Raises SaveError, on every rank, where rank 0 cannot make it.
+        """
         staging = self.folder / f"{_name(step)}.tmp"
-        if self.topology.is_main:
+        collectives.on_main(self.topology, self._make_staging, staging)
+        return staging
+
+    def _make_staging(self, staging: Path) -> None:
+        with _save_errors(staging):
             self.folder.mkdir(parents=True, exist_ok=True)
             for leftover in self.folder.glob("*.tmp"):
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
             for part in (*self.head_folders, "ranks", "encoder"):
                 (staging / part).mkdir(parents=True)
-        collectives.barrier(self.topology)
-        return staging
+
+    def write(self, step: int, write: Callable[[Path], None]) -> Path:
+        """Stages, lets every rank `write(folder)` its parts, publishes.
+
+        `write` must have ended its own collectives before the first OSError that it raises. Raises SaveError, on every
+        rank, when anything could not be written on any; nothing of the step is then left.
+        """
+        try:
+            staging = self.stage(step)
+            problem = None
+            try:
+                write(staging)
+            except OSError as error:
+                problem = str(error)
+            self._agree(staging, problem)
+            return self.publish(step)
+        except SaveError:
+            if self.topology.is_main:
+                shutil.rmtree(self.folder / f"{_name(step)}.tmp", ignore_errors=True)  # its space may be what is needed
+            raise
+
+    def _agree(self, staging: Path, problem: str | None) -> None:
+        """Raises SaveError, on every rank, where one has a problem."""
+        found = collectives.gather_objects(problem, self.topology)
+        bad = {rank: text for rank, text in enumerate(found) if text}
+        if bad:
+            rank, text = next(iter(bad.items()))
+            raise SaveError(f"{staging} could not be written on rank(s) {list(bad)}; rank {rank}: {text}")
 
     def publish(self, step: int, shards: int | None = None) -> Path:
         """Makes the staged checkpoint the newest one. Every rank calls it after writing its parts.
 
         shards: where one process has written the rows of so many ranks, and no random number generators.
+        Raises SaveError, on every rank, where a rank cannot read its parts back or rank 0 cannot write; CheckpointError
+        where parts are missing.
         """
         staging, final = self.folder / f"{_name(step)}.tmp", self.folder / _name(step)
         collectives.barrier(self.topology)  # every part is written
         # One rank lists: on a network file system the others may see a part later than its writer does.
         files = collectives.on_main(self.topology, _parts, staging, self.topology.world_size, self.head_folders, shards)
-        hashed = {}
-        for name in files[self.topology.rank :: self.topology.world_size]:
-            path = staging / name
-            sync_file(path)
-            hashed[name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        hashed, problem = {}, None
+        try:
+            for name in files[self.topology.rank :: self.topology.world_size]:
+                path = staging / name
+                sync_file(path)
+                hashed[name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        except OSError as error:
+            problem = str(error)
+        self._agree(staging, problem)
         everything = {}
         for part in collectives.gather_objects(hashed, self.topology):
             everything.update(part)
-        if self.topology.is_main:
-            manifest = {"format_version": FORMAT_VERSION, "step": step, "files": dict(sorted(everything.items()))}
+        collectives.on_main(self.topology, self._finish, step, staging, final, everything)
+        return final
+
+    def _finish(self, step: int, staging: Path, final: Path, files: dict[str, dict]) -> None:
+        with _save_errors(staging):
+            manifest = {"format_version": FORMAT_VERSION, "step": step, "files": dict(sorted(files.items()))}
             write_json(staging / MANIFEST, manifest)
             for folder in sorted({(staging / name).parent for name in files}):
                 sync_folder(folder)
             staging.rename(final)
             sync_folder(self.folder)
             write_text(self.folder / "latest", final.name + "\n")
-            self._prune()
-        collectives.barrier(self.topology)
-        return final
+        self._prune()
+
+    def newest(self) -> str:
+        """The newest published checkpoint, for messages, on every rank; "none" where there is none."""
+        found = collectives.on_main(self.topology, published, self.folder)
+        return str(found[-1]) if found else "none"
 
     def find(self, announce=print) -> Checkpoint | None:
         """The newest checkpoint that is whole, verified by all ranks, a share of its files each; None when there is none.
@@ -148,14 +201,33 @@ class CheckpointStore:
         return None if problem is None else str(problem)
 
     def _prune(self) -> None:
+        """Removes what is neither among the last nor to be kept. What cannot be removed stays, and is named."""
         for path in published(self.folder)[: -self.keep_last]:
-            shutil.rmtree(path)
+            if self.keep_every is not None and step_of(path) % self.keep_every == 0:
+                continue
+            try:
+                shutil.rmtree(path)
+            except OSError as error:
+                print(f"WARNING: the old checkpoint {path} could not be removed: {error}", flush=True)
 
 
 def _free_name(path: Path) -> Path:
     """damaged_step_N, or with a number behind it where that is taken."""
     names = (path.with_name(f"damaged_{path.name}" + (f"_{n}" if n else "")) for n in itertools.count())
     return next(name for name in names if not name.exists())
+
+
+@contextlib.contextmanager
+def _save_errors(staging: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise SaveError(f"{staging} could not be written on rank 0: {error}") from error
+
+
+def step_of(path: Path) -> int:
+    """The step in the name of a published checkpoint."""
+    return int(path.name.removeprefix("step_"))
 
 
 def _name(step: int) -> str:

@@ -5,14 +5,16 @@ python-fire alone turns `--flag=false` into a true string, cuts values at `#`, a
 pydantic then gives it its type.
 """
 
+import contextlib
 import difflib
 import inspect
 import math
 import os
+import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import get_args
 
@@ -20,7 +22,7 @@ from pydantic import ValidationError
 
 from mlcd_ds import errors
 from mlcd_ds.config import Settings
-from mlcd_ds.errors import ConfigError, UserError
+from mlcd_ds.errors import ConfigError, PeerError, Preempted, UserError
 from mlcd_ds.topology import Topology
 
 LAUNCHER_FLAGS = ("local_rank",)
@@ -189,21 +191,61 @@ def run(fire: Callable, function: Callable[[Settings], object], settings: type[S
     """
     argv = sys.argv[1:]
     component = door(function, settings)
-    try:
+    with ending_in_one_message():
         if argv == ["help"] or any(item in ("--help", "-h") for item in argv):
             fire(component, command=["--", "--help"], name=sys.argv[0])
             return
         flags = parse_flags(argv, settings)
         build(settings, flags)  # a wrong value is reported before fire could print its own usage page
         fire(component, command=[f"--{name}={value!r}" for name, value in flags.items()], serialize=lambda _: None)
+
+
+def run_one_of(fire: Callable, doors: dict[str, tuple[Callable, type[Settings]]], about: str) -> None:
+    """`run` of a tool with sub-commands: the first argument names one, the rest are its flags.
+
+    doors: {name: (what it calls, its settings)}. about: what the tool's own --help says.
+    """
+    name = sys.argv[1] if len(sys.argv) > 1 else None
+    if name in ("--help", "-h", "help"):
+        print(f"{about}\nsub-commands: {', '.join(doors)} (each has --help)")
+        return
+    if name not in doors:
+        what = "no sub-command" if name is None else f"no sub-command {name!r}"
+        fail(ConfigError(f"{what}: expected one of {', '.join(doors)}, like python {sys.argv[0]} {next(iter(doors))}"))
+    sys.argv[:2] = [f"{sys.argv[0]} {name}"]
+    run(fire, *doors[name])
+
+
+@contextlib.contextmanager
+def ending_in_one_message() -> Iterator[None]:
+    """Ends the process where anything is raised within it: by the error's message and its exit code."""
+    try:
+        yield
+    except Preempted as stop:
+        stopped(stop)
     except UserError as error:
         fail(error)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        os._exit(128 + signal.SIGINT)
     except Exception:
         # A fault of ours. Out at once, too: the interpreter's own way out would wait for loader processes, and the other
         # ranks for this one.
         traceback.print_exc()
         sys.stdout.flush()
         os._exit(1)
+
+
+def stopped(stop: Preempted) -> None:
+    """Ends a process that stopped because it was asked to. Rank 0 says so; no rank waits for another."""
+    try:
+        rank = Topology.from_environment().rank
+    except ConfigError:
+        rank = 0
+    if rank == 0:
+        print(f"stopped: {stop}", flush=True)
+    sys.stdout.flush()
+    os._exit(stop.exit_code)
 
 
 def fail(error: UserError) -> None:
@@ -216,7 +258,7 @@ def fail(error: UserError) -> None:
         rank = Topology.from_environment().rank
     except ConfigError:  # the environment is what is wrong
         rank = 0
-    if rank > 0:
+    if rank > 0 and not isinstance(error, PeerError):  # each rank sees something else of a lost peer
         time.sleep(errors.SECONDS_FOR_RANK_0)
     print(f"error: {error}" if rank == 0 else f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
     sys.stdout.flush()

@@ -7,7 +7,7 @@ that `--deepspeed_config` names; `ds_config.py` reads it.
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 
 def _finite(value: float) -> float:
@@ -154,9 +154,17 @@ class RunConfig(HeadConfig):
     shard_cache: str | None = Field(None, description="folder for remote tars; needed for URLs")
     save_every_steps: int = Field(1000, ge=1)
     keep_last: int = Field(3, ge=1, description="checkpoints kept")
+    keep_every: int | None = Field(
+        None, ge=1, description="steps; the checkpoints of its multiples are kept for good, beside the last ones"
+    )
+    max_failed_saves: int = Field(3, ge=1, description="stop when so many saves in a row could not be written")
+    max_bad_steps: int = Field(
+        5, ge=1, description="stop after so many steps in a row were skipped for a loss or gradient that is no number"
+    )
     log_every_steps: int = Field(10, ge=1)
     histogram_every_steps: int = Field(100, ge=1, description="cosine histograms to TensorBoard (the paper's Fig. 3)")
-    timeout_minutes: Finite = Field(10.0, gt=0, description="longest wait for another rank")
+    timeout_minutes: Finite = Field(10.0, gt=0, description="longest wait for another rank, and for data")
+    warn_data_wait_seconds: Finite = Field(60.0, gt=0, description="a longer wait for data is told while it lasts")
     world_size: int | None = Field(None, ge=1, description="with --dry_run: the number of ranks to plan for")
     dry_run: bool = Field(False, description="print the startup card and stop")
     device: Literal["cpu", "cuda"] | None = Field(None, description="with --dry_run: what to plan for; none: as here")
@@ -177,6 +185,15 @@ class RunConfig(HeadConfig):
             raise ValueError(
                 f"--head_weights names {len(self.head_weights)} weights, --labels {len(folders)} folders: give a weight for "
                 "each folder, separated by commas, or none for all 1"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _kept_are_saved(self):
+        if self.keep_every is not None and self.keep_every % self.save_every_steps:
+            raise ValueError(
+                f"--keep_every {self.keep_every} is no multiple of --save_every_steps {self.save_every_steps}: only "
+                "steps that are saved can be kept"
             )
         return self
 
@@ -432,6 +449,29 @@ class ResultsTableConfig(Settings):
     """tools/results_table.py."""
 
     results: str = Field(description="NAME=FILE of each result, separated by commas")
+
+
+def _numbers_of(value: object) -> object:
+    return tuple(int(part) for part in value.split(",")) if isinstance(value, str) else value
+
+
+Numbers = Annotated[tuple[int, ...], BeforeValidator(_numbers_of)]
+
+
+class KillsConfig(Settings):
+    """tools/soak.py kills."""
+
+    output_dir: str = Field(description="folder for the runs; may be removed afterwards")
+    kills: int = Field(100, ge=1, description="kills to survive")
+    seed: int = Field(0, ge=0, description="of the moments")
+    hours: Finite | None = Field(None, gt=0, description="stop after so long, however many kills that were")
+    ranks: int = Field(2, ge=1, description="processes of each run")
+    steps: int = Field(8, ge=2, description="optimizer steps of each run; every second one is saved")
+    kills_per_run: int = Field(7, ge=1, description="a run is killed up to so often before it is left to end")
+    zero_stages: Numbers = Field((0, 1, 2, 3), description="joined by commas, as the next two")
+    workers: Numbers = Field((0, 2), description="loader processes per rank")
+    accumulations: Numbers = Field((1, 2), description="micro-batches a step")
+    output: str | None = Field(None, description="JSON to write with the counts")
 
 
 class BenchHeadConfig(Settings):

@@ -13,7 +13,7 @@ import math
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,10 +27,11 @@ from mlcd_ds.batch import ImageLabelBatch, head_suffix
 from mlcd_ds.checkpoint import Checkpoint
 from mlcd_ds.config import HeadConfig
 from mlcd_ds.ds_config import DeepSpeedSettings
-from mlcd_ds.errors import CheckpointError, NonFiniteError
-from mlcd_ds.files import save_tensors
+from mlcd_ds.errors import CheckpointError
+from mlcd_ds.files import plain_write_errors, save_tensors
 from mlcd_ds.models.vit import VisionTransformer, decay_groups
-from mlcd_ds.optim import GradientSum, RowAdamW, sharded_norm
+from mlcd_ds.monitor import never_stopping
+from mlcd_ds.optim import GradientSum, RowAdamW, sharded_norms
 from mlcd_ds.partial_fc import PartialFC
 from mlcd_ds.sampling import Draw, Marked, positions
 from mlcd_ds.sharded_loss import RowGradient
@@ -41,9 +42,9 @@ from mlcd_ds.universal import ENGINE_TAG, UNIVERSAL, refuse_foreign_pickles
 def _quieten() -> None:
     """Leaves DeepSpeed's warnings on, but for a few that every start or load prints and nobody can act on."""
     deepspeed.utils.logger.setLevel("WARNING")
-    # Its schedulers ask themselves for the learning rate before their first step.
-    deepspeed.utils.logger.addFilter(lambda record: "before it has started" not in record.getMessage())
-    deepspeed.utils.logger.addFilter(lambda record: "MPU is not provided" not in record.getMessage())
+    # Its schedulers ask themselves for the learning rate before their first step; a skipped step is told by the trainer.
+    unheard = ("before it has started", "OVERFLOW! Skipping step", "MPU is not provided")
+    deepspeed.utils.logger.addFilter(lambda record: not any(words in record.getMessage() for words in unheard))
     # It calls torch's collectives by the names that torch 2.13 calls deprecated.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\..*` is deprecated", category=FutureWarning)
 
@@ -52,10 +53,12 @@ def _quieten() -> None:
 class StepResult:
     """What one optimizer step was.
 
-    loss, grad_norm, head_grad_norms (one per head): the norms before clipping, over all ranks. applied: False when the
-    engine skipped the step for a gradient that is no number, and the heads with it. stats: the heads', averaged over the
-    micro-batches by their images, empty unless asked for; those of the heads after the first end in "_1", "_2" ...
-    learning_rate, head_learning_rate: of this step.
+    loss, grad_norm, head_grad_norms (one per head): the norms before clipping, over all ranks; grad_norm is nan or
+    inf where the step was skipped. applied: False where loss, encoder's or a head's gradient was no number on any
+    rank: nothing has moved, on no rank. bad, bad_ranks: of a skipped step, what was no number first ("embeddings",
+    "centers", "gradients") and where. stop_ranks: how many ranks have asked to stop. stats: the heads', averaged over
+    the micro-batches by their images, empty unless asked for; those of the heads after the first end in "_1", "_2"
+    ... learning_rate, head_learning_rate: of this step.
     """
 
     loss: float
@@ -65,6 +68,9 @@ class StepResult:
     head_learning_rate: float
     applied: bool
     stats: dict[str, torch.Tensor]
+    bad: str = ""
+    bad_ranks: tuple[int, ...] = ()
+    stop_ranks: int = 0
 
 
 @dataclass(frozen=True)
@@ -130,6 +136,12 @@ class TrainEngine:
         ]
         self.skipped_steps = 0
         self._ahead: tuple[_Marks, list[int]] | None = None
+        # What is no number anywhere in the backward pass reaches the first layer: this rank's own gradient there, before
+        # the engine mixes it with the others', tells whose fault a bad step is.
+        self._own_gradient_is_bad: list[torch.Tensor] = []
+        self._write_error: Exception | None = None
+        self._make_writes_patient()
+        model.embeddings.patch.weight.register_hook(self._note_own_gradient)
 
     @property
     def monitor_events(self):
@@ -147,14 +159,15 @@ class TrainEngine:
         step: int,
         collect_stats: bool = False,
         next_batch: ImageLabelBatch | None = None,
+        stop_wanted: Callable[[], bool] = lambda: False,
     ) -> StepResult:
         """One optimizer step on this rank's images of the step, in micro-batches.
 
+        A step whose loss or gradient is no number on any rank is skipped on all: encoder, heads and learning rate stay.
         next_batch: that of the step after this one, on every rank or on none. Its classes are sampled behind this step's
         backward, and how many there are comes to the host with this step's loss; without it the next step begins by
-        waiting for that.
-        Raises NonFiniteError, on every rank and before anything moves, when the loss or the norm of a head's gradient is
-        no number.
+        waiting for that. stop_wanted: asked late in the step; the answers of all ranks are summed by the all-reduce that
+        sums the heads' norms, and come to the host with the loss.
         """
         micro_batches = batch.split(self.settings.micro_batch)
         marks, sizes = self._ahead or (None, [])
@@ -167,6 +180,7 @@ class TrainEngine:
         del marks
         for head in self.heads:
             head.take_gradients()  # of a step that was interrupted between its head and its encoder
+        self._own_gradient_is_bad.clear()
         losses, stats, broken = [], [], []
         for index, micro in enumerate(micro_batches):
             embeddings = self.engine(micro.images_BCHH.to(self.topology.device, non_blocking=True))
@@ -187,31 +201,33 @@ class TrainEngine:
             if index < len(micro_batches) - 1:
                 self.engine.step()
         gradients = [total.gradient for total in sums]
-        head_norms = [sharded_norm(gradient.values_SD, self.topology) for gradient in gradients]
+        own = [gradient.values_SD for gradient in gradients]
+        # A fill of a device's number: a copy from the host would have to be waited for.
+        stop = torch.full((1,), float(stop_wanted()), device=own[0].device)
+        head_norms, stop_ranks = sharded_norms(own, self.topology, riders=stop)
         ahead = None if next_batch is None else self._mark(next_batch, step + 1)
         # Whether the step may be taken must be known before it is taken: here the host waits for the device, once for
         # all heads, their norms and the next step's classes (DeepSpeed's own step waits for its norm besides).
-        told = [torch.stack(losses).mean().double()[None], torch.stack(head_norms).double()]
-        loss, *rest = torch.cat(told if ahead is None else [*told, ahead.sizes.double()]).tolist()
+        told = [torch.stack(losses).mean().double()[None], stop_ranks.double(), head_norms.double()]
+        loss, stopping, *rest = torch.cat(told if ahead is None else [*told, ahead.sizes.double()]).tolist()
         head_norm_values = rest[: len(head_norms)]
         if ahead is not None:
             self._ahead = ahead, [int(size) for size in rest[len(head_norms) :]]
-        if not math.isfinite(loss):
-            self._stop_on_bad_loss(loss, step, torch.stack(broken).any().item())
-        for index, value in enumerate(head_norm_values):
-            if not math.isfinite(value):
-                raise _bad_gradient(step, f"head {index}'s centers'" if self.heads[1:] else "centers'", value)
-        plain_norm = self._norm_without_zero(step)
+        plain_norm = self._norm_without_zero()
+        finite = all(math.isfinite(value) for value in (loss, *head_norm_values, plain_norm or 0.0))
         learning_rate = self.engine.get_lr()[0]
-        self.engine.step()
+        with contextlib.nullcontext() if finite else self._overflowing():
+            self.engine.step()
         applied = bool(self.engine.was_step_applied())
         norm = self.engine.get_global_grad_norm() if plain_norm is None else plain_norm
         norm = math.nan if norm is None else float(norm)  # before the heads' steps are queued: the host may wait for it
+        bad, bad_ranks = "", ()
         if applied:
             for optimizer, gradient, head_norm in zip(self.head_optimizers, gradients, head_norms, strict=True):
                 self._step_head(optimizer, gradient, head_norm, learning_rate * self.config.head_lr_scale, step)
         else:
             self.skipped_steps += 1
+            bad, bad_ranks = self._whose_fault(broken, own)
         for head, gradient in zip(self.heads, gradients, strict=True):
             head.recycle(gradient)
         return StepResult(
@@ -222,7 +238,71 @@ class TrainEngine:
             head_learning_rate=learning_rate * self.config.head_lr_scale,
             applied=applied,
             stats=_averaged(stats, weights) if collect_stats else {},
+            bad=bad,
+            bad_ranks=bad_ranks,
+            stop_ranks=round(stopping),
         )
+
+    def _whose_fault(self, broken: list[torch.Tensor], own: list[torch.Tensor]) -> tuple[str, tuple[int, ...]]:
+        """Of a bad step: what was no number first, and on which ranks. One small gather, on every rank.
+
+        In that order, because embeddings or centers of one rank spoil the loss, and with it everybody's gradients.
+        broken: of each micro-batch, whether the embeddings were. own: the gradients of this rank's rows, per head.
+        """
+        gradients = [*self._own_gradient_is_bad, *(~torch.isfinite(values).all() for values in own)]
+        signs = {
+            "embeddings": torch.stack(broken).any(),
+            "centers": torch.stack([~torch.isfinite(head.centers.detach()).all() for head in self.heads]).any(),
+            "gradients": torch.stack(gradients).any(),
+        }
+        of_ranks = collectives.gather_objects({what: sign.item() for what, sign in signs.items()}, self.topology)
+        for what in signs:
+            if ranks := tuple(rank for rank, found in enumerate(of_ranks) if found[what]):
+                return what, ranks
+        return "gradients", ()
+
+    def _note_own_gradient(self, gradient: torch.Tensor) -> None:
+        self._own_gradient_is_bad.append(~torch.isfinite(gradient).all())
+
+    @contextlib.contextmanager
+    def _overflowing(self) -> Iterator[None]:
+        """Within it `engine.step()` discards the gradients as it does after an overflow, whatever they are.
+
+        So the engine's own counts stay right: global_steps and samples advance, skipped_steps too, the learning rate's
+        schedule waits. Each of DeepSpeed's optimizers comes to its verdict in a place of its own.
+        """
+        optimizer = self.engine.optimizer
+
+        def discard(*_, **__) -> None:
+            optimizer.overflow = True
+            optimizer._global_grad_norm = math.inf
+            if hasattr(optimizer, "clear_hp_grads"):  # BF16_Optimizer: ZeRO 1 in bfloat16
+                optimizer.clear_hp_grads()
+                optimizer.clear_lp_grads()
+            else:
+                optimizer.zero_grad(set_to_none=True)
+
+        def overflow(*_, **__) -> bool:
+            optimizer.overflow = True
+            return True
+
+        if self.settings.zero_stage == 3:
+            verdict = {"_overflow_check_and_loss_scale_update": overflow}
+        elif hasattr(optimizer, "check_grad_overflow"):  # ZeRO 1 and 2
+            verdict = {"check_grad_overflow": True, "check_overflow": overflow}
+        else:
+            verdict = {"step": discard}
+        before = {name: vars(optimizer)[name] for name in verdict if name in vars(optimizer)}
+        is_plain = isinstance(optimizer, torch.optim.Optimizer)  # float32 without ZeRO: knows no overflow
+        try:
+            vars(optimizer).update(verdict)
+            yield
+        finally:
+            for name in verdict:
+                del vars(optimizer)[name]
+            vars(optimizer).update(before)
+            if is_plain:
+                del optimizer.overflow, optimizer._global_grad_norm
 
     def _weighted(self, losses: list[torch.Tensor]) -> torch.Tensor:
         """The heads' losses, weighted and summed."""
@@ -238,15 +318,12 @@ class TrainEngine:
         counts_A = torch.stack([own[0].counts_G.sum() for own in draws]).float()
         return counts_A * len(counts_A) / counts_A.sum().clamp_min(1)
 
-    def _norm_without_zero(self, step: int) -> float | None:
+    def _norm_without_zero(self) -> float | None:
         """At stage 0 in float32 DeepSpeed neither reports the norm nor skips a step of NaNs; else None: it does both."""
         if self.settings.zero_stage > 0 or self.settings.precision != "float32":
             return None
         gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients).item()
-        if not math.isfinite(norm):
-            raise _bad_gradient(step, "encoder's", norm, "; with ZeRO stage 1 such steps are skipped")
-        return norm
+        return torch.nn.utils.get_total_norm(gradients).item()
 
     def _mark(self, batch: ImageLabelBatch, step: int) -> _Marks:
         """Samples the classes of a step; on a GPU the host waits for nothing."""
@@ -291,14 +368,26 @@ class TrainEngine:
             gradient.values_SD.mul_(factor)
         optimizer.step(gradient, learning_rate, step)
 
-    def _stop_on_bad_loss(self, loss: float, step: int, embeddings_broken: bool) -> None:
-        flags = collectives.gather_objects(embeddings_broken, self.topology)
-        ranks = [rank for rank, flag in enumerate(flags) if flag]
-        where = f"the embeddings of rank(s) {ranks} are not finite" if ranks else "all embeddings are finite"
-        raise NonFiniteError(
-            f"step {step}: the loss is {loss}; {where}. Nothing was changed by this step. Resume from the last checkpoint "
-            "(--resume auto) with a lower learning rate, or look at the images of this step."
-        )
+    def _make_writes_patient(self) -> None:
+        """Lets DeepSpeed's save_checkpoint come to its end on every rank, with all its barriers, when a disk is full.
+
+        The first error of this rank's writes is kept for `save` to raise. Nor do its monitors stop a step.
+        """
+
+        def patient(function: Callable) -> Callable:
+            def call(*arguments, **options):
+                try:
+                    with plain_write_errors(arguments[1] if len(arguments) > 1 else "a file of DeepSpeed's"):
+                        return function(*arguments, **options)
+                except OSError as error:
+                    self._write_error = self._write_error or error
+
+            return call
+
+        writer, monitor = self.engine.checkpoint_engine, self.engine.monitor
+        writer.save, writer.makedirs = patient(writer.save), patient(writer.makedirs)
+        self.engine._copy_recovery_script = patient(self.engine._copy_recovery_script)
+        monitor.write_events = never_stopping(monitor.write_events, "a log of DeepSpeed's monitors")
 
     def encoder_weights(self) -> dict[str, torch.Tensor]:
         """The encoder's float32 weights on the CPU, whole, whatever the ZeRO stage. Every rank must call it."""
@@ -309,16 +398,29 @@ class TrainEngine:
             weights[name] = (parameter if full is None else full).detach().float().cpu()
         return weights
 
+    def not_finite(self) -> str:
+        """Name of a parameter of this rank that holds what is no number; "" where there is none."""
+        named = [(f"encoder.{name}", getattr(p, "ds_tensor", p)) for name, p in self.engine.module.named_parameters()]
+        named += [(f"centers{head_suffix(index)}", head.centers) for index, head in enumerate(self.heads)]
+        return next((name for name, values in named if not torch.isfinite(values.detach()).all()), "")
+
     def save(self, folder: Path, model_name: str) -> None:
-        """Writes this rank's parts of a checkpoint into a staged folder (checkpoint.CheckpointStore.stage)."""
+        """Writes this rank's parts of a checkpoint into a staged folder (checkpoint.CheckpointStore.stage).
+
+        Raises OSError, on this rank alone, where they cannot be written; all collectives have then ended.
+        """
+        self._write_error = None
         self.engine.save_checkpoint(str(folder), tag=ENGINE_TAG, save_latest=False)
+        weights = self.encoder_weights()
+        # From here on nobody waits for anybody: this rank may fail alone.
+        if self._write_error is not None:
+            raise self._write_error
         for path, head, rows in self._head_rows(folder):
             checkpoint.save_rows(path, head.start, head.stop, head.partition.num_classes, rows)
         random_states = {"torch": torch.get_rng_state()}
         if self.topology.device.type == "cuda":
             random_states["cuda"] = torch.cuda.get_rng_state()
         save_tensors(self._rank_file(folder), random_states)
-        weights = self.encoder_weights()
         if self.topology.is_main:
             checkpoint.save_encoder(folder / "encoder", model_name, self.engine.module.config, weights)
 
@@ -455,10 +557,3 @@ def _averaged(stats: list[dict[str, torch.Tensor]], weights_A: torch.Tensor) -> 
         name: sum(micro[name] * weight for micro, weight in zip(stats, weights_A, strict=True)) / len(stats)
         for name in stats[0]
     }
-
-
-def _bad_gradient(step: int, whose: str, norm: float, hint: str = "") -> NonFiniteError:
-    return NonFiniteError(
-        f"step {step}: the norm of the {whose} gradient is {norm}. Nothing was changed by this step. Resume from the last "
-        f"checkpoint (--resume auto) with a lower learning rate{hint}."
-    )

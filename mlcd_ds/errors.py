@@ -44,3 +44,21 @@ class NonFiniteError(UserError):
     """The loss or a gradient stopped being a number."""
 
     exit_code = 5
+
+
+class PeerError(UserError):
+    """Another rank has gone, or did not answer within --timeout_minutes."""
+
+    exit_code = 6
+
+
+class SaveError(UserError):
+    """A checkpoint could not be written: a full or read-only disk. The checkpoints before it are untouched."""
+
+    exit_code = 7
+
+
+class Preempted(UserError):
+    """The run was asked to stop (a signal, a launcher that is gone), and has; --resume auto goes on from there."""
+
+    exit_code = 75

@@ -1,15 +1,19 @@
 """Files that are whole or not there: written under a temporary name, synced, renamed."""
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
+import re
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from mlcd_ds.errors import DataError
@@ -75,9 +79,30 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+@contextlib.contextmanager
+def plain_write_errors(path: str | Path) -> Iterator[None]:
+    """Makes an OSError of what safetensors and torch.save raise when a file cannot be written.
+
+    safetensors: "... I/O error: No space left on device (os error 28)"; torch: "write(): fd 3 failed with ..." or a
+    failed check of its zip writer's. Their other errors pass.
+    """
+    try:
+        yield
+    except (SafetensorError, RuntimeError) as error:
+        if not re.search(r"os error \d|fd \d+ failed with|inline_container", str(error)):
+            raise
+        code = re.search(r"os error (\d+)", str(error))
+        text = f"torch could not write: {error}" if code is None else os.strerror(int(code.group(1)))
+        raise OSError(int(code.group(1)) if code else errno.EIO, text, str(path)) from error
+
+
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
-    """A safetensors file of CPU copies, readable by whom the umask lets (the library makes it private)."""
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, metadata)
+    """A safetensors file of CPU copies, readable by whom the umask lets (the library makes it private).
+
+    Raises OSError where it cannot be written.
+    """
+    with plain_write_errors(path):
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, metadata)
     mask = os.umask(0)
     os.umask(mask)
     path.chmod(0o666 & ~mask)

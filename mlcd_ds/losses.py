@@ -124,8 +124,8 @@ def dense_loss(
     sampled_K: bool [K], the classes that take part in this step (must include every positive); None: all.
     Needs memory for [G, K] (mlc: [G, K, K]): a definition for tests, not for training.
     """
-    e_GD = torch.nn.functional.normalize(embeddings_GD, dim=1, eps=NORM_FLOOR)
-    w_KD = torch.nn.functional.normalize(centers_KD, dim=1, eps=NORM_FLOOR)
+    e_GD = embeddings_GD / lengths(embeddings_GD)[:, None]
+    w_KD = centers_KD / lengths(centers_KD)[:, None]
     cosine_GK = e_GD @ w_KD.T
     labels_GL = labels_for(spec.objective, labels_GL)
     is_positive_GK = torch.zeros_like(cosine_GK, dtype=torch.bool)
@@ -142,7 +142,15 @@ def dense_loss(
 
 
 NORM_FLOOR = 1e-12
-"""Shorter vectors are not stretched to unit length: an all-zero embedding stays zero, with cosine 0 to everything."""
+"""Vectors that are no longer have no direction: an all-zero embedding stays zero, has cosine 0 to everything, and neither
+gets a gradient nor gives one. (Divided by this floor instead, its gradient would be 1e12 times everybody else's.)"""
+
+
+def lengths(rows_nD: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """[n]: what to divide the rows by to make them unit vectors: their lengths; infinity for those without direction."""
+    norm_n = torch.linalg.vector_norm(rows_nD, dim=1, out=out)
+    is_zero_n = norm_n <= NORM_FLOOR
+    return norm_n.masked_fill(is_zero_n, math.inf) if out is None else norm_n.masked_fill_(is_zero_n, math.inf)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,22 @@ from mlcd_ds.files import write_text
 TAG = "Train/Samples/"
 
 
+def never_stopping(function: Callable, what: str) -> Callable:
+    """`function`, whose OSErrors (a full disk) are told once and do not end a run: `what` is then incomplete."""
+    warned = False
+
+    def call(*arguments, **options):
+        nonlocal warned
+        try:
+            return function(*arguments, **options)
+        except OSError as error:
+            if not warned:
+                print(f"WARNING: {what} cannot be written ({error}); the run goes on without", flush=True)
+            warned = True
+
+    return call
+
+
 class Monitor:
     """Writes the numbers of one run, on rank 0.
 
@@ -34,6 +50,13 @@ class Monitor:
             kept = [line for line in lines if _step_of(line) is not None and _step_of(line) <= first_step]
             write_text(path, "".join(line + "\n" for line in kept))
         self._file = path.open("a" if first_step else "w")
+        # Lines that find no room on the disk wait in the file's buffer.
+        self._write_line = never_stopping(self._write_line, "metrics.jsonl")
+        self._sync_file = never_stopping(self._sync_file, "metrics.jsonl")
+        self._close_file = never_stopping(self._file.close, "metrics.jsonl")
+        if tensorboard is not None:
+            self._add_histogram = never_stopping(tensorboard.add_histogram_raw, "TensorBoard's log")
+            self._flush_tensorboard = never_stopping(tensorboard.flush, "TensorBoard's log")
         if tensorboard is not None:  # from scratch, too: an attempt may have died before its first checkpoint
             _purge_points_after(tensorboard, samples)
 
@@ -45,10 +68,17 @@ class Monitor:
         values = {name: value for name, value in values.items() if value is not None}
         written = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in values.items()}
         line = {"step": step, "samples": samples, "time": round(time.time(), 3), **written}
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
-        self._file.flush()
         numbers = [(TAG + name, value, samples) for name, value in values.items() if not isinstance(value, str)]
+        self._write_line(json.dumps(line, allow_nan=False) + "\n")
         self.write_events(numbers)
+
+    def _write_line(self, line: str) -> None:
+        self._file.write(line)
+        self._file.flush()
+
+    def _sync_file(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
 
     def histogram(self, samples: int, name: str, counts: Sequence[float], low: float, high: float) -> None:
         """Counts of equal bins over [low, high] to TensorBoard. An empty histogram is left out: there is nothing to draw."""
@@ -58,7 +88,7 @@ class Monitor:
         width = (high - low) / len(counts)
         edges = [low + width * (i + 1) for i in range(len(counts))]
         middles = [edge - width / 2 for edge in edges]
-        self.tensorboard.add_histogram_raw(
+        self._add_histogram(
             TAG + name,
             min=low,
             max=high,
@@ -72,15 +102,14 @@ class Monitor:
 
     def sync(self) -> None:
         """Brings what was written to the disk: called with every checkpoint, so that no checkpoint is ahead of its log."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        self._sync_file()
         if self.tensorboard is not None:
-            self.tensorboard.flush()
+            self._flush_tensorboard()
 
     def close(self) -> None:
         """Ends the files."""
         self.sync()
-        self._file.close()
+        self._close_file()
 
 
 def _step_of(line: str) -> int | None:

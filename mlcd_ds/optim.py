@@ -56,10 +56,17 @@ class GradientSum:
         return self._sum
 
 
-def sharded_norm(values: torch.Tensor, topology: Topology) -> torch.Tensor:
-    """Euclidean norm, a scalar tensor, of a matrix whose rows lie on all ranks. One all-reduce of one number."""
-    own = torch.linalg.vector_norm(values)
-    return collectives.sum_(own.square(), topology).sqrt()
+def sharded_norms(
+    matrices: Sequence[torch.Tensor], topology: Topology, riders: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """([H], [n]): Euclidean norms of H matrices whose rows lie on all ranks, and `riders` summed over the ranks.
+
+    riders: [n] numbers that go along, none by default. One all-reduce of H + n numbers.
+    """
+    squares_H = torch.stack([torch.linalg.vector_norm(values) for values in matrices]).square()
+    riders = squares_H.new_empty(0) if riders is None else riders.to(squares_H)
+    summed = collectives.sum_(torch.cat([squares_H, riders]), topology)
+    return summed[: len(matrices)].sqrt(), summed[len(matrices) :]
 
 
 class RowAdamW:

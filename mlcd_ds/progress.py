@@ -1,5 +1,6 @@
 """What a run tells while it runs: speed, waits, losses, cosines, to the console line and the monitor."""
 
+import itertools
 import resource
 import time
 import zlib
@@ -14,6 +15,7 @@ from mlcd_ds.batch import ImageLabelBatch, head_suffix
 from mlcd_ds.data.loader import ImageLabelLoader
 from mlcd_ds.monitor import Monitor
 from mlcd_ds.topology import Topology
+from mlcd_ds.watch import WAITS_FOR_DATA, Watch
 
 T = TypeVar("T")
 
@@ -21,7 +23,8 @@ T = TypeVar("T")
 class Progress:
     """Times the loop and reports its steps. Every rank calls it; rank 0, which has the monitor, prints and writes.
 
-    total_steps, first_step: of the run and where it starts. global_batch: images. samples_per_epoch: images.
+    total_steps, first_step: of the run and where it starts. global_batch: images. samples_per_epoch: images. watch: is told
+    of waits for data.
     """
 
     def __init__(
@@ -33,23 +36,26 @@ class Progress:
         total_steps: int,
         global_batch: int,
         samples_per_epoch: int,
+        watch: Watch,
     ):
-        self.monitor, self.topology = monitor, topology
+        self.monitor, self.topology, self.watch = monitor, topology, watch
         self.total_steps, self.global_batch, self.samples_per_epoch = total_steps, global_batch, samples_per_epoch
         self._started = self._last_report = time.monotonic()
         self._first_step = self._last_step = first_step
         self._waited = 0.0
 
     def timing_waits(self, batches: Iterable[T]) -> Iterator[T]:
-        """Yields `batches`, noting how long each one was waited for."""
+        """Yields `batches`, noting how long each one was waited for; the watch tells of long waits while they last."""
         arriving = iter(batches)
-        while True:
+        for step in itertools.count(self._first_step):
+            self.watch.does(WAITS_FOR_DATA, step)
             asked = time.monotonic()
             try:
                 batch = next(arriving)
             except StopIteration:
                 return
             self._waited += time.monotonic() - asked
+            self.watch.does("computes", step)
             yield batch
 
     def report(

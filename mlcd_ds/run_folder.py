@@ -1,6 +1,6 @@
 """The run folder: who may write into it, what the run is, how it ended.
 
-run/config.json     every resolved value        run/status.json   running, done or failed, with step and reason
+run/config.json     every resolved value        run/status.json   running, done, preempted or failed; step, reason
 run/metrics.jsonl   one line per logged step    run/tensorboard/  run/checkpoints/
 """
 
@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from mlcd_ds import errors
-from mlcd_ds.errors import CheckpointError, UserError
+from mlcd_ds.errors import CheckpointError, PeerError, Preempted, UserError
 from mlcd_ds.files import write_json
 
 FREE_TO_CHANGE = frozenset(
-    "resume workers prefetch save_every_steps keep_last log_every_steps histogram_every_steps timeout_minutes shard_cache "
-    "max_skipped_fraction expect_world_size workspace_mb output_dir deepspeed_config init_from centers shards labels "
+    "resume workers prefetch save_every_steps keep_last keep_every log_every_steps histogram_every_steps "
+    "timeout_minutes shard_cache warn_data_wait_seconds max_bad_steps max_failed_saves max_skipped_fraction "
+    "expect_world_size workspace_mb output_dir deepspeed_config init_from centers shards labels "
     "world_size zero_stage allow_changed".split()
 )
 """Settings and facts that a resumed run may change: they do not enter the mathematics (init_from, centers: only the first
@@ -138,8 +139,8 @@ class RunFolder:
         """Writes status.json: the launcher may hide exit codes, this file does not."""
         write_json(self.path / "status.json", {"state": state, "step": step, "reason": reason})
 
-    def fail(self, error: Exception, rank: int) -> None:
-        """Notes an error that ends the run; not one that kept it from starting, which may be about another's run.
+    def fail(self, error: BaseException, rank: int) -> None:
+        """Notes what ends the run; not what kept it from starting, which may be about another's run.
 
         The first word stays: an error makes the other ranks fail, too. Rank 0 may speak at once, the others wait as long
         as with their message (errors.SECONDS_FOR_RANK_0).
@@ -152,13 +153,19 @@ class RunFolder:
             # The disk may be what failed. The error itself, which is about to be raised, matters more.
             print(f"status.json of {self.path} could not be written: {trouble}", flush=True)
 
-    def _note(self, error: Exception, rank: int) -> None:
+    def _note(self, error: BaseException, rank: int) -> None:
         reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         if rank > 0:
-            time.sleep(errors.SECONDS_FOR_RANK_0)
+            if not isinstance(error, PeerError):  # which took its time already
+                time.sleep(errors.SECONDS_FOR_RANK_0)
             reason = f"rank {rank}: {reason}"
         if json.loads((self.path / "status.json").read_text())["state"] == "running":
-            self.status("failed", self.step, reason)
+            self.status("preempted" if isinstance(error, Preempted) else "failed", self.step, reason)
+
+    def ended_at_once(self, reason: str) -> None:
+        """Notes, on rank 0, that the process is about to be ended in the middle of something."""
+        if self._lock is not None and self.is_ours:
+            self.fail(RuntimeError(reason), rank=0)
 
 
 def _changes(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:

@@ -21,7 +21,7 @@ import torch
 from torch.nn.functional import embedding_bag
 
 from mlcd_ds import collectives
-from mlcd_ds.losses import NORM_FLOOR, LossSpec, apply_margin, loss_from_sums
+from mlcd_ds.losses import LossSpec, apply_margin, lengths, loss_from_sums
 from mlcd_ds.products import Buffers, Products
 from mlcd_ds.sampling import Draw
 from mlcd_ds.topology import Topology
@@ -93,7 +93,7 @@ class UnitEmbeddings(torch.autograd.Function):
     def forward(ctx, embeddings_bD, capacity, dtype):
         b, D = embeddings_bD.shape
         embeddings_bD = embeddings_bD.to(dtype)
-        norm_b = torch.linalg.vector_norm(embeddings_bD, dim=1).clamp_min_(NORM_FLOOR)
+        norm_b = lengths(embeddings_bD)
         e_CD = embeddings_bD.new_empty(capacity, D)
         torch.div(embeddings_bD, norm_b[:, None], out=e_CD[:b])
         e_CD[b:] = 0
@@ -175,7 +175,7 @@ def unit_rows(centers_cD: torch.Tensor, rows_S: torch.Tensor, products: Products
     for block in _row_blocks(w_TD[:S]):
         w_nD, norm_n = w_TD[block], norm_S[block]
         raw_nD = centers_cD[block] if whole else torch.index_select(centers_cD, 0, rows_S[block], out=w_nD)
-        torch.linalg.vector_norm(raw_nD, dim=1, out=norm_n).clamp_min_(NORM_FLOOR)
+        lengths(raw_nD, out=norm_n)
         torch.div(raw_nD, norm_n[:, None], out=w_nD)
     return UnitRows(w_TD, products.factor(w_TD), norm_S)
 
@@ -357,6 +357,7 @@ class _Statistics:
             self._count(1, cosine.masked_fill_((weight_n[: self.rows] == 0)[:, None], -2))
 
     def _count(self, which: int, cosine: torch.Tensor) -> None:
+        cosine = cosine.nan_to_num(nan=-2)  # of a step that will be skipped: what is no number has no bin
         bin_of = ((cosine.clamp(-2, 1) + 1) * (HISTOGRAM_BINS / 2)).floor().clamp(-1, HISTOGRAM_BINS - 1).long() + 1
         ones = torch.ones((), dtype=self.histogram_2H.dtype, device=bin_of.device).expand(bin_of.numel())
         counts = self.histogram_2H.new_zeros(HISTOGRAM_BINS + 1).scatter_add_(0, bin_of.flatten(), ones)

@@ -68,6 +68,13 @@ class Topology:
         dist.init_process_group(backend, store=file, rank=rank, world_size=world_size)
         return Topology(rank, world_size, rank, world_size, device)
 
+    @staticmethod
+    def enter_rank(rank: int, world_size: int, port: int) -> None:
+        """Makes this process a rank as a launcher on this machine would; CPUs alone. For processes that were forked."""
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_SIZE": world_size}
+        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo", "DS_ACCELERATOR": "cpu"}
+        os.environ.update({name: str(value) for name, value in place.items()})
+
     @property
     def is_main(self) -> bool:
         """True on the rank that prints, logs and publishes."""

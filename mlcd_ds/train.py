@@ -5,6 +5,7 @@ deepspeed [--hostfile hosts] mlcd_ds/train.py --deepspeed_config ds_configs/vit_
 """
 
 import sys
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,17 +26,18 @@ from mlcd_ds.data.loader import ImageLabelLoader, build_shard_table
 from mlcd_ds.data.plan import EpochPlan
 from mlcd_ds.data.tars import expand_shards, shard_name
 from mlcd_ds.ds_config import BatchSizes, DeepSpeedSettings, load_deepspeed_config, resolve_deepspeed_config
-from mlcd_ds.engine import TrainEngine
-from mlcd_ds.errors import CheckpointError, ConfigError, DataError
+from mlcd_ds.engine import StepResult, TrainEngine
+from mlcd_ds.errors import CheckpointError, ConfigError, DataError, NonFiniteError, Preempted, SaveError
 from mlcd_ds.files import write_json
 from mlcd_ds.models.vit import VisionTransformer, VitConfig, preset
-from mlcd_ds.monitor import Monitor
+from mlcd_ds.monitor import Monitor, never_stopping
 from mlcd_ds.partial_fc import PartialFC
 from mlcd_ds.partition import ClassPartition
 from mlcd_ds.progress import Progress
 from mlcd_ds.run_folder import RunFolder
 from mlcd_ds.schedule import RunLength, resolve_run_length
 from mlcd_ds.topology import Topology
+from mlcd_ds.watch import Watch
 
 T = TypeVar("T")
 
@@ -52,16 +54,27 @@ def train(config: RunConfig) -> None:
     raw = load_deepspeed_config(config.deepspeed_config)
     topology.start(config.timeout_minutes)
     run = RunFolder(config.output_dir)
-    try:
-        train_in(run, config, raw, topology)
-    except Exception as error:
-        run.fail(error, topology.rank)
-        raise
+    with Watch(topology, config.timeout_minutes, config.warn_data_wait_seconds, run.ended_at_once) as watch:
+        try:
+            with watch.naming_peers():
+                train_in(run, config, raw, topology, watch)
+        except Preempted as stop:
+            watch.stop_beating()
+            if topology.is_main or not watch.in_loop:
+                run.fail(stop, topology.rank)
+            raise
+        except Exception as error:
+            watch.stop_beating()
+            run.fail(error, topology.rank)
+            raise
     topology.stop()
 
 
-def train_in(run: RunFolder, config: RunConfig, raw: dict, topology: Topology) -> None:
-    """The run, from its folder to its last checkpoint. raw: the DeepSpeed JSON."""
+def train_in(run: RunFolder, config: RunConfig, raw: dict, topology: Topology, watch: Watch) -> None:
+    """The run, from its folder to its last checkpoint. raw: the DeepSpeed JSON.
+
+    Raises Preempted, on every rank, once it has saved and stopped because a rank was asked to.
+    """
     collectives.on_main(topology, run.open, config.resume == "auto")
     batch = BatchSizes.resolve(raw, topology.world_size, collectives.on_main(topology, run.global_batch))
     shards = collectives.on_main(topology, expand_shards, config.shards)
@@ -83,7 +96,7 @@ def train_in(run: RunFolder, config: RunConfig, raw: dict, topology: Topology) -
     check_shared(run, topology)
     run.is_ours = True
 
-    store = CheckpointStore(run.path, topology, config.keep_last, heads=len(table.labels_infos))
+    store = CheckpointStore(run.path, topology, config.keep_last, len(table.labels_infos), config.keep_every)
     found = store.find() if config.resume == "auto" else None
     loader = ImageLabelLoader(config, table, order, plan.encoder.image_size, topology)
     engine = build_engine(config, plan, topology, from_scratch=found is None)
@@ -96,17 +109,33 @@ def train_in(run: RunFolder, config: RunConfig, raw: dict, topology: Topology) -
         total_steps=plan.length.total_steps,
         global_batch=plan.settings.global_batch,
         samples_per_epoch=table.num_samples,
+        watch=watch,
     )
     run.step = step
+    bad_steps = BadSteps(config.max_bad_steps, store)
+    saver = Saver(run, config, plan, store, engine, monitor)
+    watch.enter_loop()
     for images, next_images in _with_next(progress.timing_waits(loader.iterate(step, plan.length.total_steps))):
         reported = is_due(step + 1, config.log_every_steps, plan.length) or step + 1 == 1
         histograms = is_due(step + 1, config.histogram_every_steps, plan.length)
-        result = engine.train_step(images, step, collect_stats=reported or histograms, next_batch=next_images)
+        watch.does("computes", step)
+        result = engine.train_step(
+            images,
+            step,
+            collect_stats=reported or histograms,
+            next_batch=next_images,
+            stop_wanted=watch.stop_wanted,
+        )
         step = run.step = step + 1
+        bad_steps.judge(step, result)
         if reported or histograms:
             progress.report(step, images, result, loader, engine.skipped_steps, histograms)
-        if is_due(step, config.save_every_steps, plan.length):
-            save(run, config, plan, store, engine, monitor, step)
+        stops = result.stop_ranks > 0 and step < plan.length.total_steps
+        if stops or is_due(step, config.save_every_steps, plan.length):
+            watch.does("saves", step)
+            saved = saver.save(step)
+        if stops:
+            raise stopped(step, saved, watch, store)
     loader.close()
     if topology.is_main:
         monitor.close()
@@ -314,25 +343,122 @@ def open_monitor(run: RunFolder, engine: TrainEngine, step: int, plan: RunPlan, 
     return Monitor(run.path, engine.monitor_events, engine.tensorboard, step, step * plan.settings.global_batch)
 
 
-def save(
-    run: RunFolder, config, plan: RunPlan, store: CheckpointStore, engine: TrainEngine, monitor, step: int
-) -> None:
-    """Writes and publishes the checkpoint of `step`; every rank takes part."""
-    folder = store.stage(step)
-    engine.save(folder, config.model)
-    if monitor is not None:
-        monitor.sync()
-        state = {
-            "step": step,
-            "samples": step * plan.settings.global_batch,
-            "world_size": plan.world_size,
-            "zero_stage": plan.settings.zero_stage,
-            "skipped_steps": engine.skipped_steps,
-        }
-        write_json(folder / "state.json", state)
-    store.publish(step)
-    if monitor is not None:
-        run.status("running", step)
+class BadSteps:
+    """Counts the skipped steps in a row, tells each, and ends the run above `limit`. Every rank has its own, all alike."""
+
+    def __init__(self, limit: int, store: CheckpointStore):
+        self.limit, self.store = limit, store
+        self.in_a_row = 0
+
+    def judge(self, step: int, result: StepResult) -> None:
+        """step: finished steps. Raises NonFiniteError, on every rank, after `limit` skipped steps in a row."""
+        if result.applied:
+            self.in_a_row = 0
+            return
+        self.in_a_row += 1
+        norms = ", ".join(f"{norm:g}" for norm in result.head_grad_norms)
+        what = (
+            f"loss {result.loss:g}, norm of the encoder's gradient {result.grad_norm:g}, of the centers' {norms}; the "
+            f"{result.bad} of rank(s) {list(result.bad_ranks)} are not finite"
+        )
+        if self.store.topology.is_main:
+            print(f"WARNING: step {step} was skipped, nothing has moved ({self.in_a_row} in a row): {what}", flush=True)
+        if self.in_a_row >= self.limit:
+            raise NonFiniteError(
+                f"{self.in_a_row} steps in a row, up to step {step}, were skipped (--max_bad_steps {self.limit}): {what}. "
+                f"The last good checkpoint is {self.store.newest()}. Go on from it (--resume auto) with a lower learning "
+                "rate, or look at the images of these steps."
+            )
+
+
+class Saver:
+    """Writes and publishes the run's checkpoints; every rank calls it. A save that fails is told and survived, for a while.
+
+    monitor: rank 0's, else None.
+    """
+
+    def __init__(
+        self,
+        run: RunFolder,
+        config: RunConfig,
+        plan: RunPlan,
+        store: CheckpointStore,
+        engine: TrainEngine,
+        monitor: Monitor | None,
+    ):
+        self.run, self.config, self.plan = run, config, plan
+        self.store, self.engine, self.monitor = store, engine, monitor
+        self.failed = 0
+        """Saves in a row that could not be written."""
+
+    def save(self, step: int) -> bool:
+        """Writes and publishes the checkpoint of `step`: False where the disk did not let it, on every rank.
+
+        Raises SaveError after --max_failed_saves in a row, NonFiniteError where a weight is no number.
+        """
+        self._refuse_bad_weights(step)
+        started = time.monotonic()
+        is_main = self.store.topology.is_main
+        try:
+            path = self.store.write(step, lambda folder: self._write(folder, step))
+        except SaveError as error:
+            self.failed += 1
+            newest = self.store.newest()
+            if is_main:
+                print(
+                    f"WARNING: CHECKPOINT NOT SAVED at step {step} ({self.failed} in a row): {error}. The last good one is "
+                    f"{newest}. The run goes on, and stops after {self.config.max_failed_saves} failed saves in a row: "
+                    "make room on the disk.",
+                    flush=True,
+                )
+            if self.failed >= self.config.max_failed_saves:
+                raise SaveError(
+                    f"{self.failed} saves in a row have failed (--max_failed_saves), the last at step {step}: {error}. The "
+                    f"last good checkpoint is {newest}. Make room or mend the disk, then --resume auto."
+                ) from error
+            return False
+        self.failed = 0
+        if is_main:
+            seconds = time.monotonic() - started
+            megabytes = sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) / 1e6
+            print(
+                f"saved {path.name}: {seconds:.1f} s, {megabytes:,.1f} MB, {megabytes / seconds:,.0f} MB/s", flush=True
+            )
+            note = never_stopping(self.run.status, "status.json")
+            note("running", step)
+        return True
+
+    def _write(self, folder: Path, step: int) -> None:
+        """This rank's parts. Raises OSError, on this rank alone."""
+        self.engine.save(folder, self.config.model)
+        if self.monitor is not None:
+            self.monitor.sync()
+            state = {
+                "step": step,
+                "samples": step * self.plan.settings.global_batch,
+                "world_size": self.plan.world_size,
+                "zero_stage": self.plan.settings.zero_stage,
+                "skipped_steps": self.engine.skipped_steps,
+            }
+            write_json(folder / "state.json", state)
+
+    def _refuse_bad_weights(self, step: int) -> None:
+        found = collectives.gather_objects(self.engine.not_finite(), self.store.topology)
+        bad = {rank: name for rank, name in enumerate(found) if name}
+        if bad:
+            raise NonFiniteError(
+                f"after step {step} weights are not finite on rank(s) {list(bad)} ({next(iter(bad.values()))}): not saved. "
+                f"The last good checkpoint is {self.store.newest()}. Go on from it with a lower learning rate."
+            )
+
+
+def stopped(step: int, saved: bool, watch: Watch, store: CheckpointStore) -> Preempted:
+    """What every rank ends with once all have agreed to stop after `step`."""
+    reasons = collectives.gather_objects(watch.stop_reason, store.topology)
+    rank, reason = next((rank, text) for rank, text in enumerate(reasons) if text)
+    newest = store.newest()
+    kept = f"saved as {newest}" if saved else f"NOT saved, the last good checkpoint is {newest}"
+    return Preempted(f"after step {step}, on rank {rank}: {reason}; {kept}. --resume auto goes on from there")
 
 
 def is_due(step: int, every: int, length: RunLength) -> bool:

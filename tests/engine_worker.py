@@ -1,5 +1,6 @@
 """One rank of test_engine.py: gradients that reach encoder and head through DeepSpeed, for every ZeRO stage."""
 
+import math
 import sys
 from pathlib import Path
 
@@ -10,7 +11,6 @@ from mlcd_ds.batch import NO_IMAGE, ImageLabelBatch, head_suffix
 from mlcd_ds.config import DeepSpeedDefaults, HeadConfig
 from mlcd_ds.ds_config import BatchSizes, resolve_deepspeed_config
 from mlcd_ds.engine import TrainEngine
-from mlcd_ds.errors import NonFiniteError
 from mlcd_ds.models.vit import VisionTransformer, VitConfig
 from mlcd_ds.partial_fc import PartialFC
 from mlcd_ds.topology import Topology
@@ -47,17 +47,16 @@ def build(
     options: dict,
     classes=(CLASSES,),
     eps: float = 1e-8,
-    extra: dict | None = None,
+    **json,
 ) -> TrainEngine:
-    """extra: more keys of the DeepSpeed JSON."""
-    raw = {
+    """json: more keys of the DeepSpeed JSON."""
+    raw = json | {
         "train_batch_size": IMAGES,
         "gradient_accumulation_steps": accumulation,
         "zero_optimization": {"stage": stage},
         "gradient_clipping": 1e9,  # finite, so that the norm is computed, and never reached
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "eps": eps, "weight_decay": 0.1, "torch_adam": True}},
         **({"activation_checkpointing": {}} if checkpointing else {}),
-        **(extra or {}),
     }
     settings = resolve_deepspeed_config(
         raw,
@@ -156,48 +155,84 @@ def sampled_run(topology: Topology, ahead: bool) -> dict:
     }
 
 
-def poison(engine: TrainEngine, topology: Topology) -> dict:
-    """A gradient that is no number on the last rank alone: nothing may move, on any rank."""
-    weights = engine.encoder_weights()
-    centers = engine.heads[0].centers.detach().clone()
+BAD = ("embeddings", "gradient", "head")
+"""What a bad step breaks: an image's way through the encoder, the way back, the gradient of the last head's centers."""
+BAD_COMBINATIONS = {
+    1: [(1, 1, "float32")],
+    2: [*((stage, 3, "float32") for stage in range(4)), *((stage, 1, "bfloat16") for stage in range(4))],
+}
+"""{ranks: [(stage, accumulation, precision)]}; bfloat16 has optimizers of its own at stages 0 and 1."""
 
-    def nan_gradient(gradient):
-        return gradient * torch.nan if topology.rank == topology.world_size - 1 else gradient
 
-    patch = engine.engine.module.embeddings.patch
-    handle = patch.register_forward_hook(lambda module, inputs, output: output.register_hook(nan_gradient) and None)
-    result = engine.train_step(own_part(global_batch(), topology), step=1)
-    handle.remove()
+def bad_step(engine: TrainEngine, batch: ImageLabelBatch, topology: Topology, what: str) -> dict:
+    """A step in which something is no number, on the last rank alone: nothing may move, on any rank."""
+    is_bad = topology.rank == topology.world_size - 1
+    weights, moments = engine.encoder_weights(), [dict(o.state_dict()) for o in engine.head_optimizers]
+    before = {f"{h}{name}": x.clone() for h, state in enumerate(moments) for name, x in state.items()}
+    before |= {f"centers{h}": head.centers.detach().clone() for h, head in enumerate(engine.heads)}
+    module, take = engine.engine.module, engine.heads[-1].take_gradients
+
+    def spoil_output(module, inputs, output):
+        if what == "embeddings":
+            return output * torch.nan
+        output.register_hook(lambda gradient: gradient * torch.nan)
+
+    def spoil_rows():
+        gradients = take()
+        if gradients:
+            gradients[0].values_SD[0, 0] = torch.inf
+        return gradients
+
+    handle = None
+    if is_bad and what == "head":
+        engine.heads[-1].take_gradients = spoil_rows
+    elif is_bad:
+        handle = module.embeddings.patch.register_forward_hook(spoil_output)
+    result = engine.train_step(batch, step=1, stop_wanted=lambda: topology.rank == 0)
+    if handle is not None:
+        handle.remove()
+    vars(engine.heads[-1]).pop("take_gradients", None)
     after = engine.encoder_weights()
+    moments = [dict(o.state_dict()) for o in engine.head_optimizers]
+    now = {f"{h}{name}": x for h, state in enumerate(moments) for name, x in state.items()}
+    now |= {f"centers{h}": head.centers.detach() for h, head in enumerate(engine.heads)}
+    moved = [name for name in weights if not torch.equal(weights[name], after[name])]
+    moved += [name for name in before if not torch.equal(before[name], now[name])]
     return {
         "applied": result.applied,
-        "skipped_steps": engine.skipped_steps,
-        "encoder_moved": any(not torch.equal(weights[name], after[name]) for name in weights),
-        "head_moved": not torch.equal(centers, engine.heads[0].centers),
+        "bad": (result.bad, result.bad_ranks),
+        "stop_ranks": result.stop_ranks,
+        "moved": moved,
+        "finite": (math.isfinite(result.loss), math.isfinite(result.head_grad_norms[-1])),
     }
 
 
-def poison_head(engine: TrainEngine, topology: Topology, classes=(CLASSES,)) -> dict:
-    """A gradient of the last head's centers that is no number on the last rank alone, under a finite loss."""
-    weights, centers = engine.encoder_weights(), [head.centers.detach().clone() for head in engine.heads]
-    take = engine.heads[-1].take_gradients
-
-    def nan_gradients():
-        gradients = take()
-        if gradients and topology.rank == topology.world_size - 1:
-            gradients[0].values_SD[0, 0] = torch.nan
-        return gradients
-
-    engine.heads[-1].take_gradients = nan_gradients
-    try:
-        engine.train_step(own_part(global_batch(classes=classes), topology), step=1)
-        message = "no error"
-    except NonFiniteError as error:
-        message = str(error)
-    after = engine.encoder_weights()
-    moved = any(not torch.equal(weights[name], after[name]) for name in weights)
-    moved |= any(not torch.equal(before, head.centers) for before, head in zip(centers, engine.heads, strict=True))
-    return {"message": message, "moved": moved}
+def steps_with_bad_ones(topology: Topology, stage: int, accumulation: int, precision: str) -> dict:
+    """Good steps with bad ones between them, and a twin without: the good ones must be the same, bit for bit."""
+    schedule = {"total_num_steps": 10, "warmup_num_steps": 2, "warmup_type": "linear"}
+    json = {"scheduler": {"type": "WarmupCosineLR", "params": schedule}}
+    if precision == "bfloat16":
+        json["bf16"] = {"enabled": True}
+    found: dict = {}
+    ends = []
+    for has_bad in (True, False):
+        engine = build(topology, stage, accumulation, False, {"sample_rate": SAMPLE_RATE}, **json)
+        learning_rates = []
+        for step in (0, 2, 3, 4):
+            batch = own_part(batch_of_step(step), topology)
+            result = engine.train_step(batch, step)
+            learning_rates.append(result.learning_rate)
+            if has_bad and step == 2:
+                found |= {what: bad_step(engine, batch, topology, what) for what in BAD}
+                counts = (engine.skipped_steps, engine.engine.skipped_steps, engine.engine.global_steps)
+                found["counts"], found["micro_steps"] = counts, engine.engine.micro_steps
+        weights, (head,) = engine.encoder_weights(), engine.heads
+        rest = {"centers": head.centers.detach(), "learning_rates": torch.tensor(learning_rates)}
+        ends.append(weights | rest | engine.head_optimizers[0].state_dict())
+    bad, good = ends
+    found["differing"] = [name for name in good if not torch.equal(good[name], bad[name])]
+    found["last_moved"] = max(rest.abs().max().item() for rest in (good["learning_rates"][1:],)) > 0
+    return found
 
 
 def main(folder: Path) -> None:
@@ -207,22 +242,21 @@ def main(folder: Path) -> None:
         for accumulation in (1, 3):
             engine = build(topology, stage, accumulation, checkpointing=stage == 1, options={"head_lr_scale": 2.0})
             results[f"{stage},{accumulation}"] = captured_step(engine, own_part(global_batch(), topology))
-            if stage == 1:
-                results[f"poison,{accumulation}"] = poison(engine, topology)
     results["sampled"] = sampled_run(topology, ahead=False)
     results["sampled ahead"] = sampled_run(topology, ahead=True)
     engine = build(topology, 1, 1, False, {})
     results["missing"] = captured_step(engine, own_part(global_batch(missing=(0, 7, 8)), topology))
     engine = build(topology, 1, 3, False, {})
     results["missing,3"] = captured_step(engine, own_part(global_batch(missing=(0, 1, 7)), topology))
-    results["poisoned head"] = poison_head(engine, topology)
     engine = build(topology, 1, 1, False, {"head_grad_clip": 0.5})
     results["clipped"] = captured_step(engine, own_part(global_batch(), topology))
     for accumulation in (1, 3):
         engine = build(topology, 1, accumulation, False, {"head_weights": TWO_WEIGHTS}, TWO_HEADS)
         batch = own_part(global_batch(missing=(0, 1, 7), classes=TWO_HEADS), topology)
         results[f"two heads,{accumulation}"] = captured_step(engine, batch)
-    results["poisoned head 1"] = poison_head(engine, topology, TWO_HEADS)
+    results["bad second head"] = bad_step(engine, batch, topology, "head")
+    for combination in BAD_COMBINATIONS[topology.world_size]:
+        results[f"bad,{combination}"] = steps_with_bad_ones(topology, *combination)
     engine = build(topology, 1, 1, False, {"head_weights": TWO_WEIGHTS, "head_grad_clip": 0.5}, TWO_HEADS)
     batch = own_part(global_batch(missing=(0, 1, 7), classes=TWO_HEADS), topology)
     results["two heads,clipped"] = captured_step(engine, batch)

@@ -182,8 +182,8 @@ def test_launchers_may_add_local_rank_and_dashes_are_underscores():
 
 
 def test_letters_that_the_help_shows_work_and_others_are_refused():
-    assert parse("-k", "7").keep_last == 7
-    assert parse("-k=7").keep_last == 7
+    assert parse("-r", "auto").resume == "auto"
+    assert parse("-r=auto").resume == "auto"
     with pytest.raises(ConfigError, match="unexpected argument '-s'"):  # --seed, --shards, --steps...
         parse("-s", "7")
 

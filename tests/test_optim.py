@@ -5,7 +5,7 @@ import torch
 from ranks import run_ranks
 
 from mlcd_ds import optim
-from mlcd_ds.optim import GradientSum, RowAdamW, round_stochastically, sharded_norm
+from mlcd_ds.optim import GradientSum, RowAdamW, round_stochastically, sharded_norms
 from mlcd_ds.sharded_loss import RowGradient
 
 SETTINGS = {"betas": (0.9, 0.98), "eps": 1e-6, "weight_decay": 0.2}
@@ -88,8 +88,15 @@ def test_whole_micro_steps_are_summed_in_the_first_ones_memory():
 def test_norm_is_over_all_shards():
     matrix = start()
     for world_size in (1, 2, 3):
-        norms = run_ranks(world_size, lambda t: sharded_norm(matrix.tensor_split(t.world_size)[t.rank], t).item())
-        assert norms == pytest.approx([matrix.norm().item()] * world_size, rel=1e-14)
+
+        def norms(topology):
+            own = matrix.tensor_split(topology.world_size)[topology.rank]
+            norms_H, riders = sharded_norms([own, 3 * own], topology, riders=torch.tensor([1.0, topology.rank]))
+            return [*norms_H.tolist(), *riders.tolist()]
+
+        norm = matrix.norm().item()
+        for found in run_ranks(world_size, norms):
+            assert found == pytest.approx([norm, 3 * norm, world_size, sum(range(world_size))], rel=1e-14)
 
 
 def test_result_does_not_depend_on_the_blocks(monkeypatch):

@@ -757,3 +757,28 @@ def test_the_host_waits_for_nothing_once_the_sizes_are_known():
         head.mark(torch.randint(0, 1000, (32, 4)).pin_memory(), step=1, capacity=32)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("objective", ["mlcd", "mlc", "cd"])
+def test_vectors_without_direction_get_no_gradient_and_spoil_nobodys(world_size, objective, monkeypatch):
+    """An all-zero embedding and an all-zero center, a positive of some: cosine 0 to everything, as in the definition."""
+    data = Case.data
+
+    def with_zeros(case):
+        embeddings, labels, centers = data(case)
+        embeddings[1] = 0
+        centers[5] = 0
+        labels[2:5, 0] = 5
+        return embeddings, labels, centers
+
+    monkeypatch.setattr(Case, "data", with_zeros)
+    case = Case(sample_rate=1.0, options={"objective": objective})
+    losses, grad_embeddings, grad_centers, sampled = run_sharded(case, world_size)
+    loss, embeddings, centers = run_dense(case, sampled)
+    assert losses == pytest.approx([loss] * world_size, rel=1e-10)
+    torch.testing.assert_close(grad_embeddings, embeddings, rtol=1e-8, atol=1e-12)
+    torch.testing.assert_close(grad_centers, centers, rtol=1e-8, atol=1e-12)
+    assert torch.isfinite(grad_embeddings).all() and torch.isfinite(grad_centers).all()
+    assert not grad_embeddings[1].any() and not grad_centers[5].any()
+    assert grad_embeddings[0].any() and grad_embeddings[2].any()

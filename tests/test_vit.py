@@ -255,3 +255,12 @@ def test_what_does_not_fit_is_refused_with_the_remedy():
         VisionTransformer(TINY, seed=0)(torch.zeros(1, 3, 16, 16, dtype=torch.uint8))
     with pytest.raises(ValueError, match="divisible by 4"):
         VitConfig(**(TINY_ROPE.model_dump() | {"width": 24, "heads": 4}))
+
+
+@pytest.mark.parametrize("value", [0, 128, 255])
+def test_images_of_one_colour_have_finite_embeddings_and_gradients(value):
+    model = VisionTransformer(preset("vit_toy"), seed=0)
+    embeddings = model(torch.full((2, 3, 32, 32), value, dtype=torch.uint8))
+    assert torch.isfinite(embeddings).all() and embeddings.abs().max() > 0
+    embeddings.square().sum().backward()
+    assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())

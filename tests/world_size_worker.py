@@ -100,7 +100,7 @@ def act(topology: Topology, folder: Path, number: int) -> None:
         if number >= len(stages):
             continue
         extra = {"bf16": {"enabled": True}} if "bf16" in name else {}
-        engine = build(topology, stages[number], 1, False, {"sample_rate": 1.0}, extra=extra)
+        engine = build(topology, stages[number], 1, False, {"sample_rate": 1.0}, **extra)
         results = {"losses": [], "initial_seed": None}
         if number:
             before = folder / name / f"step_{number * STEPS:09d}"
