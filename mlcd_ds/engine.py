@@ -485,9 +485,8 @@ class TrainEngine:
 
     def _load_universal(self, folder: Path) -> None:
         config = self.engine._config
-        config.load_universal_checkpoint = (
-            True  # DeepSpeed knows it as a setting of the whole run; it is one of this load
-        )
+        # To DeepSpeed it is a setting of the whole run; to us, of this load.
+        config.load_universal_checkpoint = True
         try:
             self._load_engine(folder)
         finally:

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from functools import cache
@@ -299,3 +300,18 @@ def test_the_map_in_the_readme_names_exactly_the_files_that_exist():
     missing = {name for name in actual if name not in named and not name.startswith(tuple(folders))}
     assert not missing, f"not in the README's map: {sorted(missing)}"
     assert not named - actual, f"in the README's map, but not there: {sorted(named - actual)}"
+
+
+def test_the_tests_that_the_promises_name_exist():
+    """docs/reliability.md: `test_file.py::test_name`, and `::test_name` of the file named before."""
+    file, named = None, 0
+    for name in re.findall(
+        r"`((?:test_\w+\.py)?(?:::test_\w+)?)(?:\[[^`]*)?`", (ROOT / "docs/reliability.md").read_text()
+    ):
+        module, _, test = name.partition("::")
+        file = ROOT / "tests" / module if module else file
+        if name:
+            assert file and file.is_file(), name
+            assert not test or f"def {test}(" in file.read_text(), name
+            named += bool(test)
+    assert named > 10

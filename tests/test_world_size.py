@@ -81,6 +81,7 @@ def test_pickle_that_is_not_ours_and_an_encoder_that_is_another_are_refused_by_e
     assert "foreign_pickle/engine/zero_pp_rank_1_mp_rank_00_optim_states.pt would import" in last["foreign_pickle"]
     assert "system when it is loaded" in last["foreign_pickle"]
     assert "1 tensors differ (projection.weight)" in last["another_encoder"]
+    assert "was written with ZeRO stage 0, this run has stage 1" in last["stage 0"]
 
 
 GLOBAL_BATCH, LENGTH, KILLED = 24, 10, 9

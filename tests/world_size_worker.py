@@ -69,6 +69,10 @@ def foreign_pickle(path: Path) -> None:
     torch.save({"loss_scaler": Attack(path / "mark")}, path / "engine" / "zero_pp_rank_1_mp_rank_00_optim_states.pt")
 
 
+def of_stage_0(path: Path) -> None:
+    """What state.json says is enough."""
+
+
 class Attack:
     def __init__(self, mark: Path):
         self.mark = mark
@@ -125,6 +129,7 @@ def act(topology: Topology, folder: Path, number: int) -> None:
         if name == "1" and number == len(stages) - 1:
             for spoil in (another_encoder, foreign_pickle):
                 results[spoil.__name__] = refusal(engine, topology, before, spoil, found)
+            results["stage 0"] = refusal(engine, topology, before, of_stage_0, found | {"zero_stage": 0})
         torch.save(results, folder / name / f"act{number}_rank{topology.rank}.pt")
 
 
