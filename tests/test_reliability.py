@@ -29,7 +29,7 @@ def found(tmp_path_factory):
     """What became of each run of faults_worker.py."""
     folder = tmp_path_factory.mktemp("faults")
     command = [sys.executable, ROOT / "tests" / "faults_worker.py", folder]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=500)
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads((folder / "found.json").read_text())
 
@@ -174,7 +174,7 @@ def test_twenty_random_kills_resume_to_the_same_end(tmp_path):
     command = [sys.executable, ROOT / "tools" / "soak.py", "kills", "--kills", "20", "--seed", "1", "--steps", "6"]
     command += ["--output_dir", tmp_path / "soak", "--output", tmp_path / "kills.json", "--kills_per_run", "5"]
     command += ["--zero_stages", "1,3", "--workers", "0,2", "--accumulations", "2"]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=560)
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=1500)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     counts = json.loads((tmp_path / "kills.json").read_text())
     assert counts["kills"] == 20
