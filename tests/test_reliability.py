@@ -9,12 +9,15 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from processes import ROOT, free_port
 
 from mlcd_ds import soak, watch
 from mlcd_ds.checkpoint import published, step_of
-from mlcd_ds.errors import PeerError, Preempted
+from mlcd_ds.errors import DeviceMemoryError, PeerError, Preempted
+from mlcd_ds.run_folder import RunFolder
 from mlcd_ds.topology import Topology
+from mlcd_ds.train import naming_memory_settings
 
 PREEMPTED, BAD_NUMBERS, PEER_LOST, NOT_SAVED, NO_DATA = 75, 5, 6, 7, 3
 
@@ -220,6 +223,14 @@ def test_only_errors_of_collectives_are_a_lost_peer(monkeypatch):
             raise RuntimeError(
                 "[/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:4. This is typical"
             )
+
+
+def test_lack_of_device_memory_names_what_takes_it(tmp_path):
+    run = RunFolder(tmp_path)
+    run.step = 7
+    with pytest.raises(DeviceMemoryError, match="after step 7 .*CUDA out of memory.*train_micro_batch_size_per_gpu"):
+        with naming_memory_settings(run):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore")
 
 
 def test_no_launcher_no_watch(monkeypatch):
