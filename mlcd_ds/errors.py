@@ -58,6 +58,12 @@ class SaveError(UserError):
     exit_code = 7
 
 
+class DeviceMemoryError(UserError):
+    """The GPU's memory did not suffice."""
+
+    exit_code = 8
+
+
 class Preempted(UserError):
     """The run was asked to stop (a signal, a launcher that is gone), and has; --resume auto goes on from there."""
 

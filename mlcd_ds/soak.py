@@ -62,7 +62,7 @@ IMPORTED_ON_THE_WAY = (
     "deepspeed.runtime.zero.muon.muon_optimizer",
     "torch.utils.tensorboard",
 )
-ONLY_ON_RANK_0 = ("encoder", "json", "sync_folder", "rename", "latest")
+ONLY_ON_RANK_0 = ("deepspeed", "encoder", "json", "sync_folder", "rename", "latest")
 
 
 class SoakError(Exception):
@@ -174,7 +174,7 @@ class Kill:
         """A random one. first_step: of the attempt. steps, seconds: how long an undisturbed run is."""
         kind = generator.random()
         if kind < 0.25:
-            how, at = "time", round(generator.uniform(0, seconds), 3)
+            how, at = "time", round(generator.uniform(0, 0.7 * seconds), 3)
         elif kind < 0.5:
             how, at = "step", generator.randrange(first_step, steps)
         else:

@@ -4,6 +4,7 @@ deepspeed [--hostfile hosts] mlcd_ds/train.py --deepspeed_config ds_configs/vit_
     --shards 'data/{00000..00099}.tar' --labels labels/ --model vit_l14 --output_dir run/
 """
 
+import contextlib
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,7 +28,15 @@ from mlcd_ds.data.plan import EpochPlan
 from mlcd_ds.data.tars import expand_shards, shard_name
 from mlcd_ds.ds_config import BatchSizes, DeepSpeedSettings, load_deepspeed_config, resolve_deepspeed_config
 from mlcd_ds.engine import StepResult, TrainEngine
-from mlcd_ds.errors import CheckpointError, ConfigError, DataError, NonFiniteError, Preempted, SaveError
+from mlcd_ds.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    DeviceMemoryError,
+    NonFiniteError,
+    Preempted,
+    SaveError,
+)
 from mlcd_ds.files import write_json
 from mlcd_ds.models.vit import VisionTransformer, VitConfig, preset
 from mlcd_ds.monitor import Monitor, never_stopping
@@ -56,7 +65,7 @@ def train(config: RunConfig) -> None:
     run = RunFolder(config.output_dir)
     with Watch(topology, config.timeout_minutes, config.warn_data_wait_seconds, run.ended_at_once) as watch:
         try:
-            with watch.naming_peers():
+            with watch.naming_peers(), naming_memory_settings(run):
                 train_in(run, config, raw, topology, watch)
         except Preempted as stop:
             watch.stop_beating()
@@ -68,6 +77,19 @@ def train(config: RunConfig) -> None:
             run.fail(error, topology.rank)
             raise
     topology.stop()
+
+
+@contextlib.contextmanager
+def naming_memory_settings(run: RunFolder) -> Iterator[None]:
+    """Turns a GPU's lack of memory within it into a DeviceMemoryError that names what takes memory. Nothing is retried."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise DeviceMemoryError(
+            f"after step {run.step} the GPU's memory did not suffice ({str(error).splitlines()[0]}). The card at the start "
+            'says what takes how much. Lower "train_micro_batch_size_per_gpu", add "activation_checkpointing": {}, raise '
+            '"zero_optimization.stage" in the DeepSpeed JSON, or lower --sample_rate or --workspace_mb; then --resume auto.'
+        ) from error
 
 
 def train_in(run: RunFolder, config: RunConfig, raw: dict, topology: Topology, watch: Watch) -> None:

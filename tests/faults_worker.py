@@ -18,7 +18,7 @@ from mlcd_ds.data.loader import ImageLabelLoader
 from mlcd_ds.engine import TrainEngine
 from mlcd_ds.files import write_json
 
-RANKS, STEPS, LIMIT_SECONDS = 2, 10_000, 120
+RANKS, STEPS, LIMIT_SECONDS = 2, 10_000, 240
 SCENES: list = []
 CASE = soak.Case(zero_stage=1, workers=1, accumulation=1)
 

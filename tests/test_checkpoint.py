@@ -8,7 +8,7 @@ import torch
 
 from mlcd_ds import checkpoint
 from mlcd_ds.checkpoint import CheckpointStore, load_rows, published, save_rows
-from mlcd_ds.errors import CheckpointError, NewerFormatError
+from mlcd_ds.errors import CheckpointError, NewerFormatError, SaveError
 from mlcd_ds.files import save_tensors, sha256, write_json
 from mlcd_ds.models.vit import VisionTransformer, VitConfig
 from mlcd_ds.partition import ClassPartition
@@ -268,3 +268,48 @@ def test_encoder_that_is_missing_damaged_or_another_is_named(tmp_path):
     (folder / "encoder.safetensors").write_bytes(b"not safetensors")
     with pytest.raises(CheckpointError, match="encoder.safetensors cannot be read"):
         checkpoint.load_encoder(tmp_path)
+
+
+def test_checkpoints_of_every_nth_step_stay_beside_the_last(tmp_path):
+    for step in range(1, 8):
+        writer = CheckpointStore(tmp_path, Topology.single(), keep_last=2, keep_every=3)
+        writer.write(step, lambda folder, step=step: fill(folder, step))
+    assert [checkpoint.step_of(path) for path in published(tmp_path / "checkpoints")] == [3, 6, 7]
+
+
+def fill(staging, step):
+    save_rows(staging / "head", 0, 5, 5, {"centers": torch.full((5, 2), float(step))})
+    save_tensors(staging / "ranks" / checkpoint.rank_file(0), {"torch": torch.get_rng_state()})
+    write_json(staging / "state.json", {"step": step})
+
+
+@pytest.mark.parametrize("name", ["stage", "write", "sync_file", "write_json", "sync_folder", "write_text"])
+def test_a_save_that_cannot_be_written_leaves_the_one_before_and_nothing_else(tmp_path, monkeypatch, name):
+    writer = store(tmp_path)
+    writer.write(1, lambda folder: fill(folder, 1))
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        if name == "stage":
+            patch.setattr(checkpoint.Path, "mkdir", full)
+        elif name != "write":
+            patch.setattr(checkpoint, name, full)
+        function = full if name == "write" else lambda folder: fill_with_files(folder, 2)
+        with pytest.raises(SaveError, match="step_000000002.tmp could not be written on rank.*No space left"):
+            writer.write(2, function)
+    assert list((tmp_path / "checkpoints").glob("*.tmp")) == []
+    found = published(tmp_path / "checkpoints")
+    # Where only the pointer for people could not be written, the checkpoint itself is there, and whole.
+    assert [checkpoint.step_of(path) for path in found] == ([1, 2] if name == "write_text" else [1])
+    checkpoint.verify(found[-1])
+    writer.write(3, lambda folder: fill(folder, 3))
+    assert store(tmp_path).find().step == 3
+
+
+def fill_with_files(staging, step):
+    """`fill` past a `write_json` that fails."""
+    save_rows(staging / "head", 0, 5, 5, {"centers": torch.full((5, 2), float(step))})
+    save_tensors(staging / "ranks" / checkpoint.rank_file(0), {"torch": torch.get_rng_state()})
+    (staging / "state.json").write_text('{"step": 2}')

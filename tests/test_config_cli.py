@@ -293,3 +293,9 @@ def test_defaults_are_valid_and_settings_are_frozen():
         assert cls.model_validate(values.model_dump()) == values
         with pytest.raises(Exception, match="Extra inputs"):
             cls(**required, no_such_setting=1)
+
+
+def test_only_steps_that_are_saved_can_be_kept():
+    assert parse("--keep_every", "3000", "--save_every_steps", "1000").keep_every == 3000
+    with pytest.raises(ConfigError, match="--keep_every 1500 is no multiple of --save_every_steps 1000"):
+        parse("--keep_every", "1500")

@@ -9,12 +9,15 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from processes import ROOT, free_port
 
 from mlcd_ds import soak, watch
 from mlcd_ds.checkpoint import published, step_of
-from mlcd_ds.errors import PeerError, Preempted
+from mlcd_ds.errors import DeviceMemoryError, PeerError, Preempted
+from mlcd_ds.run_folder import RunFolder
 from mlcd_ds.topology import Topology
+from mlcd_ds.train import naming_memory_settings
 
 PREEMPTED, BAD_NUMBERS, PEER_LOST, NOT_SAVED, NO_DATA = 75, 5, 6, 7, 3
 
@@ -29,7 +32,7 @@ def found(tmp_path_factory):
     """What became of each run of faults_worker.py."""
     folder = tmp_path_factory.mktemp("faults")
     command = [sys.executable, ROOT / "tests" / "faults_worker.py", folder]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=500)
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads((folder / "found.json").read_text())
 
@@ -174,7 +177,7 @@ def test_twenty_random_kills_resume_to_the_same_end(tmp_path):
     command = [sys.executable, ROOT / "tools" / "soak.py", "kills", "--kills", "20", "--seed", "1", "--steps", "6"]
     command += ["--output_dir", tmp_path / "soak", "--output", tmp_path / "kills.json", "--kills_per_run", "5"]
     command += ["--zero_stages", "1,3", "--workers", "0,2", "--accumulations", "2"]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=560)
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=1500)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     counts = json.loads((tmp_path / "kills.json").read_text())
     assert counts["kills"] == 20
@@ -220,6 +223,14 @@ def test_only_errors_of_collectives_are_a_lost_peer(monkeypatch):
             raise RuntimeError(
                 "[/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:4. This is typical"
             )
+
+
+def test_lack_of_device_memory_names_what_takes_it(tmp_path):
+    run = RunFolder(tmp_path)
+    run.step = 7
+    with pytest.raises(DeviceMemoryError, match="after step 7 .*CUDA out of memory.*train_micro_batch_size_per_gpu"):
+        with naming_memory_settings(run):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore")
 
 
 def test_no_launcher_no_watch(monkeypatch):
