@@ -20,11 +20,11 @@ from torch.utils.data import DataLoader, Dataset
 from mlcd_ds.batch import NO_IMAGE, ImageLabelBatch
 from mlcd_ds.collectives import gather_objects, sum_
 from mlcd_ds.config import RunConfig
-from mlcd_ds.data.decode import ImageError, decode_image
+from mlcd_ds.data.decode import ImageError
 from mlcd_ds.data.labels import draw_positives
 from mlcd_ds.data.plan import EpochPlan, augmentation_generator, positives_generator
 from mlcd_ds.data.shards import ShardReader, ShardTable, build_shard_table
-from mlcd_ds.data.transforms import random_resized_crop
+from mlcd_ds.data.transforms import decode_random_resized_crop
 from mlcd_ds.errors import ConfigError, DataError, UserError
 from mlcd_ds.topology import Topology
 
@@ -90,9 +90,6 @@ class _Pieces(Dataset):
         self.config, self.table, self.plan, self.image_size = config, table, plan, image_size
         self.start, self.stop = start, stop
         self.pieces = math.ceil((stop - start) / IMAGES_PER_PIECE)
-        # All crops but the smallest and longest find at least `image_size` pixels a side: the area's share is at least
-        # crop_scale_min, so a side's is its root.
-        self.min_side = math.ceil(image_size / math.sqrt(config.crop_scale_min))
         self._labels_per_row = len(table.labels_infos) * config.labels_per_visit
         self._reader: ShardReader | None = None
 
@@ -122,12 +119,13 @@ class _Pieces(Dataset):
                 if not contents.labelled[index]:
                     raise ImageError("no_label", "a label file lacks its key")
                 data = self._reader.image_bytes(contents, index)
-                pixels = decode_image(data, self.config.max_pixels, self.min_side)
+                generator = augmentation_generator(self.plan.seed, epoch, shard, index)
+                crop = decode_random_resized_crop(
+                    data, self.config.max_pixels, size, self.config.crop_scale_min, self.config.flip, generator
+                )
             except ImageError as error:
                 piece.skipped.append((error.reason, f"{self.table.names[shard]}/{key}: {error.reason}: {error}"))
                 continue
-            generator = augmentation_generator(self.plan.seed, epoch, shard, index)
-            crop = random_resized_crop(pixels, size, self.config.crop_scale_min, self.config.flip, generator)
             images_uCHH[row] = crop.transpose(2, 0, 1)
             labels_uL[row] = self._labels(contents.labels[index], epoch, shard, index)
             piece.keys[row] = key
