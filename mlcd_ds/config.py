@@ -217,6 +217,14 @@ class ToyShardsConfig(Settings):
     seed: int = Field(0, ge=0)
 
 
+class IndexShardsConfig(Settings):
+    """tools/index_shards.py."""
+
+    shards: str = Field(description="tars: braces, globs, text files of paths, '::' between several")
+    shard_cache: str | None = Field(None, description="folder for remote tars; needed for URLs")
+    timeout_minutes: Finite = Field(60.0, gt=0, description="longest wait for another rank")
+
+
 class FeaturesConfig(Settings):
     """tools/extract_features.py."""
 
