@@ -352,3 +352,16 @@ class BenchHeadConfig(Settings):
     )
     output: str | None = Field(None, description="JSON to write with all numbers")
     seed: int = Field(0, ge=0, lt=2**31)
+
+
+class BenchDataConfig(Settings):
+    """tools/bench.py data."""
+
+    shards: str | None = Field(None, description="tars of photographs; none: pictures of 1600 x 1200 made for it")
+    image_size: int = Field(224, ge=8, description="pixels a side to crop photographs to")
+    images: int = Field(48, ge=1, description="photographs to decode at most (and to make)")
+    small_images: int = Field(3000, ge=1, description="pictures of 32 x 32 to make")
+    batch_size: int = Field(32, ge=1, description="of the whole loader")
+    repeats: int = Field(5, ge=1, description="rounds; each times every contender once")
+    output: str | None = Field(None, description="JSON to write with all numbers")
+    seed: int = Field(0, ge=0, lt=2**31)

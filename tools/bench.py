@@ -1,6 +1,7 @@
 """What the parts cost: measurements against what cannot be undercut.
 
 python tools/bench.py head --shapes B256_K200000_D512_r0.1 --ranks 2 --output head.json
+python tools/bench.py data --shards 'photos/*.tar' --output data.json
 """
 
 import sys
@@ -11,11 +12,12 @@ import fire
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mlcd_ds import cli
+from mlcd_ds.benchmarks.data import bench_data
 from mlcd_ds.benchmarks.head import bench_head
-from mlcd_ds.config import BenchHeadConfig
+from mlcd_ds.config import BenchDataConfig, BenchHeadConfig
 from mlcd_ds.errors import ConfigError
 
-DOORS = {"head": (bench_head, BenchHeadConfig)}
+DOORS = {"head": (bench_head, BenchHeadConfig), "data": (bench_data, BenchDataConfig)}
 """Sub-command: what it calls, and the settings that are its flags."""
 
 

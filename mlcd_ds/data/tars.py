@@ -164,10 +164,15 @@ def _open_remote(url: str):
     try:
         return fsspec.open(url, "rb").open()
     except (ImportError, ValueError):  # no such protocol, or its package is not installed
-        os.environ.setdefault("WDS_SECURE", "1")  # read when webdataset is imported: no pipes, no unpickling
-        import webdataset
+        return import_webdataset().gopen(url, "rb")
 
-        return webdataset.gopen(url, "rb")
+
+def import_webdataset():
+    """The module webdataset, in its secure mode: no pipes, no unpickling."""
+    os.environ.setdefault("WDS_SECURE", "1")  # read when webdataset is imported
+    import webdataset
+
+    return webdataset
 
 
 # ---------------------------------------------------------------------------------------------- what is inside
@@ -234,8 +239,10 @@ def _index(path: Path, view: mmap.mmap) -> TarIndex:
             ignored += 1
             continue
         key, extension = parts
-        members = samples.setdefault(key, {})
-        if extension in members:
+        members = samples.get(key)
+        if members is None:
+            samples[key] = {extension: (offset, size)}
+        elif extension in members:
             duplicates += 1
         else:
             members[extension] = (offset, size)
@@ -436,9 +443,12 @@ def read_samples(
     index = index_tar(path) if index is None else index
     wanted = None if extensions is None else {extension.lower() for extension in extensions}
     with index.path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
+        end = max((offset + size for members in index.members.values() for offset, size in members.values()), default=0)
+        if end > len(view):
+            raise DataError(f"the tar {path} has {len(view)} bytes, its index says {end}: did the file change?")
         for key in index.keys:
             members = index.members[key].items()
-            yield key, {ext: read_member(view, *place) for ext, place in members if wanted is None or ext in wanted}
+            yield key, {ext: view[at : at + size] for ext, (at, size) in members if wanted is None or ext in wanted}
 
 
 def write_tar(path: str | Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> int:
