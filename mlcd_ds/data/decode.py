@@ -33,6 +33,7 @@ _FORMATS = ("JPEG", "PNG", "WEBP")
 _PNG_START = b"\x89PNG\r\n\x1a\n"
 _EXIF = b"Exif\0\0"
 _ORIENTATION_TAG = 0x0112
+_TURNED, _X_MIRRORED, _Y_MIRRORED = (5, 6, 7, 8), (2, 3, 6, 7), (3, 4, 7, 8)
 
 
 class ImageError(DataError):
@@ -80,11 +81,16 @@ def decode_crop(data: bytes, max_pixels: int, size: int, choose: Callable[[int, 
         left, top, width, height = choose(image.shape[1], image.shape[0])
         return image[top : top + height, left : left + width]
     height, width, orientation = header
-    box = choose(height, width) if orientation >= 5 else choose(width, height)
-    side = min(box[2:])
+    upright = (height, width) if orientation in _TURNED else (width, height)
+    left, top, width, height = choose(*upright)
+    side = min(width, height)
     divisor = _divisor(side, size)
     image = _orient(_decode_jpeg(data, header, divisor, fast=side >= FAST_MARGIN * size), orientation)
-    left, top, width, height = (round(side / divisor) for side in box)
+    # A scaled image ends in a partial pixel, which mirroring brings to the front.
+    beyond_x, beyond_y = (-side % divisor for side in upright)
+    left += beyond_x if orientation in _X_MIRRORED else 0
+    top += beyond_y if orientation in _Y_MIRRORED else 0
+    left, top, width, height = (round(side / divisor) for side in (left, top, width, height))
     return image[top : top + height, left : left + width]
 
 
@@ -168,11 +174,11 @@ def _orient(image: np.ndarray, orientation: int) -> np.ndarray:
     """Turns [H, W, 3] as EXIF's `orientation` says."""
     if orientation == 1:
         return image
-    if orientation >= 5:
+    if orientation in _TURNED:
         image = image.transpose(1, 0, 2)
-    if orientation in (3, 4, 7, 8):
+    if orientation in _Y_MIRRORED:
         image = image[::-1]
-    if orientation in (2, 3, 6, 7):
+    if orientation in _X_MIRRORED:
         image = image[:, ::-1]
     return np.ascontiguousarray(image)
 
