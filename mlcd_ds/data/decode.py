@@ -36,8 +36,12 @@ _ORIENTATION_TAG = 0x0112
 _TURNED, _X_MIRRORED, _Y_MIRRORED = (5, 6, 7, 8), (2, 3, 6, 7), (3, 4, 7, 8)
 
 
+IMAGE_PROBLEMS = ("empty", "not_an_image", "too_large", "broken")
+"""Why an image cannot be used."""
+
+
 class ImageError(DataError):
-    """An image that cannot be used. reason: "empty", "not_an_image", "too_large" or "broken"."""
+    """An image that cannot be used. reason: one of IMAGE_PROBLEMS, or a caller's own."""
 
     def __init__(self, reason: str, message: str):
         super().__init__(message)
