@@ -365,3 +365,11 @@ class BenchDataConfig(Settings):
     repeats: int = Field(5, ge=1, description="rounds; each times every contender once")
     output: str | None = Field(None, description="JSON to write with all numbers")
     seed: int = Field(0, ge=0, lt=2**31)
+
+
+class SoakMutationsConfig(Settings):
+    """tools/soak_mutations.py."""
+
+    count: int = Field(6000, ge=1, description="damaged files to read, tars and label files in turn")
+    output: str | None = Field(None, description="JSON to write with the counts")
+    seed: int = Field(0, ge=0, lt=2**31)

@@ -124,6 +124,22 @@ def test_damaged_files_are_refused_by_name(tmp_path, damage):
             read(path)
 
 
+def test_a_label_that_is_changed_in_the_file_is_found(tmp_path):
+    """Parquet itself would hand out the other label: it checks nothing."""
+    path = tmp_path / "00003.parquet"
+    write_label_shard(path, KEYS, LABELS, COSINES, INFO)
+    table = pq.read_table(path)
+    rows = table.column("label").to_pylist()
+    rows[1] = [8]
+    changed = table.set_column(1, table.schema.field("label"), pa.array(rows, pa.list_(pa.int32())))
+    pq.write_table(changed, path)
+    with pytest.raises(DataError, match="00003.parquet: its rows do not match their SHA-256"):
+        read_label_shard(path)
+    old = {key: value for key, value in table.schema.metadata.items() if key != b"mlcd_ds.sha256"}
+    pq.write_table(table.replace_schema_metadata(old), path)  # as earlier versions wrote it
+    assert (read_label_shard(path).labels == LABELS).all()
+
+
 # ------------------------------------------------------------------------------------------------ a folder of them
 
 NAMES = ["00000", "00001", "00002"]

@@ -103,10 +103,10 @@ class SkippedNames:
     def write(self, names: Sequence[str]) -> None:
         """Appends names. Raises DataError where that cannot be."""
         names = [" ".join(name.split()) for name in names[: max(0, MAX_NAMES + 1 - self._written)]]
-        if self._written + len(names) > MAX_NAMES:
-            names[-1] = f"... more than {MAX_NAMES}: the rest is counted in metrics.jsonl"
         if not names:
             return
+        if self._written + len(names) > MAX_NAMES:
+            names[-1] = f"... more than {MAX_NAMES}: the rest is counted in metrics.jsonl"
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:
