@@ -109,9 +109,8 @@ def write_label_shard(
 def read_label_shard(path: str | Path) -> LabelShard:
     """Reads and checks a label shard.
 
-    Raises DataError, naming the file, when it is missing, damaged (also where only its SHA-256 shows it), not a label shard, or
-    holds a label outside
-    0..k-1, a row longer than l, a key twice, or a cosine that is not a number.
+    Raises DataError, naming the file, when it is missing, damaged (also where only its SHA-256 shows it), not a label
+    shard, or holds a label outside 0..k-1, a row longer than l, a key twice, or a cosine that is not a number.
     """
     path = Path(path)
     try:
