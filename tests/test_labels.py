@@ -346,7 +346,8 @@ def test_missing_and_surplus_labels_below_the_limit_are_counted(tmp_path):
     shards = make_shards(tmp_path, [3, 5])
     write_labels(tmp_path / "labels", "00001", [f"00001{i:04d}" for i in range(1, 9)])
     table = table_on_ranks(2, shards, tmp_path / "labels", allowed=0.2)[0]
-    assert table.counts == (3, 5) and table.without_label == 1
+    assert table.counts == (3, 5) and table.without_label == 1 and table.surplus_labels == 4
+    assert any(line.startswith("4 labels are of images that the tars lack") for line in table.unused())
     assert table.load(1).labelled.tolist() == [False, True, True, True, True]
 
 

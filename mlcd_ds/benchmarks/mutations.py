@@ -92,7 +92,7 @@ class Mutations:
         if ledger.num_skipped:
             return "counted skip"
         if images.keys() != self.images.keys():
-            return "fewer or other samples, counted"
+            return "whole images lost, said at the start"
         same = all(np.array_equal(images[key], self.images[key]) for key in images)
         return "read as written" if same else "altered"
 
@@ -104,6 +104,7 @@ class Mutations:
         loader = ImageLabelLoader(self.settings, table, plan, SIDE, one)
         (batch,) = loader.iterate(0, 1)
         ledger = loader.ledger
+        assert table.num_samples + table.surplus_labels == IMAGES + table.without_label, "lost images are not told"
         assert ledger.read == table.num_samples == ledger.decoded_of[0] + ledger.skipped_of[0], (
             "the counts do not add up"
         )

@@ -65,7 +65,8 @@ class ShardTable:
     shards: paths or URLs, and names: what their labels are found by. counts: images of each. labels_dirs: the H folders of
     labels, and labels_infos: what the labels of each are of. without_label: images without a label in some folder (they
     are skipped, and counted, in every epoch). duplicates, ignored, without_image: members and samples of the tars that
-    are not used (see `TarIndex`). unfit_indexes: side-car indexes that are stale or damaged (their tars were walked).
+    are not used (see `TarIndex`). unfit_indexes: side-car indexes that are stale or damaged (their tars were
+    walked). surplus_labels: rows of label files whose image is not in the tar (one that lost whole members looks like that).
     """
 
     shards: tuple[str, ...]
@@ -80,6 +81,7 @@ class ShardTable:
     ignored: int = 0
     without_image: int = 0
     unfit_indexes: int = 0
+    surplus_labels: int = 0
     kept: dict[int, ShardContents] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -94,6 +96,7 @@ class ShardTable:
             (self.duplicates, "members repeat a name of their tar: the first one counts"),
             (self.without_image, "samples have no image"),
             (self.ignored, "members are not part of a sample (no extension, or not a file)"),
+            (self.surplus_labels, "labels are of images that the tars lack: did tars lose images after labelling?"),
             (
                 self.unfit_indexes,
                 "indexes are stale or damaged, their tars were walked: run tools/index_shards.py again",
@@ -161,6 +164,7 @@ class _Found:
     ignored: int = 0
     without_image: int = 0
     index_source: str = "absent"
+    surplus_labels: int = 0
     missing_labels: Path | None = None  # the folder
     error: str | None = None
 
@@ -210,6 +214,7 @@ def build_shard_table(
         duplicates=sum(entry.duplicates for entry in found),
         ignored=sum(entry.ignored for entry in found),
         without_image=sum(entry.without_image for entry in found),
+        surplus_labels=sum(entry.surplus_labels for entry in found),
         unfit_indexes=sum(entry.index_source in ("stale", "damaged") for entry in found),
         kept=kept,
     )
@@ -246,6 +251,10 @@ def _examine(
             return found
         contents = _join(index, labels, num_positives)
         found.lacking_in = tuple(int((_rows(index, shard_labels) < 0).sum()) for shard_labels in labels)
+        found.surplus_labels = sum(
+            len(shard_labels.keys) - len(index.keys) + lacking
+            for shard_labels, lacking in zip(labels, found.lacking_in, strict=True)
+        )
         lacking = np.nonzero(~contents.labelled)[0]
         found.num_unlabelled = len(lacking)
         found.unlabelled = tuple(contents.key(row) for row in lacking[:3])
