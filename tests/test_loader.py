@@ -1,5 +1,6 @@
 """The order of samples, and batches that depend on neither ranks nor loader processes."""
 
+import json
 import multiprocessing
 import os
 import pickle
@@ -410,14 +411,18 @@ def test_names_of_skipped_samples_are_written_as_they_come(damaged, monkeypatch)
     table = build_shard_table(shards, [folder / "labels"], 3, 1.0, None, Topology.single())
     plan = EpochPlan(5, table.counts, 8, 6)
 
-    def pass_over(start, stop):
+    def pass_over(start, stop, final=False):
         loader = ImageLabelLoader(settings, table, plan, 24, Topology.single(), folder / "run" / "skipped")
         collect(loader, start, stop)
+        loader.count_skipped(final)
         return loader.ledger.names
 
-    names = pass_over(0, 3) + pass_over(3, 5)  # as a resumed run would
+    names = pass_over(0, 3) + pass_over(3, 5, final=True)  # as a resumed run would
     lines = (folder / "run" / "skipped" / "rank_00000.txt").read_text().splitlines()
     assert lines == [" ".join(name.split()) for name in names] and len(lines) == 6
+    sums = json.loads((folder / "run" / "skipped" / "by_shard.json").read_text())
+    assert [row["images"] for row in sums.values()] == [20, 20] and list(sums) == ["00000", "00001"]
+    assert sum(row["decoded"] + row["skipped"] for row in sums.values()) == 16  # two steps of 8 since the restart
     monkeypatch.setattr(loader_module, "MAX_NAMES", 8)
     pass_over(0, 5)
     pass_over(0, 5)

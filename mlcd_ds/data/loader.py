@@ -27,6 +27,7 @@ from mlcd_ds.data.plan import EpochPlan, augmentation_generator, positives_gener
 from mlcd_ds.data.shards import ShardReader, ShardTable, build_shard_table
 from mlcd_ds.data.transforms import decode_random_resized_crop
 from mlcd_ds.errors import ConfigError, DataError, UserError
+from mlcd_ds.files import write_json
 from mlcd_ds.topology import Topology
 
 __all__ = ["ImageLabelLoader", "Ledger", "build_shard_table"]
@@ -93,12 +94,13 @@ class Skipped:
 class SkippedNames:
     """The file of one rank's skipped samples, `run/skipped/rank_00003.txt`, a line each, written as they come.
 
-    A resumed run appends. At most MAX_NAMES lines a run and rank: then one that says so, and the counts go on.
+    A resumed run appends, the names of steps that it repeats once more. At most MAX_NAMES lines a run and rank: then one
+    that says so, and the counts go on.
     """
 
     def __init__(self, folder: Path, rank: int):
         self.path = folder / f"rank_{rank:05d}.txt"
-        self._written = len(self.path.read_text().splitlines()) if self.path.exists() else 0
+        self._written = len(self.path.read_text(encoding="utf-8").splitlines()) if self.path.exists() else 0
 
     def write(self, names: Sequence[str]) -> None:
         """Appends names. Raises DataError where that cannot be."""
@@ -243,7 +245,7 @@ class ImageLabelLoader:
     labels a visit, size and skip limits. table: from `build_shard_table`. plan: made of the table's counts; its global
     batch is split evenly over `topology`'s ranks, consecutive slots to each. image_size: H. Batches are in pinned memory
     when `topology.device` is a GPU. `ledger` counts what came out of `iterate` and what was skipped; skipped_folder: where
-    the names of the skipped are written, see `SkippedNames`.
+    the names of the skipped are written, see `SkippedNames`, and at the end `by_shard.json`, the sums of every tar.
     Raises ConfigError when the global batch cannot be split.
     """
 
@@ -265,6 +267,7 @@ class ImageLabelLoader:
         self.images_per_rank = plan.global_batch // topology.world_size
         self.max_skipped_fraction = config.max_skipped_fraction
         self.ledger = Ledger()
+        self._skipped_folder = skipped_folder
         self._names = None if skipped_folder is None else SkippedNames(skipped_folder, topology.rank)
         start = topology.rank * self.images_per_rank
         self._dataset = _Pieces(config, table, plan, image_size, start, start + self.images_per_rank)
@@ -311,11 +314,14 @@ class ImageLabelLoader:
     def count_skipped(self, final: bool) -> tuple[int, Counter]:
         """(decoded, skipped by reason) of all ranks so far. All ranks call it together: one all-reduce of a few numbers.
 
-        Of what came out of `iterate`: whoever asks for a batch before the last one is used counts it already.
+        When `final`, one gather of the sums per tar more. Of what came out of `iterate`: whoever asks for a batch before
+        the last one is used counts it already.
         Raises DataError, on every rank, with counts by reason and examples, when more than `max_skipped_fraction` were
         skipped; judged from MIN_SAMPLES_TO_JUDGE samples on, or when `final`.
         """
         own = [self.ledger.decoded, *(self.ledger.skipped[reason] for reason in SKIP_REASONS)]
+        if final and self._skipped_folder is not None:
+            self._write_shards(self._skipped_folder / "by_shard.json")
         decoded, *numbers = sum_(torch.tensor(own, device=self._topology.device), self._topology).tolist()
         reasons = Counter({reason: count for reason, count in zip(SKIP_REASONS, numbers, strict=True) if count})
         skipped = reasons.total()
@@ -328,6 +334,21 @@ class ImageLabelLoader:
                 "the fraction."
             )
         return decoded, reasons
+
+    def _write_shards(self, path: Path) -> None:
+        """Rank 0 writes, of every tar: its images, and how often one was decoded and skipped since the (re)start."""
+        own = (dict(self.ledger.decoded_of), dict(self.ledger.skipped_of))
+        ledgers = gather_objects(own, self._topology)
+        if not self._topology.is_main:
+            return
+        decoded, skipped = (sum((Counter(ledger[i]) for ledger in ledgers), Counter()) for i in (0, 1))
+        table = self._dataset.table
+        path.parent.mkdir(parents=True, exist_ok=True)
+        rows = enumerate(zip(table.names, table.counts, strict=True))
+        write_json(
+            path,
+            {name: {"images": count, "decoded": decoded[i], "skipped": skipped[i]} for i, (name, count) in rows},
+        )
 
     def close(self) -> None:
         """Ends the loader processes; `iterate` would start new ones."""
