@@ -239,6 +239,14 @@ class ToyShardsConfig(Settings):
     seed: int = Field(0, ge=0)
 
 
+class IndexShardsConfig(Settings):
+    """tools/index_shards.py."""
+
+    shards: str = Field(description="tars: braces, globs, text files of paths, '::' between several")
+    shard_cache: str | None = Field(None, description="folder for remote tars; needed for URLs")
+    timeout_minutes: Finite = Field(60.0, gt=0, description="longest wait for another rank")
+
+
 class FeaturesConfig(Settings):
     """tools/extract_features.py."""
 
@@ -253,6 +261,9 @@ class FeaturesConfig(Settings):
     workers: int = Field(0, ge=0, description="decoding threads beside the main one")
     precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 on GPUs")
     max_skipped_fraction: Finite = Field(0.01, ge=0, le=1, description="stop above this share of unusable images")
+    fast_images: bool = Field(
+        False, description="decode and crop 2 to 5 times as many images a second, 40 dB or more from the exact crops"
+    )
     max_pixels: int = Field(50_000_000, ge=1)
     shard_cache: str | None = Field(None, description="folder for remote tars; needed for URLs")
     patch_size: int = Field(6, ge=2, description="builtin:patches: side of a patch in pixels")
@@ -527,4 +538,25 @@ class BenchKMeansConfig(Settings):
     iteration_k: int = Field(1_000_000, ge=1)
     iteration_d: int = Field(768, ge=1)
     output: str | None = Field(None, description="JSON to write with all numbers")
+    seed: int = Field(0, ge=0, lt=2**31)
+
+
+class BenchDataConfig(Settings):
+    """tools/bench.py data."""
+
+    shards: str | None = Field(None, description="tars of photographs; none: pictures of 1600 x 1200 made for it")
+    image_size: int = Field(224, ge=8, description="pixels a side to crop photographs to")
+    images: int = Field(48, ge=1, description="photographs to decode at most (and to make)")
+    small_images: int = Field(3000, ge=1, description="pictures of 32 x 32 to make")
+    batch_size: int = Field(32, ge=1, description="of the whole loader")
+    repeats: int = Field(5, ge=1, description="rounds; each times every contender once")
+    output: str | None = Field(None, description="JSON to write with all numbers")
+    seed: int = Field(0, ge=0, lt=2**31)
+
+
+class SoakMutationsConfig(Settings):
+    """tools/soak_mutations.py."""
+
+    count: int = Field(6000, ge=1, description="damaged files to read, tars and label files in turn")
+    output: str | None = Field(None, description="JSON to write with the counts")
     seed: int = Field(0, ge=0, lt=2**31)

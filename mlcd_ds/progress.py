@@ -67,14 +67,15 @@ class Progress:
         skipped_steps: int,
         histograms: bool,
     ) -> None:
-        """Reports the `step`-th finished step, and the time since the last report. Two all-reduces of two numbers.
+        """Reports the `step`-th finished step, and the time since the last report. Two all-reduces of a few numbers.
 
-        result: engine.StepResult of this step. skipped_steps: of the whole run. Raises DataError, on every rank, when too
-        many samples could not be used.
+        Samples are counted as the loader hands them out: where the loop holds one batch in advance, that one is in the
+        counts already. result: engine.StepResult of this step. skipped_steps: of the whole run. Raises DataError, on
+        every rank, when too many samples could not be used.
         """
         now = time.monotonic()
         seconds = now - self._last_report
-        decoded, skipped = loader.check_skipped(final=step == self.total_steps)
+        decoded, reasons = loader.count_skipped(final=step == self.total_steps)
         waits = torch.tensor([self._waited, 1.0], device=self.topology.device)
         waited, ranks = collectives.sum_(waits, self.topology).tolist()
         steps = step - self._last_step
@@ -95,7 +96,8 @@ class Progress:
             "memory_gb": self._memory_gb(),
             "epoch": step * self.global_batch / self.samples_per_epoch,
             "samples_decoded": decoded,
-            "samples_skipped": skipped,
+            "samples_skipped": reasons.total(),
+            **{f"samples_skipped_{reason}": count for reason, count in sorted(reasons.items())},
         }
         samples = step * self.global_batch
         # Not for a curve: it lets two runs be compared for having seen the same images.

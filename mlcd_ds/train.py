@@ -120,7 +120,7 @@ def train_in(run: RunFolder, config: RunConfig, raw: dict, topology: Topology, w
 
     store = CheckpointStore(run.path, topology, config.keep_last, len(table.labels_infos), config.keep_every)
     found = store.find() if config.resume == "auto" else None
-    loader = ImageLabelLoader(config, table, order, plan.encoder.image_size, topology)
+    loader = ImageLabelLoader(config, table, order, plan.encoder.image_size, topology, run.path / "skipped")
     engine = build_engine(config, plan, topology, from_scratch=found is None)
     step = 0 if found is None else resume(found, config.seed, plan, engine, topology)
     monitor = open_monitor(run, engine, step, plan, topology)

@@ -9,8 +9,14 @@ import pytest
 from PIL import Image, ImageOps
 from toy_data import encode, picture
 
-from mlcd_ds.data.decode import SCALE_MARGIN, ImageError, decode_image
-from mlcd_ds.data.transforms import random_resized_crop, resize_shorter_and_center_crop
+from mlcd_ds.data.decode import SCALE_MARGIN, ImageError, decode_crop, decode_image
+from mlcd_ds.data.transforms import (
+    _crop_box,
+    decode_center_crop,
+    decode_random_resized_crop,
+    random_resized_crop,
+    resize_shorter_and_center_crop,
+)
 
 LIMIT = 50_000_000
 
@@ -208,3 +214,62 @@ def test_random_crops_cover_the_stated_share_of_the_area():
     assert 110 < flips < 190
     plain = random_resized_crop(ramp, 64, 1.0, False, generator).astype(int)
     assert plain[0, 0, 0] < plain[0, -1, 0]
+
+
+# ------------------------------------------------------------------------------------------------ straight to the crop
+
+
+def decibels(one, other):
+    return 10 * np.log10(255**2 / max(1e-3, np.square(one.astype(float) - other.astype(float)).mean()))
+
+
+def detailed(seed, height, width):
+    """A picture with edges and noise, so that a wrong scale or box shows."""
+    generator = np.random.default_rng(seed)
+    pixels = picture(seed, height, width).astype(float)
+    for _ in range(12):
+        top, left = generator.integers(height), generator.integers(width)
+        pixels[top : top + height // 4, left : left + width // 5] *= generator.uniform(0.3, 1.0, 3)
+    return np.clip(pixels + generator.normal(0, 1, pixels.shape), 0, 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize("height, width", [(60, 48), (120, 150), (500, 640), (900, 700), (30, 40)])
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_the_fast_center_crop_is_clips_within_38_db(height, width, orientation):
+    exif = b"Exif\0\0II" + struct.pack("<HIHHHIHHI", 42, 8, 1, 0x0112, 3, 1, orientation, 0, 0)
+    data = encode(detailed(1, height, width), quality=92, exif=exif)
+    exact = resize_shorter_and_center_crop(decode_image(data, LIMIT), 48)
+    fast = decode_center_crop(data, LIMIT, 48)
+    assert fast.shape == (48, 48, 3) and fast.dtype == np.uint8
+    # Of a turned image of 900 x 700 at an eighth, half a pixel at the edge cannot be told: 33 dB.
+    assert decibels(fast, exact) > (30 if (height, orientation) == (900, 6) else 38)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+@pytest.mark.parametrize("height, width", [(60, 48), (33, 150), (500, 640), (1100, 700)])
+def test_a_crop_does_not_depend_on_the_scale_of_decoding(kind, height, width):
+    """Against cropping the whole decoded image; the box of a scaled decode is rounded to that scale's pixels."""
+    data = encode(detailed(2, height, width), kind)
+    for seed in range(6):
+        found = decode_random_resized_crop(data, LIMIT, 48, 0.4, True, np.random.default_rng(seed))
+        whole = random_resized_crop(decode_image(data, LIMIT), 48, 0.4, True, np.random.default_rng(seed))
+        small = kind == "PNG" or min(height, width) < 2 * 2 * 48
+        assert decibels(found, whole) > (38 if small else 24), seed  # measured: 45 and more, 27 and more
+
+
+def test_a_crop_is_decoded_no_larger_than_needed():
+    data = encode(detailed(3, 1000, 800))
+    crops = {size: decode_crop(data, LIMIT, size, lambda width, height: (96, 160, 640, 480)) for size in (300, 120, 50)}
+    assert [crop.shape for crop in crops.values()] == [(480, 640, 3), (240, 320, 3), (120, 160, 3)]
+    whole = decode_image(data, LIMIT)[160:640, 96:736]
+    assert difference(crops[300], whole) < 1.5
+    halves = whole.reshape(240, 2, 320, 2, 3).mean((1, 3))
+    assert difference(crops[120], halves) < 3
+
+
+def test_torchs_resize_is_pillows_within_a_grey_level():
+    image = detailed(4, 300, 211)
+    found = random_resized_crop(image, 64, 1.0, False, np.random.default_rng(0))
+    left, top, width, height = _crop_box(211, 300, 1.0, np.random.default_rng(0))
+    expected = Image.fromarray(image[top : top + height, left : left + width]).resize((64, 64), Image.BICUBIC)
+    assert np.abs(found.astype(int) - np.asarray(expected).astype(int)).max() <= 1

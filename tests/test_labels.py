@@ -124,6 +124,22 @@ def test_damaged_files_are_refused_by_name(tmp_path, damage):
             read(path)
 
 
+def test_a_label_that_is_changed_in_the_file_is_found(tmp_path):
+    """Parquet itself would hand out the other label: it checks nothing."""
+    path = tmp_path / "00003.parquet"
+    write_label_shard(path, KEYS, LABELS, COSINES, INFO)
+    table = pq.read_table(path)
+    rows = table.column("label").to_pylist()
+    rows[1] = [8]
+    changed = table.set_column(1, table.schema.field("label"), pa.array(rows, pa.list_(pa.int32())))
+    pq.write_table(changed, path)
+    with pytest.raises(DataError, match="00003.parquet: its rows do not match their SHA-256"):
+        read_label_shard(path)
+    old = {key: value for key, value in table.schema.metadata.items() if key != b"mlcd_ds.sha256"}
+    pq.write_table(table.replace_schema_metadata(old), path)  # as earlier versions wrote it
+    assert (read_label_shard(path).labels == LABELS).all()
+
+
 # ------------------------------------------------------------------------------------------------ a folder of them
 
 NAMES = ["00000", "00001", "00002"]
@@ -330,7 +346,8 @@ def test_missing_and_surplus_labels_below_the_limit_are_counted(tmp_path):
     shards = make_shards(tmp_path, [3, 5])
     write_labels(tmp_path / "labels", "00001", [f"00001{i:04d}" for i in range(1, 9)])
     table = table_on_ranks(2, shards, tmp_path / "labels", allowed=0.2)[0]
-    assert table.counts == (3, 5) and table.without_label == 1
+    assert table.counts == (3, 5) and table.without_label == 1 and table.surplus_labels == 4
+    assert any(line.startswith("4 labels are of images that the tars lack") for line in table.unused())
     assert table.load(1).labelled.tolist() == [False, True, True, True, True]
 
 

@@ -1,5 +1,6 @@
 """The order of samples, and batches that depend on neither ranks nor loader processes."""
 
+import json
 import multiprocessing
 import os
 import pickle
@@ -385,8 +386,48 @@ def test_bad_samples_keep_their_slot_and_are_counted(damaged, workers):
     assert empty == 6
     assert sorted(key for _, _, keys in batches for key in keys if key) == sorted(good)
     assert loader.ledger.skipped == REASONS and loader.ledger.decoded == 34 and loader.ledger.read == 40
+    assert {shard: loader.ledger.decoded_of[shard] + loader.ledger.skipped_of[shard] for shard in range(2)} == {
+        0: 20,
+        1: 20,
+    }
+    assert dict(loader.ledger.skipped_of) == {0: 2, 1: 4}
+    assert loader.count_skipped(final=False) == (34, REASONS)
     assert {name.split(":")[0].split("/")[1] for name in loader.ledger.names} == unusable
     assert any(name.startswith("00001/000010007: too_large: 9000 x 9000 pixels") for name in loader.ledger.names)
+
+
+def test_every_shards_sums_reconcile_with_the_index(data):
+    loader = make_loader(*data, batch=6)
+    collect(loader, 0, 20)  # 120 images: two epochs of 60
+    ledger = loader.ledger
+    sums = {shard: ledger.decoded_of[shard] + ledger.skipped_of[shard] for shard in range(len(COUNTS))}
+    assert sums == {shard: 2 * count for shard, count in enumerate(COUNTS)}
+    assert ledger.read == 120 and ledger.num_skipped == 0
+
+
+def test_names_of_skipped_samples_are_written_as_they_come(damaged, monkeypatch):
+    folder, shards = damaged
+    settings = config(max_skipped_fraction=1.0)
+    table = build_shard_table(shards, [folder / "labels"], 3, 1.0, None, Topology.single())
+    plan = EpochPlan(5, table.counts, 8, 6)
+
+    def pass_over(start, stop, final=False):
+        loader = ImageLabelLoader(settings, table, plan, 24, Topology.single(), folder / "run" / "skipped")
+        collect(loader, start, stop)
+        loader.count_skipped(final)
+        return loader.ledger.names
+
+    names = pass_over(0, 3) + pass_over(3, 5, final=True)  # as a resumed run would
+    lines = (folder / "run" / "skipped" / "rank_00000.txt").read_text().splitlines()
+    assert lines == [" ".join(name.split()) for name in names] and len(lines) == 6
+    sums = json.loads((folder / "run" / "skipped" / "by_shard.json").read_text())
+    assert [row["images"] for row in sums.values()] == [20, 20] and list(sums) == ["00000", "00001"]
+    assert sum(row["decoded"] + row["skipped"] for row in sums.values()) == 16  # two steps of 8 since the restart
+    monkeypatch.setattr(loader_module, "MAX_NAMES", 8)
+    pass_over(0, 5)
+    pass_over(0, 5)
+    lines = (folder / "run" / "skipped" / "rank_00000.txt").read_text().splitlines()
+    assert len(lines) == 9 and lines[8].startswith("... more than 8")
 
 
 @pytest.mark.parametrize("workers", [0, 1])

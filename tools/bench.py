@@ -2,6 +2,7 @@
 
 python tools/bench.py head --shapes B256_K200000_D512_r0.1 --ranks 2 --output head.json
 python tools/bench.py kmeans --output kmeans.json
+python tools/bench.py data --shards 'photos/*.tar' --output data.json
 """
 
 import sys
@@ -12,11 +13,16 @@ import fire
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mlcd_ds import cli
+from mlcd_ds.benchmarks.data import bench_data
 from mlcd_ds.benchmarks.head import bench_head
 from mlcd_ds.benchmarks.kmeans import bench_kmeans
-from mlcd_ds.config import BenchHeadConfig, BenchKMeansConfig
+from mlcd_ds.config import BenchDataConfig, BenchHeadConfig, BenchKMeansConfig
 
-DOORS = {"head": (bench_head, BenchHeadConfig), "kmeans": (bench_kmeans, BenchKMeansConfig)}
+DOORS = {
+    "head": (bench_head, BenchHeadConfig),
+    "kmeans": (bench_kmeans, BenchKMeansConfig),
+    "data": (bench_data, BenchDataConfig),
+}
 """Sub-command: what it calls, and the settings that are its flags."""
 
 

@@ -28,7 +28,7 @@ from mlcd_ds.clustering.progress import FolderProgress
 from mlcd_ds.config import FeaturesConfig
 from mlcd_ds.data.decode import ImageError, decode_image
 from mlcd_ds.data.tars import expand_shards, image_extension, local_shard, read_samples, shard_name
-from mlcd_ds.data.transforms import resize_shorter_and_center_crop
+from mlcd_ds.data.transforms import decode_center_crop, resize_shorter_and_center_crop
 from mlcd_ds.errors import ConfigError, DataError, differences
 from mlcd_ds.files import make_folder, remove_stale, sha256, write_bytes, write_json
 from mlcd_ds.topology import Topology
@@ -264,6 +264,7 @@ def _extract_shard(
         config.batch_size,
         config.workers,
         config.max_pixels,
+        config.fast_images,
     ):
         skipped += [f"{name}/{key}: {reason}" for key, reason in batch.skipped]
         if not batch.keys:
@@ -342,16 +343,25 @@ class ImageBatch:
 
 
 def batches_of_images(
-    samples: Iterator[tuple[str, dict[str, bytes]]], image_size: int, batch_size: int, workers: int, max_pixels: int
+    samples: Iterator[tuple[str, dict[str, bytes]]],
+    image_size: int,
+    batch_size: int,
+    workers: int,
+    max_pixels: int,
+    fast: bool = False,
 ) -> Iterator[ImageBatch]:
     """Decoded, center-cropped images of `samples` ((key, parts), see tars.read_samples), in order.
 
-    workers: threads that decode the next batch while the caller works on this one (decoding releases the interpreter).
+    fast: crops of `decode_center_crop` in place of CLIP's exact ones. workers: threads that decode the next batch while the
+    caller works on this one (decoding releases the interpreter).
     """
 
     def decode(sample: tuple[str, dict[str, bytes]]) -> np.ndarray | str:
         try:
-            image = decode_image(sample[1][image_extension(sample[1])], max_pixels, image_size)
+            data = sample[1][image_extension(sample[1])]
+            if fast:
+                return decode_center_crop(data, max_pixels, image_size)
+            image = decode_image(data, max_pixels, image_size)
         except ImageError as error:
             return f"{error.reason}: {error}"
         return resize_shorter_and_center_crop(image, image_size)

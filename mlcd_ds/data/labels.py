@@ -1,11 +1,15 @@
 """Label shards: `00012.parquet` beside `00012.tar`, the nearest centers of every image.
 
+The metadata also holds a SHA-256 of all rows, so that no flipped bit becomes another label (files without one, of earlier
+versions, are read, too).
+
 Columns: `key` string, `label` list<int32> nearest first, `cosine` list<float16>. The schema's metadata says which
 centers they are of; files of different centers are never mixed. Joined with the tar by key, never by row number.
 
 Shapes: n images of a shard, l labels stored per image.
 """
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -22,6 +26,7 @@ from mlcd_ds.files import write_bytes
 FORMAT_VERSION = 1
 _METADATA_KEY = b"mlcd_ds.labels"
 _DROPPED_KEY = b"mlcd_ds.dropped"
+_DIGEST_KEY = b"mlcd_ds.sha256"
 _SCHEMA = pa.schema(
     [("key", pa.string()), ("label", pa.list_(pa.int32())), ("cosine", pa.list_(pa.float16()))],
 )
@@ -96,7 +101,9 @@ def write_label_shard(
         pa.ListArray.from_arrays(offsets, pa.array(labels[present], pa.int32())),
         pa.ListArray.from_arrays(offsets, pa.array(cosines[present], pa.float16())),
     ]
-    metadata = {_METADATA_KEY: info.to_json().encode()} | ({_DROPPED_KEY: str(dropped).encode()} if dropped else {})
+    digest = _digest(list(keys), labels, np.where(present, cosines, np.float16(0)), info)
+    metadata = {_METADATA_KEY: info.to_json().encode(), _DIGEST_KEY: digest}
+    metadata |= {_DROPPED_KEY: str(dropped).encode()} if dropped else {}
     table = pa.Table.from_arrays(columns, schema=_SCHEMA.with_metadata(metadata))
     path.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(path, lambda file: pq.write_table(table, file, compression="zstd"))
@@ -105,8 +112,8 @@ def write_label_shard(
 def read_label_shard(path: str | Path) -> LabelShard:
     """Reads and checks a label shard.
 
-    Raises DataError, naming the file, when it is missing, damaged, not a label shard, or holds a label outside
-    0..k-1, a row longer than l, a key twice, or a cosine that is not a number.
+    Raises DataError, naming the file, when it is missing, damaged (also where only its SHA-256 shows it), not a label
+    shard, or holds a label outside 0..k-1, a row longer than l, a key twice, or a cosine that is not a number.
     """
     path = Path(path)
     try:
@@ -117,16 +124,33 @@ def read_label_shard(path: str | Path) -> LabelShard:
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"the label file {path} cannot be read: {error}. {_CURE}") from None
     info = _info(path, table.schema)
-    keys = table.column("key").to_pylist()
+    try:
+        keys = table.column("key").to_pylist()
+    except UnicodeDecodeError as error:
+        raise DataError(f"the label file {path} holds a key that is no text: {error}. {_CURE}") from None
+    if None in keys:
+        raise DataError(f"the label file {path} holds nulls. {_CURE}")
     labels = _padded(path, table.column("label"), info, NO_LABEL, np.int32)
     cosines = _padded(path, table.column("cosine"), info, 0, np.float16)
     problem = _check_values(keys, labels, info)
     if not problem and not np.isfinite(cosines).all():
         row = int(np.nonzero(~np.isfinite(cosines).all(1))[0][0])
         problem = f"the cosines of key {keys[row]!r} are not all numbers"
+    stated = table.schema.metadata.get(_DIGEST_KEY)
+    if not problem and stated is not None and stated != _digest(keys, labels, cosines, info):
+        problem = "its rows do not match their SHA-256: the file was damaged after it was written"
     if problem:
         raise DataError(f"the label file {path}: {problem}. {_CURE}")
     return LabelShard(keys, labels, cosines, info)
+
+
+def _digest(keys: Sequence[str], labels: np.ndarray, cosines: np.ndarray, info: LabelsInfo) -> bytes:
+    """Hexadecimal SHA-256 of what a reader gets: info, keys, labels int32 [n, l] and cosines float16 [n, l], padded."""
+    digest = hashlib.sha256(info.to_json().encode())
+    digest.update("".join(f"{len(key)} {key}" for key in keys).encode())
+    digest.update(np.ascontiguousarray(labels, "<i4").tobytes())
+    digest.update(np.ascontiguousarray(cosines, "<f2").tobytes())
+    return digest.hexdigest().encode()
 
 
 def read_label_info(path: str | Path) -> tuple[LabelsInfo, int]:

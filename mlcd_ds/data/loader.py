@@ -9,9 +9,10 @@ import math
 import signal
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.util import Finalize
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,12 +21,13 @@ from torch.utils.data import DataLoader, Dataset
 from mlcd_ds.batch import NO_IMAGE, ImageLabelBatch
 from mlcd_ds.collectives import gather_objects, sum_
 from mlcd_ds.config import RunConfig
-from mlcd_ds.data.decode import ImageError, decode_image
+from mlcd_ds.data.decode import IMAGE_PROBLEMS, ImageError
 from mlcd_ds.data.labels import draw_positives
 from mlcd_ds.data.plan import EpochPlan, augmentation_generator, positives_generator
 from mlcd_ds.data.shards import ShardReader, ShardTable, build_shard_table
-from mlcd_ds.data.transforms import random_resized_crop
+from mlcd_ds.data.transforms import decode_random_resized_crop
 from mlcd_ds.errors import ConfigError, DataError, UserError
+from mlcd_ds.files import write_json
 from mlcd_ds.topology import Topology
 
 __all__ = ["ImageLabelLoader", "Ledger", "build_shard_table"]
@@ -37,36 +39,83 @@ MIN_SAMPLES_TO_JUDGE = 1000
 """The share of unusable samples is judged from this many on (and at the end)."""
 
 MAX_NAMES = 1000
-"""Skipped samples that the ledger names; all are counted."""
+"""Skipped samples that the ledger of a rank names; all are counted."""
+
+SKIP_REASONS = (*IMAGE_PROBLEMS, "no_label")
+"""Why a sample may be skipped."""
 
 
 @dataclass
 class Ledger:
-    """What became of every sample of this rank: decoded + skipped = read, exactly.
+    """What became of every sample of this rank: decoded + skipped = read, exactly, in all and for each shard.
 
-    skipped: reason -> number; reasons are ImageError's and "no_label". names: the first MAX_NAMES skipped samples, as
-    "shard/key: reason: details".
+    decoded_of, skipped_of: per shard (its number in the table). skipped: reason -> number; reasons are ImageError's and
+    "no_label". names: the first MAX_NAMES skipped samples, as "shard/key: reason: details".
     """
 
-    decoded: int = 0
+    decoded_of: Counter = field(default_factory=Counter)
+    skipped_of: Counter = field(default_factory=Counter)
     skipped: Counter = field(default_factory=Counter)
     names: list[str] = field(default_factory=list)
 
     @property
+    def decoded(self) -> int:
+        """Samples that became images."""
+        return self.decoded_of.total()
+
+    @property
     def num_skipped(self) -> int:
         """Skipped for any reason."""
-        return sum(self.skipped.values())
+        return self.skipped.total()
 
     @property
     def read(self) -> int:
         """All samples so far."""
         return self.decoded + self.num_skipped
 
-    def add(self, decoded: int, skipped: list[tuple[str, str]]) -> None:
-        """Enters a piece of a batch; skipped: (reason, name) of each."""
-        self.decoded += decoded
-        self.skipped.update(reason for reason, _ in skipped)
-        self.names += [name for _, name in skipped[: MAX_NAMES - len(self.names)]]
+    def add(self, shards: list[int], skipped: list["Skipped"]) -> None:
+        """Enters a piece of a batch; shards: of all its samples."""
+        self.decoded_of.update(shards)
+        self.decoded_of.subtract(sample.shard for sample in skipped)
+        self.skipped_of.update(sample.shard for sample in skipped)
+        self.skipped.update(sample.reason for sample in skipped)
+        self.names += [sample.name for sample in skipped[: MAX_NAMES - len(self.names)]]
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A sample that cannot be used. name: "shard/key: reason: details"."""
+
+    shard: int
+    reason: str
+    name: str
+
+
+class SkippedNames:
+    """The file of one rank's skipped samples, `run/skipped/rank_00003.txt`, a line each, written as they come.
+
+    A resumed run appends, the names of steps that it repeats once more. At most MAX_NAMES lines a run and rank: then one
+    that says so, and the counts go on.
+    """
+
+    def __init__(self, folder: Path, rank: int):
+        self.path = folder / f"rank_{rank:05d}.txt"
+        self._written = len(self.path.read_text(encoding="utf-8").splitlines()) if self.path.exists() else 0
+
+    def write(self, names: Sequence[str]) -> None:
+        """Appends names. Raises DataError where that cannot be."""
+        names = [" ".join(name.split()) for name in names[: max(0, MAX_NAMES + 1 - self._written)]]
+        if not names:
+            return
+        if self._written + len(names) > MAX_NAMES:
+            names[-1] = f"... more than {MAX_NAMES}: the rest is counted in metrics.jsonl"
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+                file.writelines(f"{name}\n" for name in names)
+        except OSError as error:
+            raise DataError(f"cannot write the names of skipped samples to {self.path}: {error}") from None
+        self._written += len(names)
 
 
 @dataclass
@@ -76,11 +125,14 @@ class _Piece:
     images_uCHH: torch.Tensor
     labels_uL: torch.Tensor
     keys: list[str]
-    skipped: list[tuple[str, str]]
+    shards: list[int]
+    skipped: list[Skipped]
     error: str | None = None  # an exception would arrive wrapped in a traceback
 
     def pin_memory(self) -> "_Piece":
-        return _Piece(self.images_uCHH.pin_memory(), self.labels_uL.pin_memory(), self.keys, self.skipped, self.error)
+        return _Piece(
+            self.images_uCHH.pin_memory(), self.labels_uL.pin_memory(), self.keys, self.shards, self.skipped, self.error
+        )
 
 
 class _Pieces(Dataset):
@@ -90,9 +142,6 @@ class _Pieces(Dataset):
         self.config, self.table, self.plan, self.image_size = config, table, plan, image_size
         self.start, self.stop = start, stop
         self.pieces = math.ceil((stop - start) / IMAGES_PER_PIECE)
-        # All crops but the smallest and longest find at least `image_size` pixels a side: the area's share is at least
-        # crop_scale_min, so a side's is its root.
-        self.min_side = math.ceil(image_size / math.sqrt(config.crop_scale_min))
         self._labels_per_row = len(table.labels_infos) * config.labels_per_visit
         self._reader: ShardReader | None = None
 
@@ -104,7 +153,7 @@ class _Pieces(Dataset):
             return self._read(step, first, last)
         except UserError as error:
             nothing = torch.empty(0)
-            return _Piece(nothing, nothing, [], [], str(error))
+            return _Piece(nothing, nothing, [], [], [], str(error))
 
     def _read(self, step: int, first: int, last: int) -> _Piece:
         if self._reader is None:  # first use, in the process that will do the reading
@@ -114,20 +163,23 @@ class _Pieces(Dataset):
         size = self.image_size
         images_uCHH = np.zeros((last - first, 3, size, size), np.uint8)
         labels_uL = np.full((last - first, self._labels_per_row), NO_IMAGE, np.int64)
-        piece = _Piece(torch.from_numpy(images_uCHH), torch.from_numpy(labels_uL), [""] * (last - first), [])
+        piece = _Piece(torch.from_numpy(images_uCHH), torch.from_numpy(labels_uL), [""] * (last - first), [], [])
         for row, (epoch, shard, index) in enumerate(self.plan.samples(step, first, last)):
             contents = self._reader.contents(shard)
+            piece.shards.append(shard)
             key = contents.key(index)
             try:
                 if not contents.labelled[index]:
                     raise ImageError("no_label", "a label file lacks its key")
                 data = self._reader.image_bytes(contents, index)
-                pixels = decode_image(data, self.config.max_pixels, self.min_side)
+                generator = augmentation_generator(self.plan.seed, epoch, shard, index)
+                crop = decode_random_resized_crop(
+                    data, self.config.max_pixels, size, self.config.crop_scale_min, self.config.flip, generator
+                )
             except ImageError as error:
-                piece.skipped.append((error.reason, f"{self.table.names[shard]}/{key}: {error.reason}: {error}"))
+                name = f"{self.table.names[shard]}/{key}: {error.reason}: {error}"
+                piece.skipped.append(Skipped(shard, error.reason, name))
                 continue
-            generator = augmentation_generator(self.plan.seed, epoch, shard, index)
-            crop = random_resized_crop(pixels, size, self.config.crop_scale_min, self.config.flip, generator)
             images_uCHH[row] = crop.transpose(2, 0, 1)
             labels_uL[row] = self._labels(contents.labels[index], epoch, shard, index)
             piece.keys[row] = key
@@ -192,12 +244,19 @@ class ImageLabelLoader:
     config: `workers` processes read `prefetch` pieces of at most IMAGES_PER_PIECE images ahead, each; also crop, flip,
     labels a visit, size and skip limits. table: from `build_shard_table`. plan: made of the table's counts; its global
     batch is split evenly over `topology`'s ranks, consecutive slots to each. image_size: H. Batches are in pinned memory
-    when `topology.device` is a GPU. `ledger` counts what came out of `iterate` and what was skipped.
+    when `topology.device` is a GPU. `ledger` counts what came out of `iterate` and what was skipped; skipped_folder: where
+    the names of the skipped are written, see `SkippedNames`, and at the end `by_shard.json`, the sums of every tar.
     Raises ConfigError when the global batch cannot be split.
     """
 
     def __init__(
-        self, config: RunConfig, table: ShardTable, plan: EpochPlan, image_size: int, topology: Topology
+        self,
+        config: RunConfig,
+        table: ShardTable,
+        plan: EpochPlan,
+        image_size: int,
+        topology: Topology,
+        skipped_folder: Path | None = None,
     ) -> None:
         if plan.global_batch % topology.world_size:
             raise ConfigError(
@@ -208,6 +267,8 @@ class ImageLabelLoader:
         self.images_per_rank = plan.global_batch // topology.world_size
         self.max_skipped_fraction = config.max_skipped_fraction
         self.ledger = Ledger()
+        self._skipped_folder = skipped_folder
+        self._names = None if skipped_folder is None else SkippedNames(skipped_folder, topology.rank)
         start = topology.rank * self.images_per_rank
         self._dataset = _Pieces(config, table, plan, image_size, start, start + self.images_per_rank)
         self._steps = _Steps()
@@ -240,28 +301,54 @@ class ImageLabelLoader:
         for _ in range(start_step, stop_step):
             parts = [self._next(arriving) for _ in range(pieces)]
             for part in parts:
-                self.ledger.add(len(part.keys) - len(part.skipped), part.skipped)
+                self.ledger.add(part.shards, part.skipped)
+                if self._names is not None:
+                    self._names.write([sample.name for sample in part.skipped])
             yield self._assemble(parts)
 
     def check_skipped(self, final: bool) -> tuple[int, int]:
-        """(decoded, skipped) of all ranks so far. All ranks call it together: one all-reduce of two numbers.
+        """(decoded, skipped) of all ranks so far; see `count_skipped`."""
+        decoded, skipped = self.count_skipped(final)
+        return decoded, skipped.total()
 
+    def count_skipped(self, final: bool) -> tuple[int, Counter]:
+        """(decoded, skipped by reason) of all ranks so far. All ranks call it together: one all-reduce of a few numbers.
+
+        When `final`, one gather of the sums per tar more. Of what came out of `iterate`: whoever asks for a batch before
+        the last one is used counts it already.
         Raises DataError, on every rank, with counts by reason and examples, when more than `max_skipped_fraction` were
         skipped; judged from MIN_SAMPLES_TO_JUDGE samples on, or when `final`.
         """
-        counts = torch.tensor([self.ledger.decoded, self.ledger.num_skipped], device=self._topology.device)
-        decoded, skipped = sum_(counts, self._topology).tolist()
+        own = [self.ledger.decoded, *(self.ledger.skipped[reason] for reason in SKIP_REASONS)]
+        if final and self._skipped_folder is not None:
+            self._write_shards(self._skipped_folder / "by_shard.json")
+        decoded, *numbers = sum_(torch.tensor(own, device=self._topology.device), self._topology).tolist()
+        reasons = Counter({reason: count for reason, count in zip(SKIP_REASONS, numbers, strict=True) if count})
+        skipped = reasons.total()
         read = decoded + skipped
         if skipped > self.max_skipped_fraction * read and (final or read >= MIN_SAMPLES_TO_JUDGE):
-            ledgers = gather_objects((self.ledger.skipped, self.ledger.names[:3]), self._topology)
-            reasons = sum((counter for counter, _ in ledgers), Counter())
-            names = [name for _, names in ledgers for name in names]
+            names = [name for own in gather_objects(self.ledger.names[:3], self._topology) for name in own]
             raise DataError(
                 f"{skipped} of {read} samples could not be used ({_listed(reasons)}), more than --max_skipped_fraction "
                 f"{self.max_skipped_fraction:g} allows. E.g. {'; '.join(names[:3])}. Mend or remove these samples, or raise "
                 "the fraction."
             )
-        return decoded, skipped
+        return decoded, reasons
+
+    def _write_shards(self, path: Path) -> None:
+        """Rank 0 writes, of every tar: its images, and how often one was decoded and skipped since the (re)start."""
+        own = (dict(self.ledger.decoded_of), dict(self.ledger.skipped_of))
+        ledgers = gather_objects(own, self._topology)
+        if not self._topology.is_main:
+            return
+        decoded, skipped = (sum((Counter(ledger[i]) for ledger in ledgers), Counter()) for i in (0, 1))
+        table = self._dataset.table
+        path.parent.mkdir(parents=True, exist_ok=True)
+        rows = enumerate(zip(table.names, table.counts, strict=True))
+        write_json(
+            path,
+            {name: {"images": count, "decoded": decoded[i], "skipped": skipped[i]} for i, (name, count) in rows},
+        )
 
     def close(self) -> None:
         """Ends the loader processes; `iterate` would start new ones."""

@@ -23,7 +23,8 @@ from mlcd_ds.data.labels import (
     missing_labels,
     read_label_shard,
 )
-from mlcd_ds.data.tars import TarIndex, index_tar, local_shard, shard_name
+from mlcd_ds.data.tar_index import find_index
+from mlcd_ds.data.tars import TarIndex, local_shard, shard_name
 from mlcd_ds.errors import DataError
 from mlcd_ds.topology import Topology
 
@@ -64,7 +65,8 @@ class ShardTable:
     shards: paths or URLs, and names: what their labels are found by. counts: images of each. labels_dirs: the H folders of
     labels, and labels_infos: what the labels of each are of. without_label: images without a label in some folder (they
     are skipped, and counted, in every epoch). duplicates, ignored, without_image: members and samples of the tars that
-    are not used (see `TarIndex`).
+    are not used (see `TarIndex`). unfit_indexes: side-car indexes that are stale or damaged (their tars were
+    walked). surplus_labels: rows of label files whose image is not in the tar (one that lost whole members looks like that).
     """
 
     shards: tuple[str, ...]
@@ -78,6 +80,8 @@ class ShardTable:
     duplicates: int = 0
     ignored: int = 0
     without_image: int = 0
+    unfit_indexes: int = 0
+    surplus_labels: int = 0
     kept: dict[int, ShardContents] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -92,6 +96,11 @@ class ShardTable:
             (self.duplicates, "members repeat a name of their tar: the first one counts"),
             (self.without_image, "samples have no image"),
             (self.ignored, "members are not part of a sample (no extension, or not a file)"),
+            (self.surplus_labels, "labels are of images that the tars lack: did tars lose images after labelling?"),
+            (
+                self.unfit_indexes,
+                "indexes are stale or damaged, their tars were walked: run tools/index_shards.py again",
+            ),
         )
         return tuple(f"{count:,} {text}" for count, text in sentences if count)
 
@@ -102,12 +111,12 @@ class ShardTable:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def load(self, shard: int) -> ShardContents:
-        """Reads the headers of a tar and its labels again; raises DataError when either changed since the start."""
+        """Reads a tar's index or headers and its labels again; raises DataError when either changed since the start."""
         if shard in self.kept:
             return self.kept[shard]
         path = local_shard(self.shards[shard], self.cache_dir)
         labels = [read_label_shard(label_path(folder, self.names[shard])) for folder in self.labels_dirs]
-        contents = _join(index_tar(path), labels, self.num_positives)
+        contents = _join(find_index(path).index, labels, self.num_positives)
         infos = tuple(found.info for found in labels)
         if len(contents) != self.counts[shard] or infos != self.labels_infos:
             raise DataError(
@@ -154,6 +163,8 @@ class _Found:
     duplicates: int = 0
     ignored: int = 0
     without_image: int = 0
+    index_source: str = "absent"
+    surplus_labels: int = 0
     missing_labels: Path | None = None  # the folder
     error: str | None = None
 
@@ -166,7 +177,8 @@ def build_shard_table(
     cache_dir: str | None,
     topology: Topology,
 ) -> ShardTable:
-    """Walks all tars, each rank its share, checks them against their labels, and tells every rank the result.
+    """Walks all tars (or reads their indexes, see tar_index.py), each rank its share, checks them against their labels, and
+    tells every rank the result.
 
     labels_dirs: folders of labels, one per head; an image must be in all of them. num_positives: labels an image and
     folder to use. cache_dir: where remote tars are fetched to.
@@ -202,6 +214,8 @@ def build_shard_table(
         duplicates=sum(entry.duplicates for entry in found),
         ignored=sum(entry.ignored for entry in found),
         without_image=sum(entry.without_image for entry in found),
+        surplus_labels=sum(entry.surplus_labels for entry in found),
+        unfit_indexes=sum(entry.index_source in ("stale", "damaged") for entry in found),
         kept=kept,
     )
 
@@ -217,7 +231,8 @@ def _examine(
     """Never raises: what went wrong has to reach the other ranks, which wait in the collective that follows."""
     found = _Found(shard)
     try:
-        index = index_tar(local_shard(path, cache_dir))
+        whereabouts = find_index(local_shard(path, cache_dir))
+        index, found.index_source = whereabouts.index, whereabouts.source
         if not index.keys:
             names = [f"{key}.*" for key in index.without_image[:3]] or ["nothing"]
             raise DataError(
@@ -236,6 +251,10 @@ def _examine(
             return found
         contents = _join(index, labels, num_positives)
         found.lacking_in = tuple(int((_rows(index, shard_labels) < 0).sum()) for shard_labels in labels)
+        found.surplus_labels = sum(
+            len(shard_labels.keys) - len(index.keys) + lacking
+            for shard_labels, lacking in zip(labels, found.lacking_in, strict=True)
+        )
         lacking = np.nonzero(~contents.labelled)[0]
         found.num_unlabelled = len(lacking)
         found.unlabelled = tuple(contents.key(row) for row in lacking[:3])

@@ -1,0 +1,164 @@
+"""Side-car indexes of tars, `00012_index.npz` beside `00012.tar`: where everything is, without walking the headers.
+
+An index holds the tar's size and time of last change; one that does not fit them, or is damaged (the archive's own CRC-32
+of each part), is not used. A tar changed in place with its size and time kept is believed to be as it was.
+
+Shapes: n image samples of a tar, m members of them.
+"""
+
+import json
+import zipfile
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from mlcd_ds.collectives import gather_objects
+from mlcd_ds.config import IndexShardsConfig
+from mlcd_ds.data.tars import TarIndex, expand_shards, index_tar, local_shard
+from mlcd_ds.errors import DataError
+from mlcd_ds.files import write_bytes
+from mlcd_ds.topology import Topology
+
+FORMAT_VERSION = 1
+_PARTS = ("about", "keys", "extensions", "without_image", "sample", "extension", "offset", "size")
+
+
+@dataclass(frozen=True)
+class FoundIndex:
+    """An index, and where it comes from: "file", "absent" (walked, no file), "stale" or "damaged" (walked, file ignored)."""
+
+    index: TarIndex
+    source: str
+
+
+def index_path(tar: str | Path) -> Path:
+    """Where the index of a local tar lies."""
+    tar = Path(tar)
+    return tar.with_name(tar.name.removesuffix(".tar") + "_index.npz")
+
+
+def write_index(index: TarIndex) -> Path:
+    """Writes the index beside its tar, under a temporary name first; the same tar gives the same bytes.
+
+    Raises DataError when the tar's folder cannot be written to.
+    """
+    stat = index.path.stat()
+    rows = [
+        (sample, extension, *place)
+        for sample, key in enumerate(index.keys)
+        for extension, place in index.members[key].items()
+    ]
+    extensions = sorted({extension for _, extension, _, _ in rows})
+    number = {extension: i for i, extension in enumerate(extensions)}
+    about = {
+        "format_version": FORMAT_VERSION,
+        "tar_bytes": stat.st_size,
+        "tar_mtime_ns": stat.st_mtime_ns,
+        "duplicates": index.duplicates,
+        "ignored": index.ignored,
+    }
+    parts = {
+        "about": _text([json.dumps(about, sort_keys=True)]),
+        "keys": _text(index.keys),
+        "extensions": _text(extensions),
+        "without_image": _text(index.without_image),
+        "sample": np.array([row[0] for row in rows], np.int32),
+        "extension": np.array([number[row[1]] for row in rows], np.int32),
+        "offset": np.array([row[2] for row in rows], np.int64),
+        "size": np.array([row[3] for row in rows], np.int64),
+    }
+    path = index_path(index.path)
+    try:
+        write_bytes(path, lambda file: np.savez(file, **parts))
+    except OSError as error:
+        raise DataError(
+            f"cannot write the index {path}: {error}. Runs work without it, but walk the tar at every start."
+        ) from None
+    return path
+
+
+def find_index(path: str | Path) -> FoundIndex:
+    """The index of a local tar: from its file where that fits, else by walking the headers (see `index_tar`)."""
+    path = Path(path)
+    source = "absent"
+    if index_path(path).is_file():
+        try:
+            index = _read(path)
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError, NotImplementedError):
+            source = "damaged"
+        else:
+            if index is not None:
+                return FoundIndex(index, "file")
+            source = "stale"
+    return FoundIndex(index_tar(path), source)
+
+
+def _read(path: Path) -> TarIndex | None:
+    """None: it is of another state of the tar. Raises one of several exceptions for a damaged file."""
+    stat = path.stat()
+    with np.load(index_path(path), allow_pickle=False) as file:
+        parts = {name: file[name] for name in _PARTS}
+    about = json.loads(_lines(parts["about"])[0])
+    if about["format_version"] != FORMAT_VERSION:
+        return None
+    if (about["tar_bytes"], about["tar_mtime_ns"]) != (stat.st_size, stat.st_mtime_ns):
+        return None
+    keys, extensions = _lines(parts["keys"]), _lines(parts["extensions"])
+    members: dict[str, dict[str, tuple[int, int]]] = {key: {} for key in keys}
+    columns = (parts[name].tolist() for name in ("sample", "extension", "offset", "size"))
+    for sample, extension, offset, size in zip(*columns, strict=True):
+        if not 0 <= offset <= offset + size <= stat.st_size:
+            raise ValueError("a member outside the tar")
+        members[keys[sample]][extensions[extension]] = (offset, size)
+    without = tuple(_lines(parts["without_image"]))
+    return TarIndex(path, tuple(keys), members, int(about["duplicates"]), int(about["ignored"]), without)
+
+
+def _text(items: Sequence[str]) -> np.ndarray:
+    """Texts, which hold no NUL, as one array of bytes."""
+    return np.frombuffer("".join(f"{item}\0" for item in items).encode("utf-8", "surrogateescape"), np.uint8)
+
+
+def _lines(part: np.ndarray) -> list[str]:
+    return part.astype(np.uint8).tobytes().decode("utf-8", "surrogateescape").split("\0")[:-1]
+
+
+def index_shards(config: IndexShardsConfig) -> dict[str, int]:
+    """Writes the index of every tar that lacks a good one, each rank its share; counts by what was there before.
+
+    Start it alone or under the launcher. Prints a line per damaged tar and a summary.
+    Raises DataError, after all others are done, when tars are damaged or indexes cannot be written.
+    """
+    from tqdm import tqdm
+
+    topology = Topology.from_environment()
+    topology.start(config.timeout_minutes)
+    shards = expand_shards(config.shards)
+    own = shards[topology.rank :: topology.world_size]
+    counts: Counter = Counter()
+    problems = []
+    for shard in tqdm(own, desc="index", unit="tar", disable=not topology.is_main, mininterval=1):
+        try:
+            found = find_index(local_shard(shard, config.shard_cache))
+            if found.source != "file":
+                write_index(found.index)
+            counts[found.source] += 1
+            counts["images"] += len(found.index.keys)
+        except DataError as error:
+            problems.append(str(error))
+    gathered = gather_objects((counts, problems), topology)
+    total = sum((count for count, _ in gathered), Counter())
+    problems = [problem for _, some in gathered for problem in some]
+    topology.stop()
+    if topology.is_main:
+        written = sum(total[source] for source in ("absent", "stale", "damaged"))
+        print(
+            f"{written} indexes written ({total['stale']} were stale, {total['damaged']} damaged), {total['file']} kept, "
+            f"{total['images']:,} images"
+        )
+    if problems:
+        raise DataError(f"{len(problems)} of {len(shards)} tars have no index:\n" + "\n".join(problems[:20]))
+    return dict(total)

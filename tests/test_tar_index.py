@@ -1,0 +1,101 @@
+"""Side-car indexes: the same as a walk, and never believed where they do not fit."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from toy_data import make_shards
+
+from mlcd_ds.data.shards import build_shard_table
+from mlcd_ds.data.tar_index import find_index, index_path, write_index
+from mlcd_ds.data.tars import index_tar, read_samples, write_tar
+from mlcd_ds.topology import Topology
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def tar(tmp_path):
+    samples = [(f"ü{i}", {"jpg": bytes([i]) * (i * 300), "json": b"{}"}) for i in range(9)]
+    write_tar(tmp_path / "x.tar", [*samples, ("lonely", {"txt": b"no image"})])
+    return tmp_path / "x.tar"
+
+
+def test_an_index_is_what_a_walk_finds(tar):
+    assert find_index(tar).source == "absent"
+    path = write_index(index_tar(tar))
+    assert path == index_path(tar) == tar.with_name("x_index.npz")
+    found = find_index(tar)
+    assert (found.index, found.source) == (index_tar(tar), "file")
+    assert found.index.without_image == ("lonely",)
+    assert list(read_samples(tar, index=found.index)) == list(read_samples(tar))
+    before = path.read_bytes()
+    write_index(index_tar(tar))
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("change", ["time", "size"])
+def test_an_index_of_another_state_is_stale(tar, change):
+    write_index(index_tar(tar))
+    stat = tar.stat()
+    if change == "size":
+        tar.write_bytes(tar.read_bytes() + bytes(512))
+    os.utime(tar, ns=(stat.st_atime_ns, stat.st_mtime_ns + (change == "time")))
+    found = find_index(tar)
+    assert (found.index, found.source) == (index_tar(tar), "stale")
+
+
+def test_every_damaged_index_is_found(tar):
+    path = write_index(index_tar(tar))
+    data, walked = path.read_bytes(), index_tar(tar)
+    generator = np.random.default_rng(0)
+    sources = []
+    for trial in range(300):
+        damaged = bytearray(data)
+        if trial % 3:
+            damaged[generator.integers(len(data))] ^= 1 << int(generator.integers(8))
+        else:
+            damaged = damaged[: generator.integers(len(data))]
+        path.write_bytes(damaged)
+        found = find_index(tar)
+        assert found.index == walked, trial  # whatever it says, its contents are right
+        sources.append(found.source)
+    assert sources.count("damaged") > 200
+    path.write_bytes(b"")
+    assert find_index(tar).source == "damaged"
+
+
+def test_an_index_cannot_run_code(tar, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "owned"),)
+
+    np.savez(index_path(tar), about=np.array([Evil()], object), allow_pickle=True)
+    assert find_index(tar).source == "damaged" and not (tmp_path / "owned").exists()
+
+
+def test_the_table_is_the_same_with_indexes_and_says_which_do_not_fit(tmp_path):
+    shards = make_shards(tmp_path, [5, 7, 3])
+
+    def table():
+        return build_shard_table(shards, [tmp_path / "labels"], 3, 0.0, None, Topology.single())
+
+    plain = table()
+    command = [sys.executable, "tools/index_shards.py", "--shards", str(tmp_path / "tars" / "*.tar")]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr
+    assert "3 indexes written (0 were stale, 0 damaged), 0 kept, 15 images" in ended.stdout
+    assert table() == plain and not table().unused()
+    index_path(shards[1]).write_bytes(b"nonsense")
+    assert table().counts == plain.counts
+    assert table().unused() == (
+        "1 indexes are stale or damaged, their tars were walked: run tools/index_shards.py again",
+    )
+    with open(shards[2], "r+b") as file:  # noqa: PTH123
+        file.truncate(1000)
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 3 and "1 of 3 tars have no index" in ended.stderr and "Traceback" not in ended.stderr
+    assert "1 indexes written (0 were stale, 1 damaged), 1 kept" in ended.stdout
