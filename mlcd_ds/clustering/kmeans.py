@@ -134,8 +134,11 @@ class SphericalKMeans:
         """
         _, counts, parts = self.share(features)
         num_used = int(counts.sum())
-        state = resume or KMeansState(self.initial(features), ())
-        state, sizes_k = self.iterate(features, parts, num_used, state, tell, keep)
+
+        def start() -> KMeansState:
+            return resume or KMeansState(self.initial(features), ())
+
+        state, sizes_k = self.iterate(features, parts, num_used, start, tell, keep)
         return KMeansResult(state.centers_kd, state.history, sizes_k, num_used)
 
     def iterate(
@@ -143,11 +146,15 @@ class SphericalKMeans:
         features: FeatureFolder,
         parts: list[Part],
         num_used: int,
-        state: KMeansState,
+        start: Callable[[], KMeansState],
         tell: Callable[[Iteration], None],
         keep: Callable[[KMeansState], None] | None,
     ) -> tuple[KMeansState, np.ndarray | None]:
-        """From `state` to the end: the last state, and the sizes [k] in the last iteration (None where none was left)."""
+        """From a state to the end: the last state, and the sizes [k] in the last iteration (None where none was left).
+
+        start: makes the state to begin from. Here, so that no caller keeps its k d floats alive meanwhile.
+        """
+        state = start()
         nearest_before: list[np.ndarray] | None = None
         sizes_k = None
         while len(state.history) < self.iterations and not self._is_settled(state):

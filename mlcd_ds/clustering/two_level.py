@@ -161,12 +161,11 @@ def _phase(
         own = (named(replace(iteration, number=number)) for number, iteration in enumerate(found.history))
         return replace(found, history=(*before, *own))
 
-    own = replace(state, history=state.history[len(before) :])
     own, sizes_k = kmeans.iterate(
         features,
         parts,
         num_used,
-        own,
+        lambda: replace(state, history=state.history[len(before) :]),
         lambda iteration: tell(named(iteration)),
         keep and (lambda found: keep(whole(found))),
     )
