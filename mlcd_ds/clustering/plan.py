@@ -184,7 +184,7 @@ def kmeans_memory(job: Job, block_rows: int = BLOCK_ROWS) -> tuple[dict[str, int
     if job.coarse is not None:
         books["books"] += 16 * job.coarse * max(job.blocks, -(-job.num_features // BLOCK_ROWS))
     if job.device == "cpu":
-        searching = {"faiss": C, "ivf": inverted, "torch": 4 * scores}[job.backend] + 2 * block
+        searching = {"faiss": C, "ivf": inverted, "torch": 4 * scores}[job.backend] + block
         # gloo reduces a copy of the sums and hands over the rank's part; the search is over by then.
         reducing = C + C // W if W > 1 else 0
         what = {"the search": searching} if searching >= reducing else {"copies while summing": reducing}
