@@ -107,7 +107,7 @@ def _peak(rank: int, world_size: int, backend: str, features: str, folder: Path)
 
 @pytest.mark.parametrize(("world_size", "backend"), [(1, "faiss"), (2, "faiss")])
 def test_memory_is_what_a_real_clustering_takes(tmp_path, world_size, backend):
-    """33 MB of centers, each process fresh. The file that is mapped at the time counts as resident, so it is added to the sum."""
+    """33 MB of centers, each process fresh. The file that is mapped counts as resident, so it is added to the plan's sum."""
     rows = np.random.default_rng(0).standard_normal((N, D), np.float32)
     write_features(tmp_path / "f", np.array_split(rows, 4))
     job = plan.Job(N, D, K, world_size, 2, 10**6, backend, 16, "cpu")
