@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from kmeans_ranks import cluster_on_ranks
 from processes import ROOT, run_script, start_ranks, wait_ranks
 
 from mlcd_ds.clustering import kmeans as kmeans_module
@@ -112,19 +113,8 @@ def test_ranks_do_not_matter_nor_does_a_stop_between(tmp_path):
     history = [asdict(iteration) for iteration in states[3].history]
     resumed = {"k": 31, "iterations": 7, "max_points_per_center": 10**6, "seed": 0}
     cases.append(resumed | {"resume": str(tmp_path / "fourth.npy"), "history": history})
-    (tmp_path / "cases.json").write_text(json.dumps(cases))
-    worker = ROOT / "tests" / "kmeans_worker.py"
-    for world_size in (1, 2, 3):
-        ended = run_script(world_size, [worker, tmp_path / "f", tmp_path / "cases.json", tmp_path])
-        assert [rank.code for rank in ended] == [0] * world_size, ended[0].output[-3000:]
-    for number, case in enumerate(cases):
-        alone = np.load(tmp_path / f"case{number}_world1_rank0.npz")
-        assert alone["num_used"] == min(2000, case["k"] * case["max_points_per_center"])
-        for world_size, rank in ((2, 0), (2, 1), (3, 0), (3, 1), (3, 2)):
-            found = np.load(tmp_path / f"case{number}_world{world_size}_rank{rank}.npz")
-            np.testing.assert_allclose(found["centers"], alone["centers"], atol=2e-5)
-            np.testing.assert_allclose(found["objective"], alone["objective"], rtol=1e-6)
-            assert np.array_equal(found["sizes"], alone["sizes"])
+    for alone, others in cluster_on_ranks(tmp_path, cases):
+        for found in others:
             assert np.array_equal(found["moved"][-3:], alone["moved"][-3:])
     np.testing.assert_allclose(alone["centers"], states[-1].centers_kd, atol=2e-5)
     done = SphericalKMeans(31, 7, 10**6, 0).fit(features, lambda _: None, resume=states[-1])

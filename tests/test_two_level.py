@@ -5,6 +5,7 @@ import json
 import faiss
 import numpy as np
 import pytest
+from kmeans_ranks import cluster_on_ranks
 from processes import ROOT, run_script
 from test_kmeans import cluster, mean_cosine, mixture, write_features
 
@@ -160,19 +161,7 @@ def test_ranks_do_not_matter(tmp_path):
         common | {"k": 61, "max_points_per_center": 10**6, "coarse": 9, "init": str(tmp_path / "start.npy")},
         common | {"k": 61, "max_points_per_center": 10**6, "coarse": 20, "refinements": 2, "backend": "torch"},
     ]
-    (tmp_path / "cases.json").write_text(json.dumps(cases))
-    for world_size in (1, 2, 3):
-        arguments = [ROOT / "tests" / "kmeans_worker.py", tmp_path / "f", tmp_path / "cases.json", tmp_path]
-        ended = run_script(world_size, arguments)
-        assert [rank.code for rank in ended] == [0] * world_size, ended[0].output[-3000:]
-    for number, case in enumerate(cases):
-        alone = np.load(tmp_path / f"case{number}_world1_rank0.npz")
-        assert alone["num_used"] == min(2000, case["k"] * case["max_points_per_center"])
-        for world_size, rank in ((2, 0), (2, 1), (3, 0), (3, 1), (3, 2)):
-            found = np.load(tmp_path / f"case{number}_world{world_size}_rank{rank}.npz")
-            np.testing.assert_allclose(found["centers"], alone["centers"], atol=2e-5)
-            np.testing.assert_allclose(found["objective"], alone["objective"], rtol=1e-6)
-            assert np.array_equal(found["sizes"], alone["sizes"])
+    cluster_on_ranks(tmp_path, cases)
 
 
 def test_killed_in_each_phase_it_goes_on_at_another_number_of_ranks(tmp_path, monkeypatch):
