@@ -440,10 +440,10 @@ def fit_weights(model: VisionTransformer, weights: dict[str, torch.Tensor], wher
     """
     weights, own, adapted = dict(weights), model.state_dict(), []
     positions, wanted = weights.get("embeddings.positions"), own.get("embeddings.positions")
-    if positions is not None and wanted is not None and positions.shape[1] == wanted.shape[1] != 0:
-        if len(positions) != len(wanted):
-            weights["embeddings.positions"] = resize_positions(positions, model.config.grid)
-            adapted.append(f"positions resized from {len(positions) - 1} to {len(wanted) - 1} patches")
+    both = positions is not None and wanted is not None
+    if both and positions.shape[1] == wanted.shape[1] and len(positions) != len(wanted):
+        weights["embeddings.positions"] = resize_positions(positions, model.config.grid)
+        adapted.append(f"positions resized from {len(positions) - 1} to {len(wanted) - 1} patches")
     if PROJECTION not in weights:
         weights[PROJECTION] = own[PROJECTION]
         adapted.append("it has no projection: that one keeps its initial weights")

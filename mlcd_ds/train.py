@@ -5,12 +5,12 @@ deepspeed [--hostfile hosts] mlcd_ds/train.py --deepspeed_config ds_configs/vit_
 """
 
 import contextlib
+import itertools
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import fire
 import torch
@@ -47,8 +47,6 @@ from mlcd_ds.run_folder import RunFolder
 from mlcd_ds.schedule import RunLength, resolve_run_length
 from mlcd_ds.topology import Topology
 from mlcd_ds.watch import Watch
-
-T = TypeVar("T")
 
 
 def train(config: RunConfig) -> None:
@@ -137,7 +135,8 @@ def train_in(run: RunFolder, config: RunConfig, raw: dict, topology: Topology, w
     bad_steps = BadSteps(config.max_bad_steps, store)
     saver = Saver(run, config, plan, store, engine, monitor)
     watch.enter_loop()
-    for images, next_images in _with_next(progress.timing_waits(loader.iterate(step, plan.length.total_steps))):
+    batches = progress.timing_waits(loader.iterate(step, plan.length.total_steps))
+    for images, next_images in itertools.pairwise(itertools.chain(batches, [None])):
         reported = is_due(step + 1, config.log_every_steps, plan.length) or step + 1 == 1
         histograms = is_due(step + 1, config.histogram_every_steps, plan.length)
         watch.does("computes", step)
@@ -163,16 +162,6 @@ def train_in(run: RunFolder, config: RunConfig, raw: dict, topology: Topology, w
         monitor.close()
         run.status("done", step)
         print(f"done: {step} steps. Encoder: {checkpoint.find_encoder(run.path)}", flush=True)
-
-
-def _with_next(items: Iterable[T]) -> Iterator[tuple[T, T | None]]:
-    """Each item with the one after it, None after the last."""
-    arriving = iter(items)
-    item = next(arriving, None)
-    while item is not None:
-        following = next(arriving, None)
-        yield item, following
-        item = following
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mlcd_ds import checkpoint_tools, cli
 from mlcd_ds.config import CheckpointPathConfig, ConsolidateConfig, ReshardConfig
-from mlcd_ds.errors import ConfigError
 
 
 def reshard(config: ReshardConfig) -> None:
@@ -35,20 +34,5 @@ DOORS = {
 """Sub-command: what it calls, and the settings that are its flags."""
 
 
-def main() -> None:
-    """The first argument names the sub-command; the rest are its flags."""
-    name = sys.argv[1] if len(sys.argv) > 1 else None
-    if name in ("--help", "-h", "help"):
-        print(f"{__doc__}\nsub-commands: {', '.join(DOORS)} (each has --help)")
-        return
-    if name not in DOORS:
-        what = "no sub-command" if name is None else f"no sub-command {name!r}"
-        cli.fail(
-            ConfigError(f"{what}: expected one of {', '.join(DOORS)}, like python tools/checkpoint.py list --path run/")
-        )
-    sys.argv[:2] = [f"{sys.argv[0]} {name}"]
-    cli.run(fire.Fire, *DOORS[name])
-
-
 if __name__ == "__main__":
-    main()
+    cli.run_one_of(fire.Fire, DOORS, __doc__)
