@@ -7,10 +7,10 @@ output, and of each step the keys of its images with their CRC-32. A run with a 
 DeepSpeed and what it imports at its first engine are imported once; ranks are forks.
 """
 
-import importlib.util
 import json
 import multiprocessing
 import os
+import runpy
 import sys
 import zlib
 from pathlib import Path
@@ -38,11 +38,7 @@ def start(run: dict, rank: int, port: int, log: Path, steps: Path) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     sys.argv = ["program", *run["flags"]]
     if "tool" in run:
-        path = ROOT / "tools" / run["tool"]
-        specification = importlib.util.spec_from_file_location("tool", path)
-        module = importlib.util.module_from_spec(specification)
-        specification.loader.exec_module(module)
-        module.main()
+        runpy.run_path(str(ROOT / "tools" / run["tool"]), run_name="__main__")
         return
     train_step = TrainEngine.train_step
 
