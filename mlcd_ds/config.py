@@ -152,6 +152,10 @@ class RunConfig(HeadConfig):
     max_skipped_fraction: Finite = Field(0.01, ge=0, le=1, description="stop above this share of unusable samples")
     max_pixels: int = Field(50_000_000, ge=1, description="larger images are skipped, judged by their header")
     shard_cache: str | None = Field(None, description="folder for remote tars; needed for URLs")
+    allow_pipe: bool = Field(False, description="take tars from pipe:COMMAND, which runs that shell command")
+    allow_missing_shards: bool = Field(
+        False, description="start without tars that are missing, up to max_skipped_fraction of the images"
+    )
     save_every_steps: int = Field(1000, ge=1)
     keep_last: int = Field(3, ge=1, description="checkpoints kept")
     keep_every: int | None = Field(
@@ -244,6 +248,7 @@ class IndexShardsConfig(Settings):
 
     shards: str = Field(description="tars: braces, globs, text files of paths, '::' between several")
     shard_cache: str | None = Field(None, description="folder for remote tars; needed for URLs")
+    allow_pipe: bool = Field(False, description="take tars from pipe:COMMAND, which runs that shell command")
     timeout_minutes: Finite = Field(60.0, gt=0, description="longest wait for another rank")
 
 
@@ -266,6 +271,7 @@ class FeaturesConfig(Settings):
     )
     max_pixels: int = Field(50_000_000, ge=1)
     shard_cache: str | None = Field(None, description="folder for remote tars; needed for URLs")
+    allow_pipe: bool = Field(False, description="take tars from pipe:COMMAND, which runs that shell command")
     patch_size: int = Field(6, ge=2, description="builtin:patches: side of a patch in pixels")
     dictionary_size: int = Field(512, ge=2, description="builtin:patches: number of dictionary patches")
     patch_features: int = Field(256, ge=1, description="builtin:patches: features of an image, at most")
@@ -391,6 +397,7 @@ class InspectConfig(Settings):
     class_names: str | None = Field(None, description="text file with the name of class 0, 1, ... a line each")
     max_pixels: int = Field(50_000_000, ge=1, description="larger images are not made thumbnails of")
     shard_cache: str | None = Field(None, description="folder for remote tars; needed for URLs")
+    allow_pipe: bool = Field(False, description="take tars from pipe:COMMAND, which runs that shell command")
     seed: int = Field(0, ge=0, description="of the clusters and images that are drawn")
 
 
@@ -435,6 +442,7 @@ class ProbeConfig(Settings):
     max_skipped_fraction: Finite = Field(0.01, ge=0, le=1, description="stop above this share of unusable images")
     max_pixels: int = Field(50_000_000, ge=1)
     shard_cache: str | None = Field(None, description="folder for remote tars; needed for URLs")
+    allow_pipe: bool = Field(False, description="take tars from pipe:COMMAND, which runs that shell command")
     seed: int = Field(0, ge=0, description="of the validation split and of untrained weights")
 
     @model_validator(mode="after")

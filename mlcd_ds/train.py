@@ -97,7 +97,7 @@ def train_in(run: RunFolder, config: RunConfig, raw: dict, topology: Topology, w
     """
     collectives.on_main(topology, run.open, config.resume == "auto")
     batch = BatchSizes.resolve(raw, topology.world_size, collectives.on_main(topology, run.global_batch))
-    shards = collectives.on_main(topology, expand_shards, config.shards)
+    shards = collectives.on_main(topology, expand_shards, config.shards, config.allow_pipe, config.allow_missing_shards)
     table = build_shard_table(
         shards,
         split_paths(config.labels),
@@ -105,6 +105,9 @@ def train_in(run: RunFolder, config: RunConfig, raw: dict, topology: Topology, w
         config.max_skipped_fraction,
         config.shard_cache,
         topology,
+        index_folder=run.path / "index",
+        allow_missing=config.allow_missing_shards,
+        allow_pipe=config.allow_pipe,
     )
     order = EpochPlan(config.seed, table.counts, batch.global_batch, config.shuffle_window)
     plan = plan_run(config, raw, batch, topology, table.num_samples, len(shards), table.labels_infos, table.unused())
@@ -251,7 +254,7 @@ def dry_run(config: RunConfig, topology: Topology) -> None:
         raise ConfigError(f"--world_size {world_size} contradicts --expect_world_size {config.expect_world_size}")
     device = torch.device(config.device) if config.device else topology.device
     planned = Topology(0, world_size, 0, topology.local_world_size, device)
-    shards = expand_shards(config.shards)
+    shards = expand_shards(config.shards, config.allow_pipe, config.allow_missing_shards)
     names = [shard_name(shard) for shard in shards]
     found = [check_label_folder(folder, names, config.num_positives) for folder in split_paths(config.labels)]
     labels, images = tuple(info for info, _ in found), max(sum(rows) for _, rows in found)

@@ -130,18 +130,27 @@ def test_every_animal_of_the_zoo_is_used_or_counted_with_its_reason(tmp_path):
 
 
 @pytest.mark.parametrize("where", ["member", "boundary", "header", "end blocks"])
-def test_a_truncated_zoo_is_refused_wherever_it_ends(tmp_path, where):
-    path, _ = make_zoo(tmp_path)
+def test_a_truncated_zoo_is_told_and_counted_wherever_it_ends(tmp_path, where):
+    path, numbered = make_zoo(tmp_path)
     data = path.read_bytes()
     index = index_tar(path)
-    last = max(offset for members in index.members.values() for offset, _ in members.values())
+    last = max(index.image(key)[0] for key in index.keys)
     with tarfile.open(path) as tar:
         end = max(member.offset_data + (member.size + 511) // 512 * 512 for member in tar)
     cut = {"member": last + 3, "boundary": last - 512, "header": last - 100, "end blocks": end}[where]
     path.write_bytes(data[:cut])
-    with pytest.raises(DataError, match="00000.tar is cut") as caught:
-        read_all(tmp_path, path)
-    assert "byte" in str(caught.value) and "Fetch or write it again" in str(caught.value)
+    there = {key for key, members in index.members.items() if sum(index.image(key)) <= cut}
+    lost = len(numbered) - len(there)
+    assert lost == (0 if where == "end blocks" else 1)
+    if lost:
+        with pytest.raises(
+            DataError, match=r"00000.tar is cut .*byte .*Fetch or write it again.* 1 of 29 images are lost"
+        ):
+            build_shard_table([str(path)], [tmp_path / "labels"], 3, 0.01, None, Topology.single())
+    table, ledger, batch = read_all(tmp_path, path)
+    assert table.quarantined[0][:2] == (0, lost) and "00000.tar is cut" in table.unused()[-1]
+    assert table.num_samples == len(numbered) == ledger.read and ledger.skipped["damaged_tar"] == lost
+    assert {key for key in batch.keys if key} == there & {numbered[name] for name in USED}
 
 
 # ------------------------------------------------------------------------------------------------ files that want to run

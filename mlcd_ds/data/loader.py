@@ -24,7 +24,7 @@ from mlcd_ds.config import RunConfig
 from mlcd_ds.data.decode import IMAGE_PROBLEMS, ImageError
 from mlcd_ds.data.labels import draw_positives
 from mlcd_ds.data.plan import EpochPlan, augmentation_generator, positives_generator
-from mlcd_ds.data.shards import ShardReader, ShardTable, build_shard_table
+from mlcd_ds.data.shards import TAR_PROBLEMS, ShardReader, ShardTable, build_shard_table
 from mlcd_ds.data.transforms import decode_random_resized_crop
 from mlcd_ds.errors import ConfigError, DataError, UserError
 from mlcd_ds.files import write_json
@@ -41,7 +41,7 @@ MIN_SAMPLES_TO_JUDGE = 1000
 MAX_NAMES = 1000
 """Skipped samples that the ledger of a rank names; all are counted."""
 
-SKIP_REASONS = (*IMAGE_PROBLEMS, "no_label")
+SKIP_REASONS = (*IMAGE_PROBLEMS, "no_label", *TAR_PROBLEMS)
 """Why a sample may be skipped."""
 
 
@@ -49,14 +49,15 @@ SKIP_REASONS = (*IMAGE_PROBLEMS, "no_label")
 class Ledger:
     """What became of every sample of this rank: decoded + skipped = read, exactly, in all and for each shard.
 
-    decoded_of, skipped_of: per shard (its number in the table). skipped: reason -> number; reasons are ImageError's and
-    "no_label". names: the first MAX_NAMES skipped samples, as "shard/key: reason: details".
+    decoded_of: per shard (its number in the table). skips: (shard, reason) -> number; reasons are SKIP_REASONS. names: the
+    first MAX_NAMES skipped samples, as "shard/key: reason: details", and damaged or missing tars, once each, as "shard:
+    reason: details".
     """
 
     decoded_of: Counter = field(default_factory=Counter)
-    skipped_of: Counter = field(default_factory=Counter)
-    skipped: Counter = field(default_factory=Counter)
+    skips: Counter = field(default_factory=Counter)
     names: list[str] = field(default_factory=list)
+    _tars: set[tuple[int, str]] = field(default_factory=set)
 
     @property
     def decoded(self) -> int:
@@ -64,27 +65,50 @@ class Ledger:
         return self.decoded_of.total()
 
     @property
+    def skipped(self) -> Counter:
+        """Skipped, by reason."""
+        found: Counter = Counter()
+        for (_, reason), count in self.skips.items():
+            found[reason] += count
+        return found
+
+    @property
+    def skipped_of(self) -> Counter:
+        """Skipped, by shard."""
+        found: Counter = Counter()
+        for (shard, _), count in self.skips.items():
+            found[shard] += count
+        return found
+
+    @property
     def num_skipped(self) -> int:
         """Skipped for any reason."""
-        return self.skipped.total()
+        return self.skips.total()
 
     @property
     def read(self) -> int:
         """All samples so far."""
         return self.decoded + self.num_skipped
 
-    def add(self, shards: list[int], skipped: list["Skipped"]) -> None:
-        """Enters a piece of a batch; shards: of all its samples."""
+    def add(self, shards: list[int], skipped: list["Skipped"]) -> list["Skipped"]:
+        """Enters a piece of a batch; shards: of all its samples. Returns what of `skipped` has not been named yet."""
         self.decoded_of.update(shards)
         self.decoded_of.subtract(sample.shard for sample in skipped)
-        self.skipped_of.update(sample.shard for sample in skipped)
-        self.skipped.update(sample.reason for sample in skipped)
-        self.names += [sample.name for sample in skipped[: MAX_NAMES - len(self.names)]]
+        self.skips.update((sample.shard, sample.reason) for sample in skipped)
+        fresh = []
+        for sample in skipped:
+            if sample.reason in TAR_PROBLEMS:
+                if (sample.shard, sample.reason) in self._tars:
+                    continue
+                self._tars.add((sample.shard, sample.reason))
+            fresh.append(sample)
+        self.names += [sample.name for sample in fresh[: MAX_NAMES - len(self.names)]]
+        return fresh
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """A sample that cannot be used. name: "shard/key: reason: details"."""
+    """A sample that cannot be used. name: "shard/key: reason: details"; without the key where the tar is to blame."""
 
     shard: int
     reason: str
@@ -177,7 +201,8 @@ class _Pieces(Dataset):
                     data, self.config.max_pixels, size, self.config.crop_scale_min, self.config.flip, generator
                 )
             except ImageError as error:
-                name = f"{self.table.names[shard]}/{key}: {error.reason}: {error}"
+                where = "" if error.reason in TAR_PROBLEMS else f"/{key}"
+                name = f"{self.table.names[shard]}{where}: {error.reason}: {error}"
                 piece.skipped.append(Skipped(shard, error.reason, name))
                 continue
             images_uCHH[row] = crop.transpose(2, 0, 1)
@@ -267,6 +292,7 @@ class ImageLabelLoader:
         self.images_per_rank = plan.global_batch // topology.world_size
         self.max_skipped_fraction = config.max_skipped_fraction
         self.ledger = Ledger()
+        self._quarantined = {shard for shard, _, _ in table.quarantined}
         self._skipped_folder = skipped_folder
         self._names = None if skipped_folder is None else SkippedNames(skipped_folder, topology.rank)
         start = topology.rank * self.images_per_rank
@@ -293,7 +319,8 @@ class ImageLabelLoader:
         """This rank's batches of the steps `start_step`..`stop_step`, one a step, B rows each. Calls no collective.
 
         A sample that cannot be used keeps its slot: a zero image, a row of NO_IMAGE, the key "".
-        Raises DataError when a tar or label file changed or broke since the start, or a loader process died.
+        That goes for all samples of a tar that breaks or vanishes, too. Raises DataError when a tar or label file became
+        another since the start, a label file broke, or a loader process died.
         """
         pieces = self._dataset.pieces
         self._steps.items = range(start_step * pieces, stop_step * pieces)
@@ -301,10 +328,17 @@ class ImageLabelLoader:
         for _ in range(start_step, stop_step):
             parts = [self._next(arriving) for _ in range(pieces)]
             for part in parts:
-                self.ledger.add(part.shards, part.skipped)
-                if self._names is not None:
-                    self._names.write([sample.name for sample in part.skipped])
+                self._enter(part)
             yield self._assemble(parts)
+
+    def _enter(self, part: _Piece) -> None:
+        """Counts and names what became of the samples of a piece; tells of tars that were whole at the start."""
+        fresh = self.ledger.add(part.shards, part.skipped)
+        if self._names is not None:
+            self._names.write([sample.name for sample in fresh])
+        for sample in fresh:
+            if sample.reason in TAR_PROBLEMS and sample.shard not in self._quarantined:
+                print(f"WARNING: the images of a tar are lost, skipped and counted: {sample.name}", flush=True)
 
     def check_skipped(self, final: bool) -> tuple[int, int]:
         """(decoded, skipped) of all ranks so far; see `count_skipped`."""
@@ -317,7 +351,8 @@ class ImageLabelLoader:
         When `final`, one gather of the sums per tar more. Of what came out of `iterate`: whoever asks for a batch before
         the last one is used counts it already.
         Raises DataError, on every rank, with counts by reason and examples, when more than `max_skipped_fraction` were
-        skipped; judged from MIN_SAMPLES_TO_JUDGE samples on, or when `final`.
+        skipped; judged from MIN_SAMPLES_TO_JUDGE samples on, or when `final`. Those of damaged and missing tars, which come
+        many in a row, may be that share of an epoch.
         """
         own = [self.ledger.decoded, *(self.ledger.skipped[reason] for reason in SKIP_REASONS)]
         if final and self._skipped_folder is not None:
@@ -326,7 +361,10 @@ class ImageLabelLoader:
         reasons = Counter({reason: count for reason, count in zip(SKIP_REASONS, numbers, strict=True) if count})
         skipped = reasons.total()
         read = decoded + skipped
-        if skipped > self.max_skipped_fraction * read and (final or read >= MIN_SAMPLES_TO_JUDGE):
+        of_tars = sum(reasons[reason] for reason in TAR_PROBLEMS)
+        too_many = skipped - of_tars > self.max_skipped_fraction * read
+        too_many |= skipped > self.max_skipped_fraction * max(read, self._dataset.table.num_samples)
+        if too_many and (final or read >= MIN_SAMPLES_TO_JUDGE):
             names = [name for own in gather_objects(self.ledger.names[:3], self._topology) for name in own]
             raise DataError(
                 f"{skipped} of {read} samples could not be used ({_listed(reasons)}), more than --max_skipped_fraction "

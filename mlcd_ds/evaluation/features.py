@@ -43,7 +43,9 @@ class Encoder:
 def read_features(config: ProbeConfig, split: str, device: torch.device) -> LabelledFeatures:
     """Features and true classes of one split's tars. Raises DataError or CheckpointError for what is missing."""
     spec = config.train_shards if split == "train" else config.test_shards
-    shards = [local_shard(shard, config.shard_cache) for shard in expand_shards(spec)]
+    shards = [
+        local_shard(shard, config.shard_cache, config.allow_pipe) for shard in expand_shards(spec, config.allow_pipe)
+    ]
     kind, value = split_model(config.model)
     if kind == "features":
         return _from_folder(config, feature_folders(value)[SPLITS.index(split)], shards, split)

@@ -151,7 +151,8 @@ def finished_result(config: ProbeConfig) -> dict | None:
 
 def _inputs(config: ProbeConfig) -> list[Path]:
     """Local files a result depends on."""
-    shards = expand_shards(config.train_shards) + expand_shards(config.test_shards)
+    specs = (config.train_shards, config.test_shards)
+    shards = [shard for spec in specs for shard in expand_shards(spec, config.allow_pipe)]
     files = [Path(shard) for shard in shards if not is_url(shard)]
     kind, value = split_model(config.model)
     if kind in ("run", "untrained"):
