@@ -69,9 +69,8 @@ class Progress:
     ) -> None:
         """Reports the `step`-th finished step, and the time since the last report. Two all-reduces of a few numbers.
 
-        Samples are counted as the loader hands them out: where the loop holds one batch in advance, that one is in the
-        counts already. result: engine.StepResult of this step. skipped_steps: of the whole run. Raises DataError, on
-        every rank, when too many samples could not be used.
+        Samples are counted over the whole run, before a resume, too. result: engine.StepResult of this step. skipped_steps:
+        of the whole run. Raises DataError, on every rank, when too many samples could not be used.
         """
         now = time.monotonic()
         seconds = now - self._last_report

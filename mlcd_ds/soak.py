@@ -37,8 +37,8 @@ from mlcd_ds.topology import Topology
 from mlcd_ds.train import train
 
 CLASSES, POSITIVES, IMAGE_SIZE, SAVE_EVERY = 50, 8, 16, 2
-CHANGING = ("time", "samples_per_second", "data_wait_fraction", "memory_gb", "samples_decoded", "samples_skipped")
-"""Of a line of metrics.jsonl: what two equal runs need not share. (Samples are counted from each start on.)"""
+CHANGING = ("time", "samples_per_second", "data_wait_fraction", "memory_gb")
+"""Of a line of metrics.jsonl: what two equal runs need not share."""
 
 SAVE_POINTS = (
     "deepspeed",

@@ -6,6 +6,7 @@ deepspeed [--hostfile hosts] mlcd_ds/train.py --deepspeed_config ds_configs/vit_
 
 import contextlib
 import itertools
+import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -37,7 +38,7 @@ from mlcd_ds.errors import (
     Preempted,
     SaveError,
 )
-from mlcd_ds.files import write_json
+from mlcd_ds.files import write_json, write_text
 from mlcd_ds.models.vit import VisionTransformer, VitConfig, preset
 from mlcd_ds.monitor import Monitor, never_stopping
 from mlcd_ds.partial_fc import PartialFC
@@ -123,7 +124,7 @@ def train_in(run: RunFolder, config: RunConfig, raw: dict, topology: Topology, w
     found = store.find() if config.resume == "auto" else None
     loader = ImageLabelLoader(config, table, order, plan.encoder.image_size, topology, run.path / "skipped")
     engine = build_engine(config, plan, topology, from_scratch=found is None)
-    step = 0 if found is None else resume(found, config.seed, plan, engine, topology)
+    step = 0 if found is None else resume(found, config.seed, plan, engine, loader, topology)
     monitor = open_monitor(run, engine, step, plan, topology)
     progress = Progress(
         monitor,
@@ -136,9 +137,9 @@ def train_in(run: RunFolder, config: RunConfig, raw: dict, topology: Topology, w
     )
     run.step = step
     bad_steps = BadSteps(config.max_bad_steps, store)
-    saver = Saver(run, config, plan, store, engine, monitor)
+    saver = Saver(run, config, plan, store, engine, loader, monitor)
     watch.enter_loop()
-    batches = progress.timing_waits(loader.iterate(step, plan.length.total_steps))
+    batches = progress.timing_waits(loader.iterate(step, plan.length.total_steps, ahead=1))
     for images, next_images in itertools.pairwise(itertools.chain(batches, [None])):
         reported = is_due(step + 1, config.log_every_steps, plan.length) or step + 1 == 1
         histograms = is_due(step + 1, config.histogram_every_steps, plan.length)
@@ -339,10 +340,13 @@ def build_head(config: RunConfig, plan: RunPlan, topology: Topology, from_scratc
     return PartialFC(num_classes, plan.encoder.embed_dim, topology, seed=config.seed + index, **options)
 
 
-def resume(found: Checkpoint, seed: int, plan: RunPlan, engine: TrainEngine, topology: Topology) -> int:
-    """Loads a checkpoint; the step to go on from."""
+def resume(
+    found: Checkpoint, seed: int, plan: RunPlan, engine: TrainEngine, loader: ImageLabelLoader, topology: Topology
+) -> int:
+    """Loads a checkpoint, the ledger of its samples included; the step to go on from."""
     engine.load(found, seed)
     engine.skipped_steps = found.state["skipped_steps"]
+    loader.go_on_from(json.loads((found.path / checkpoint.LEDGER).read_text()))
     if topology.is_main:
         ranks = found.state["world_size"]
         by = "" if ranks == topology.world_size else f", written by {ranks} ranks, on {topology.world_size}"
@@ -398,10 +402,11 @@ class Saver:
         plan: RunPlan,
         store: CheckpointStore,
         engine: TrainEngine,
+        loader: ImageLabelLoader,
         monitor: Monitor | None,
     ):
         self.run, self.config, self.plan = run, config, plan
-        self.store, self.engine, self.monitor = store, engine, monitor
+        self.store, self.engine, self.loader, self.monitor = store, engine, loader, monitor
         self.failed = 0
         """Saves in a row that could not be written."""
 
@@ -413,8 +418,9 @@ class Saver:
         self._refuse_bad_weights(step)
         started = time.monotonic()
         is_main = self.store.topology.is_main
+        totals = self.loader.totals()
         try:
-            path = self.store.write(step, lambda folder: self._write(folder, step))
+            path = self.store.write(step, lambda folder: self._write(folder, step, totals))
         except SaveError as error:
             self.failed += 1
             newest = self.store.newest()
@@ -442,7 +448,7 @@ class Saver:
             note("running", step)
         return True
 
-    def _write(self, folder: Path, step: int) -> None:
+    def _write(self, folder: Path, step: int, totals: dict) -> None:
         """This rank's parts. Raises OSError, on this rank alone."""
         self.engine.save(folder, self.config.model)
         if self.monitor is not None:
@@ -455,6 +461,7 @@ class Saver:
                 "skipped_steps": self.engine.skipped_steps,
             }
             write_json(folder / "state.json", state)
+            write_text(folder / checkpoint.LEDGER, json.dumps(totals) + "\n")
 
     def _refuse_bad_weights(self, step: int) -> None:
         found = collectives.gather_objects(self.engine.not_finite(), self.store.topology)

@@ -10,12 +10,14 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from ranks import run_ranks
 from toy_data import encode, labels_of, make_shards, picture, write_labels
 
 from mlcd_ds.batch import NO_IMAGE, NO_LABEL, ImageLabelBatch
@@ -424,12 +426,46 @@ def test_names_of_skipped_samples_are_written_as_they_come(damaged, monkeypatch)
     assert lines == [" ".join(name.split()) for name in names] and len(lines) == 6
     sums = json.loads((folder / "run" / "skipped" / "by_shard.json").read_text())
     assert [row["images"] for row in sums.values()] == [20, 20] and list(sums) == ["00000", "00001"]
-    assert sum(row["decoded"] + row["skipped"] for row in sums.values()) == 16  # two steps of 8 since the restart
+    assert (
+        sum(row["decoded"] + row["skipped"] for row in sums.values()) == 16
+    )  # two steps of 8, no totals were taken over
     monkeypatch.setattr(loader_module, "MAX_NAMES", 8)
     pass_over(0, 5)
     pass_over(0, 5)
     lines = (folder / "run" / "skipped" / "rank_00000.txt").read_text().splitlines()
     assert len(lines) == 9 and lines[8].startswith("... more than 8")
+
+
+def test_totals_go_on_at_another_number_of_ranks_and_reconcile_with_the_index(damaged, tmp_path):
+    """Two ranks up to the third step, with a batch in advance that does not count; then one; then four. Two epochs."""
+    folder, shards = damaged
+    settings = config(max_skipped_fraction=1.0)
+    table = build_shard_table(shards, [folder / "labels"], 3, 1.0, None, Topology.single())
+
+    def part(topology, start, stop, taken_over, ends):
+        loader = ImageLabelLoader(settings, table, EpochPlan(5, table.counts, 8, 6), 24, topology, tmp_path / "skipped")
+        if taken_over is not None:
+            loader.go_on_from(taken_over)
+        batches = loader.iterate(start, 10, ahead=1)
+        for _ in range(stop - start + (not ends)):  # one more than is used
+            next(batches)
+        if ends:
+            assert next(batches, None) is None
+        return loader.totals(), loader.count_skipped(final=ends)
+
+    totals, decoded, skips = None, [], []
+    for ranks, start, stop in ((2, 0, 3), (1, 3, 4), (4, 4, 10)):
+        found = run_ranks(ranks, partial(part, start=start, stop=stop, taken_over=totals, ends=stop == 10))
+        assert all(own == found[0] for own in found)
+        totals = json.loads(json.dumps(found[0][0]))
+        decoded.append(found[0][1][0])
+        skips.append(found[0][1][1])
+    assert [own + skip.total() for own, skip in zip(decoded, skips, strict=True)] == [24, 32, 80]
+    assert skips[-1] == {reason: 2 * count for reason, count in REASONS.items()}
+    assert [sum(counts) for counts in totals["shards"].values()] == [2 * count for count in table.counts]
+    by_shard = json.loads((tmp_path / "skipped" / "by_shard.json").read_text())
+    assert [row["decoded"] + row["skipped"] for row in by_shard.values()] == [40, 40]
+    assert by_shard["00001"]["no_label"] == 4 and by_shard["00000"]["empty"] == 2
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -8,7 +8,7 @@ import atexit
 import math
 import signal
 import weakref
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.util import Finalize
@@ -140,6 +140,14 @@ class SkippedNames:
         except OSError as error:
             raise DataError(f"cannot write the names of skipped samples to {self.path}: {error}") from None
         self._written += len(names)
+
+
+@dataclass(frozen=True)
+class _Fate:
+    """What became of the samples of a piece: the shards of all, and those that were skipped."""
+
+    shards: list[int]
+    skipped: list[Skipped]
 
 
 @dataclass
@@ -315,9 +323,10 @@ class ImageLabelLoader:
         if config.workers:
             _close_at_exit(self)
 
-    def iterate(self, start_step: int, stop_step: int) -> Iterator[ImageLabelBatch]:
+    def iterate(self, start_step: int, stop_step: int, ahead: int = 0) -> Iterator[ImageLabelBatch]:
         """This rank's batches of the steps `start_step`..`stop_step`, one a step, B rows each. Calls no collective.
 
+        ahead: batches that the caller holds before it uses them: the ledger is that of the others, and of all at the end.
         A sample that cannot be used keeps its slot: a zero image, a row of NO_IMAGE, the key "".
         That goes for all samples of a tar that breaks or vanishes, too. Raises DataError when a tar or label file became
         another since the start, a label file broke, or a loader process died.
@@ -325,15 +334,19 @@ class ImageLabelLoader:
         pieces = self._dataset.pieces
         self._steps.items = range(start_step * pieces, stop_step * pieces)
         arriving = iter(self._loader)
+        held: deque[list[_Fate]] = deque()
         for _ in range(start_step, stop_step):
             parts = [self._next(arriving) for _ in range(pieces)]
-            for part in parts:
-                self._enter(part)
+            held.append([_Fate(part.shards, part.skipped) for part in parts])
+            if len(held) > ahead:
+                self._enter(held.popleft())
             yield self._assemble(parts)
+        while held:
+            self._enter(held.popleft())
 
-    def _enter(self, part: _Piece) -> None:
-        """Counts and names what became of the samples of a piece; tells of tars that were whole at the start."""
-        fresh = self.ledger.add(part.shards, part.skipped)
+    def _enter(self, fates: Sequence[_Fate]) -> None:
+        """Counts and names what became of the samples of a batch; tells of tars that were whole at the start."""
+        fresh = [sample for fate in fates for sample in self.ledger.add(fate.shards, fate.skipped)]
         if self._names is not None:
             self._names.write([sample.name for sample in fresh])
         for sample in fresh:
@@ -348,8 +361,7 @@ class ImageLabelLoader:
     def count_skipped(self, final: bool) -> tuple[int, Counter]:
         """(decoded, skipped by reason) of all ranks so far. All ranks call it together: one all-reduce of a few numbers.
 
-        When `final`, one gather of the sums per tar more. Of what came out of `iterate`: whoever asks for a batch before
-        the last one is used counts it already.
+        When `final`, one all-reduce of the sums per tar more.
         Raises DataError, on every rank, with counts by reason and examples, when more than `max_skipped_fraction` were
         skipped; judged from MIN_SAMPLES_TO_JUDGE samples on, or when `final`. Those of damaged and missing tars, which come
         many in a row, may be that share of an epoch.
@@ -374,19 +386,49 @@ class ImageLabelLoader:
         return decoded, reasons
 
     def _write_shards(self, path: Path) -> None:
-        """Rank 0 writes, of every tar: its images, and how often one was decoded and skipped since the (re)start."""
-        own = (dict(self.ledger.decoded_of), dict(self.ledger.skipped_of))
-        ledgers = gather_objects(own, self._topology)
+        """Rank 0 writes, of every tar: its images, and how often one was decoded and skipped, for which reasons."""
+        sums = self._summed()
         if not self._topology.is_main:
             return
-        decoded, skipped = (sum((Counter(ledger[i]) for ledger in ledgers), Counter()) for i in (0, 1))
         table = self._dataset.table
         path.parent.mkdir(parents=True, exist_ok=True)
-        rows = enumerate(zip(table.names, table.counts, strict=True))
-        write_json(
-            path,
-            {name: {"images": count, "decoded": decoded[i], "skipped": skipped[i]} for i, (name, count) in rows},
-        )
+        found = {}
+        for name, count, (decoded, *skips) in zip(table.names, table.counts, sums.tolist(), strict=True):
+            reasons = {reason: number for reason, number in zip(SKIP_REASONS, skips, strict=True) if number}
+            found[name] = {"images": count, "decoded": decoded, "skipped": sum(skips), **reasons}
+        write_json(path, found)
+
+    def _summed(self) -> torch.Tensor:
+        """int64 [tars, 1 + reasons], of all ranks: decoded, and skipped for each of SKIP_REASONS. One all-reduce."""
+        sums = np.zeros((len(self._dataset.table.names), 1 + len(SKIP_REASONS)), np.int64)
+        for shard, count in self.ledger.decoded_of.items():
+            sums[shard, 0] = count
+        for (shard, reason), count in self.ledger.skips.items():
+            sums[shard, 1 + SKIP_REASONS.index(reason)] = count
+        return sum_(torch.from_numpy(sums).to(self._topology.device), self._topology).cpu()
+
+    def totals(self) -> dict:
+        """The ledger of all ranks, for a checkpoint: {"columns", "shards": {name: a number for each column}}. Every rank
+        calls it: one all-reduce of a few numbers per tar.
+        """
+        sums = self._summed()
+        used = sums.any(dim=1).nonzero()[:, 0].tolist()
+        names = self._dataset.table.names
+        return {"columns": ["decoded", *SKIP_REASONS], "shards": {names[i]: sums[i].tolist() for i in used}}
+
+    def go_on_from(self, totals: dict) -> None:
+        """Takes over the `totals` of a checkpoint, whatever number of ranks made them; of tars that are listed still."""
+        if not self._topology.is_main:  # all sums are over all ranks
+            return
+        number = {name: i for i, name in enumerate(self._dataset.table.names)}
+        for name, counts in totals["shards"].items():
+            if name not in number:
+                continue
+            for column, count in zip(totals["columns"], counts, strict=True):
+                if column == "decoded":
+                    self.ledger.decoded_of[number[name]] += count
+                elif count:
+                    self.ledger.skips[number[name], column] += count
 
     def close(self) -> None:
         """Ends the loader processes; `iterate` would start new ones."""
