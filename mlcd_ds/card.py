@@ -77,6 +77,18 @@ def plan_memory(
     )
 
 
+def checkpoint_bytes(
+    encoder: VitConfig, settings: DeepSpeedSettings, config: RunConfig, num_classes: Sequence[int]
+) -> int:
+    """About how large a checkpoint of all ranks is: weights as trained and in float32, for users; moments; heads' rows.
+
+    num_classes: of each head. Under ZeRO the engine keeps its own float32 weights beside.
+    """
+    weights = (2 if settings.precision == "bfloat16" else 4) + 4 + (4 if settings.zero_stage else 0)
+    row = encoder.embed_dim * (8 if config.head_moments == "bfloat16" else 12) + 4
+    return count_parameters(encoder) * (weights + 8) + sum(num_classes) * row
+
+
 def _head_bytes(
     encoder: VitConfig, settings: DeepSpeedSettings, config: RunConfig, num_classes: int, world_size: int
 ) -> tuple[int, int, int]:
@@ -167,7 +179,11 @@ def startup_card(
             f"head's step {_gb(memory.head_step)}"
             + (f"; beside it {_gb(memory.host)} of host memory" if memory.host else ""),
         ),
-        ("output", config.output_dir),
+        (
+            "output",
+            f"{config.output_dir}; a checkpoint takes about "
+            f"{_gb(checkpoint_bytes(encoder, settings, config, num_classes))}, {config.keep_last + 1} at a time",
+        ),
     ]
     width = max(len(name) for name, _ in rows)
     lines = [f"  {name:<{width}}  {text}" for name, text in rows]

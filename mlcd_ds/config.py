@@ -168,6 +168,12 @@ class RunConfig(HeadConfig):
     log_every_steps: int = Field(10, ge=1)
     histogram_every_steps: int = Field(100, ge=1, description="cosine histograms to TensorBoard (the paper's Fig. 3)")
     timeout_minutes: Finite = Field(10.0, gt=0, description="longest wait for another rank, and for data")
+    start_timeout_minutes: Finite = Field(
+        30.0,
+        gt=0,
+        description="longest wait for another rank while the run starts, in its first step, and during saves; never less "
+        "than timeout_minutes",
+    )
     warn_data_wait_seconds: Finite = Field(60.0, gt=0, description="a longer wait for data is told while it lasts")
     world_size: int | None = Field(None, ge=1, description="with --dry_run: the number of ranks to plan for")
     dry_run: bool = Field(False, description="print the startup card and stop")

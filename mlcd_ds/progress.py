@@ -41,13 +41,13 @@ class Progress:
         self.monitor, self.topology, self.watch = monitor, topology, watch
         self.total_steps, self.global_batch, self.samples_per_epoch = total_steps, global_batch, samples_per_epoch
         self._started = self._last_report = time.monotonic()
-        self._first_step = self._last_step = first_step
+        self.first_step = self._last_step = first_step
         self._waited = 0.0
 
     def timing_waits(self, batches: Iterable[T]) -> Iterator[T]:
         """Yields `batches`, noting how long each one was waited for; the watch tells of long waits while they last."""
         arriving = iter(batches)
-        for step in itertools.count(self._first_step):
+        for step in itertools.count(self.first_step):
             self.watch.does(WAITS_FOR_DATA, step)
             asked = time.monotonic()
             try:
@@ -109,7 +109,7 @@ class Progress:
         print(self._console_line(step, values, len(result.head_grad_norms)), flush=True)
 
     def _console_line(self, step: int, values: dict, heads: int) -> str:
-        done = step - self._first_step
+        done = step - self.first_step
         left = (time.monotonic() - self._started) / done * (self.total_steps - step)
         # A head's loss is the sum of its two parts; train_loss is that of all heads, weighted.
         others = [values[f"loss_positive_{i}"] + values[f"loss_negative_{i}"] for i in range(1, heads)]

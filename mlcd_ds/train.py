@@ -19,7 +19,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mlcd_ds import checkpoint, cli, collectives
-from mlcd_ds.card import head_precisions, startup_card
+from mlcd_ds.card import checkpoint_bytes, head_precisions, startup_card
 from mlcd_ds.checkpoint import Checkpoint, CheckpointStore
 from mlcd_ds.config import DeepSpeedDefaults, RunConfig, split_paths
 from mlcd_ds.data.centers import Centers, load_center_rows
@@ -37,8 +37,10 @@ from mlcd_ds.errors import (
     NonFiniteError,
     Preempted,
     SaveError,
+    UserError,
 )
 from mlcd_ds.files import write_json, write_text
+from mlcd_ds.machine import check_machine, needs_of
 from mlcd_ds.models.vit import VisionTransformer, VitConfig, preset
 from mlcd_ds.monitor import Monitor, never_stopping
 from mlcd_ds.partial_fc import PartialFC
@@ -46,7 +48,7 @@ from mlcd_ds.partition import ClassPartition
 from mlcd_ds.progress import Progress
 from mlcd_ds.run_folder import RunFolder
 from mlcd_ds.schedule import RunLength, resolve_run_length
-from mlcd_ds.topology import Topology
+from mlcd_ds.topology import Topology, longer_waits, set_timeout_of_every_group
 from mlcd_ds.watch import Watch
 
 
@@ -60,7 +62,7 @@ def train(config: RunConfig) -> None:
         return dry_run(config, topology)
     check_launch(config, topology)
     raw = load_deepspeed_config(config.deepspeed_config)
-    topology.start(config.timeout_minutes)
+    topology.start(longest_wait(config))
     run = RunFolder(config.output_dir)
     with Watch(topology, config.timeout_minutes, config.warn_data_wait_seconds, run.ended_at_once) as watch:
         try:
@@ -115,6 +117,7 @@ def train_in(run: RunFolder, config: RunConfig, raw: dict, topology: Topology, w
     if topology.is_main:
         print(plan.card, flush=True)
     collectives.on_main(topology, check_start, config, plan, run)
+    check_this_machine(config, plan, topology, run)
     record = plan.record(config, table.fingerprint(), order.fingerprint())
     collectives.on_main(topology, run.write_config, record, config.allow_changed)
     check_shared(run, topology)
@@ -151,6 +154,8 @@ def train_in(run: RunFolder, config: RunConfig, raw: dict, topology: Topology, w
             next_batch=next_images,
             stop_wanted=watch.stop_wanted,
         )
+        if step == progress.first_step:  # compilers and first reads are behind all ranks
+            set_timeout_of_every_group(config.timeout_minutes)
         step = run.step = step + 1
         bad_steps.judge(step, result)
         if reported or histograms:
@@ -158,7 +163,8 @@ def train_in(run: RunFolder, config: RunConfig, raw: dict, topology: Topology, w
         stops = result.stop_ranks > 0 and step < plan.length.total_steps
         if stops or is_due(step, config.save_every_steps, plan.length):
             watch.does("saves", step)
-            saved = saver.save(step)
+            with longer_waits(longest_wait(config), config.timeout_minutes):
+                saved = saver.save(step)
         if stops:
             raise stopped(step, saved, watch, store)
     loader.close()
@@ -300,6 +306,37 @@ def check_start(config: RunConfig, plan: RunPlan, run: RunFolder | None = None) 
         load_center_rows(centers, 0, 0, info.num_classes, plan.encoder.embed_dim)  # their shape
 
 
+def check_this_machine(config: RunConfig, plan: RunPlan, topology: Topology, run: RunFolder) -> None:
+    """Refuses, on every rank, a machine that one of them cannot run on; rank 0 prints what may become short."""
+    classes = [info.num_classes for info in plan.labels]
+    needs = needs_of(
+        config,
+        plan.encoder.image_size,
+        plan.settings.global_batch // topology.world_size,
+        topology.local_world_size,
+        topology.world_size,
+        checkpoint_bytes(plan.encoder, plan.settings, config, classes),
+        plan.length.total_steps,
+    )
+    problem, warnings = None, []
+    try:
+        warnings = check_machine(needs, run.path)
+    except UserError as error:
+        problem = error
+    found = collectives.gather_objects((problem, warnings), topology)
+    for error, _ in found:
+        if error is not None:
+            raise error
+    if topology.is_main:
+        for text in sorted({text for _, own in found for text in own}):
+            print(f"WARNING: {text}", flush=True)
+
+
+def longest_wait(config: RunConfig) -> float:
+    """Minutes that ranks wait for each other where some have much more to do than others: at the start, in saves."""
+    return max(config.timeout_minutes, config.start_timeout_minutes)
+
+
 def check_launch(config: RunConfig, topology: Topology) -> None:
     """Refuses a number of ranks other than the expected: a missing hostfile quietly means one machine."""
     if config.expect_world_size not in (None, topology.world_size):
@@ -321,7 +358,7 @@ def build_engine(config: RunConfig, plan: RunPlan, topology: Topology, from_scra
         if topology.is_main:
             print("; ".join([f"encoder weights from {config.init_from}", *adapted]), flush=True)
     heads = [build_head(config, plan, topology, from_scratch, index) for index in range(len(plan.labels))]
-    return TrainEngine(model, heads, plan.settings, config, topology, config.timeout_minutes)
+    return TrainEngine(model, heads, plan.settings, config, topology, longest_wait(config))
 
 
 def build_head(config: RunConfig, plan: RunPlan, topology: Topology, from_scratch: bool, index: int) -> PartialFC:

@@ -167,13 +167,18 @@ class _Piece:
         )
 
 
+def pieces_of(images: int) -> int:
+    """Into how many pieces a rank's batch is cut."""
+    return math.ceil(images / IMAGES_PER_PIECE)
+
+
 class _Pieces(Dataset):
     """Work of the loader processes: item step * pieces + i is piece i of that step."""
 
     def __init__(self, config: RunConfig, table: ShardTable, plan: EpochPlan, image_size: int, start: int, stop: int):
         self.config, self.table, self.plan, self.image_size = config, table, plan, image_size
         self.start, self.stop = start, stop
-        self.pieces = math.ceil((stop - start) / IMAGES_PER_PIECE)
+        self.pieces = pieces_of(stop - start)
         self._labels_per_row = len(table.labels_infos) * config.labels_per_visit
         self._reader: ShardReader | None = None
 
@@ -335,8 +340,8 @@ class ImageLabelLoader:
         self._steps.items = range(start_step * pieces, stop_step * pieces)
         arriving = iter(self._loader)
         held: deque[list[_Fate]] = deque()
-        for _ in range(start_step, stop_step):
-            parts = [self._next(arriving) for _ in range(pieces)]
+        for step in range(start_step, stop_step):
+            parts = [self._next(arriving, step) for _ in range(pieces)]
             held.append([_Fate(part.shards, part.skipped) for part in parts])
             if len(held) > ahead:
                 self._enter(held.popleft())
@@ -436,15 +441,19 @@ class ImageLabelLoader:
             self._loader._iterator._shutdown_workers()
             self._loader._iterator = None
 
-    def _next(self, arriving: Iterator[_Piece]) -> _Piece:
+    def _next(self, arriving: Iterator[_Piece], step: int) -> _Piece:
         try:
             piece = next(arriving)
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
+            data = self._dataset
+            shards = {shard for _, shard, _ in data.plan.samples(step, data.start, data.stop)}
+            names = [data.table.names[shard] for shard in sorted(shards)]
             raise DataError(
-                f"a loader process died ({str(error).splitlines()[0]}). Out of memory is the usual cause: use fewer "
-                "--workers or less --prefetch, and see that /dev/shm is large enough."
+                f"a loader process died ({str(error).splitlines()[0]}) while step {step + 1} was waited for, whose images "
+                f"are in the tars {', '.join(names[:3])}{', ...' if names[3:] else ''}. Out of memory is the usual cause: "
+                "use fewer --workers or less --prefetch, and see that /dev/shm is large enough; then --resume auto."
             ) from None
         if piece.error is not None:
             raise DataError(piece.error)
