@@ -247,6 +247,17 @@ class IndexShardsConfig(Settings):
     timeout_minutes: Finite = Field(60.0, gt=0, description="longest wait for another rank")
 
 
+class TokenizerConfig(Settings):
+    """tools/train_tokenizer.py."""
+
+    shards: str = Field(description="tars with captions: KEY.txt, or KEY.json with a caption")
+    output: str = Field(description="JSON file to write, for train.py's --tokenizer")
+    vocab_size: int = Field(8192, ge=3, description="tokens at most, special ones included (CLIP: 49,408)")
+    max_captions: int | None = Field(None, ge=1, description="captions to learn from at most; none: all")
+    shard_cache: str | None = Field(None, description="folder for remote tars; needed for URLs")
+    force: bool = Field(False, description="replace output where it exists")
+
+
 class FeaturesConfig(Settings):
     """tools/extract_features.py."""
 

@@ -32,6 +32,7 @@ FLOORS = {  # DESIGN's table: a file imports from its own floor or below; a fold
     "products": 2,
     "sharded_loss": 2,
     "partial_fc": 2,
+    "contrastive": 2,
     "optim": 2,
     "kernels": 2,
     "models": 2,
