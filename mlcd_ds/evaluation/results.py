@@ -4,9 +4,9 @@
 
 one JSON file per model, dataset and task, named {dataset}_{pretrained}_{model}_{language}_{task}.json. model: the
 architecture (vit_b32). pretrained: where its weights are from (run:runs/a, hf:FOLDER). Metric names are CLIP_benchmark's
-where it has one (acc1, acc5, mean_per_class_recall, mean_average_precision, image_retrieval_recall@5, text_retrieval_recall@5; lp_acc1,
-lp_acc5, lp_mean_per_class_recall of a linear probe). Numbers are shares from 0 to 1; null where there is none. `details` is
-ours: protocol, settings, counts.
+where it has one: acc1, acc5, mean_per_class_recall, mean_average_precision, image_retrieval_recall@5,
+text_retrieval_recall@5; lp_acc1, lp_acc5, lp_mean_per_class_recall of a linear probe. Numbers are shares from 0 to 1; null
+where there is none. `details` is ours: protocol, settings, counts.
 """
 
 import hashlib
@@ -68,9 +68,10 @@ def file_name(result: Result) -> str:
 def write_result(path: str | Path, result: Result) -> Path:
     """Writes `result` to the file `path`, or under its own name into a folder (a path that does not end in .json).
 
-    Returns the file. One of the same name in the folder is replaced when it is of the same dataset, model, weights, task and
-    language; else ours gets a hash behind its name. NaN becomes null: JSON has no other word for it. Raises DataError where it cannot be written, and
-    ValueError for a metric that is no finite number otherwise, or a task that is not in TASKS: faults of the caller.
+    Returns the file. One of the same name in the folder is replaced when it is of the same dataset, model, weights, task
+    and language; else ours gets a hash behind its name. NaN becomes null: JSON has no other word for it. Raises DataError
+    where it cannot be written, and ValueError for a metric that is no finite number otherwise, or a task that is not in
+    TASKS: faults of the caller.
     """
     if result.task not in TASKS:
         raise ValueError(f"task {result.task!r} is none of {TASKS}")
