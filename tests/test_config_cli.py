@@ -131,7 +131,7 @@ def test_none_is_none_only_where_it_may_be():
         (["--seed="], "--seed has an empty value"),
         (["--seed", "1", "--seed", "2"], "--seed is given twice ('1' and '2')"),
         (["--seed", "-1"], "--seed '-1'"),
-        (["--objective", "mlc2"], "--objective 'mlc2': Input should be 'mlcd', 'mlc' or 'cd'"),
+        (["--objective", "mlc2"], "--objective 'mlc2': Input should be 'mlcd', 'mlc', 'cd' or 'clip'"),
         (["--flip=maybe"], "--flip 'maybe'"),
         (["--epochs", "1", "--steps", "2"], "--epochs and --steps all say how long"),
         (["--positives_drawn", "9"], "--positives_drawn 9 is more than the --num_positives 8 to draw from"),
