@@ -7,7 +7,17 @@ that `--deepspeed_config` names; `ds_config.py` reads it.
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 
 def _finite(value: float) -> float:
@@ -193,6 +203,13 @@ class RunConfig(HeadConfig):
         """Whether images are paired with captions rather than with labels."""
         return self.objective == "clip"
 
+    @field_validator("labels", mode="after")
+    @classmethod
+    def _needed(cls, value: str, info: ValidationInfo):
+        if not value and info.data.get("objective") != "clip":
+            raise PydanticCustomError("missing", "Field required")
+        return value
+
     @model_validator(mode="after")
     def _captions_or_labels(self):
         defaults = {name: field.default for name, field in type(self).model_fields.items()}
@@ -215,8 +232,6 @@ class RunConfig(HeadConfig):
             return self
         if idle := [f"--{name}" for name in ("tokenizer", "text_model", "lock_image") if name in given]:
             raise ValueError(f"{', '.join(idle)} is for --objective clip: add that, or leave it out")
-        if not self.labels:
-            raise ValueError(f"--labels is required: {type(self).model_fields['labels'].description}")
         return self
 
     @model_validator(mode="after")
