@@ -202,7 +202,12 @@ class ImageTextModel(nn.Module):
     def forward(
         self, images_B3HH: torch.Tensor, tokens_BT: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(image embeddings [B, E], text embeddings [B, E], neither normalised; scale of the logits, float32 [1])."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.locked):
-            images_BE = self.image(images_B3HH)
+        """(image embeddings [B, E], text embeddings [B, E], neither normalised; scale of the logits, float32 [1]).
+
+        images_B3HH: or the image embeddings [B, E] themselves, where a locked tower has made them before.
+        """
+        images_BE = images_B3HH
+        if images_B3HH.dim() == 4:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not self.locked):
+                images_BE = self.image(images_B3HH)
         return images_BE, self.text(tokens_BT), _ClippedExponential.apply(self.log_scale)
