@@ -1,8 +1,8 @@
 """The evaluation sets: CLIP's 27 by name, with the metric each is reported by, and where their tars lie below one root.
 
-A set is a folder in CLIP_benchmark's layout: train/, test/ and, where there is one, val/ with 0.tar, 1.tar ... and nshards.txt;
-classnames.txt; dataset_type.txt ("multilabel" or "retrieval"; nothing for one class an image). Any such folder can be
-named, of the 27 or not.
+A set is a folder in CLIP_benchmark's layout: train/, test/ and, where there is one, val/ with 0.tar, 1.tar ... and
+nshards.txt; classnames.txt; dataset_type.txt ("multilabel" or "retrieval"; nothing for one class an image). Any such
+folder can be named, of the 27 or not.
 """
 
 import difflib
@@ -27,7 +27,8 @@ VALIDATION_FOLDERS = ("val", "validation", "valid")
 
 @dataclass(frozen=True)
 class KnownSet:
-    """A set of the table. metric: of METRICS. num_classes: CLIP's count. slug: CLIP_benchmark's name, None where it has none."""
+    """A set of the table. metric: of METRICS. num_classes: CLIP's count. slug: CLIP_benchmark's name, None where it has
+    none."""
 
     name: str
     metric: str

@@ -33,7 +33,8 @@ class Fit:
 
 
 class PrincipalInputs:
-    """Features [n, d], centred and turned onto their principal axes, with a column of ones for the bias: float64 on `device`.
+    """Features [n, d], centred and turned onto their principal axes, with a column of ones for the bias: float64 on
+    `device`.
 
     Only a free bias sees the first, |w| does not see the second. inputs_nD; energy_D: sum of squares of each column;
     penalised_D: 1 for weights, 0 for the bias.

@@ -33,10 +33,11 @@ class SoftmaxFit:
 class SoftmaxRegressions:
     """Fits problems on one set of features [n, d], of classes [n] from 0 to C - 1, on `device`.
 
-    As with `LogisticRegressions` the features are centred and turned onto their principal axes, and L-BFGS starts from a
-    diagonal inverse Hessian: 1 / (kappa variance_j n + lambda). kappa stands for p (1 - p): 1 / C at W = 0, where every class
-    has the probability 1 / C, and then what fits the newest step s and its change of gradient y, s.y = s.H s. Memory beside the features: WORKSPACE_NUMBERS
-    float64 numbers for scores, which are made for some images at a time and never kept, and 2 HISTORY + 6 times P D C.
+    As with `LogisticRegressions` the features are centred and turned onto their principal axes, and L-BFGS starts from
+    a diagonal inverse Hessian: 1 / (kappa variance_j n + lambda). kappa stands for p (1 - p): 1 / C at W = 0, where
+    every class has the probability 1 / C, and then what fits the newest step s and its change of gradient y, s.y = s.H
+    s. Memory beside the features: WORKSPACE_NUMBERS float64 numbers for scores, which are made for some images at a
+    time and never kept, and 2 HISTORY + 6 times P D C.
     """
 
     def __init__(self, features_nd: np.ndarray, classes_n: np.ndarray, num_classes: int, device: torch.device | str):
@@ -47,9 +48,9 @@ class SoftmaxRegressions:
     def fit(self, lambda_p: np.ndarray, max_iterations: int, tolerance: float) -> SoftmaxFit:
         """Solves all problems.
 
-        Stops a problem when g^T H g <= tolerance^2 n, H = 1 / (variance_j n / C + lambda): what is left to gain is then about
-        tolerance^2 per image; and unconverged where float64 allows no further descent. A class without an image gets a bias that falls
-        without end: its probability goes to zero and takes no part.
+        Stops a problem when g^T H g <= tolerance^2 n, H = 1 / (variance_j n / C + lambda): what is left to gain is then
+        about tolerance^2 per image; and unconverged where float64 allows no further descent. A class without an image
+        gets a bias that falls without end: its probability goes to zero and takes no part.
         """
         inputs_nD, device, P, C = (
             self._inputs.inputs_nD,
