@@ -377,6 +377,12 @@ class ClusterConfig(Settings):
     )
     coarse: int | None = Field(None, ge=1, description="with --two_level: coarse clusters; none: the root of k")
     refinements: int = Field(1, ge=0, description="with --two_level: iterations over all centers at the end")
+    probes: int = Field(
+        16,
+        ge=0,
+        description="with --two_level: nearest coarse clusters whose centers those look into; 0: all centers, each "
+        "iteration at the price of a flat one",
+    )
     seed: int = Field(0, ge=0)
     timeout_minutes: Finite = Field(60.0, gt=0, description="longest wait for another rank")
     dry_run: bool = Field(False, description="print memory, bytes, FLOPs and hours, and stop")
@@ -406,7 +412,7 @@ class ClusterConfig(Settings):
     @model_validator(mode="after")
     def _levels(self):
         if not self.two_level:
-            for name in ("coarse", "refinements"):
+            for name in ("coarse", "refinements", "probes"):
                 if getattr(self, name) != type(self).model_fields[name].default:
                     raise ValueError(f"--{name} {getattr(self, name)} is for --two_level: add that, or leave it out")
         elif self.coarse is not None and self.coarse > self.k:
