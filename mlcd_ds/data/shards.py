@@ -1,4 +1,5 @@
-"""Tars joined with their labels: what every rank must know before the first step, and what reads one sample.
+"""Tars joined with their labels, or with the captions in them: what every rank must know before the first step, and what
+reads one sample.
 
 Shapes: n images of a shard, H folders of labels (one per head), l labels used per image and folder.
 """
@@ -15,6 +16,7 @@ import numpy as np
 
 from mlcd_ds.batch import NO_LABEL
 from mlcd_ds.collectives import gather_objects
+from mlcd_ds.data.captions import EXTENSIONS, CaptionError, caption_extension, read_caption
 from mlcd_ds.data.decode import ImageError
 from mlcd_ds.data.labels import (
     LabelShard,
@@ -45,9 +47,11 @@ class ShardContents:
     """A tar's images in tar order, joined with their labels by key; compact, for millions live in memory.
 
     keys: bytes [n]. offsets, sizes: int64 [n], of the image in the tar. labels: int32 [n, H*l], folder h's in the columns
-    from h*l on, nearest first, NO_LABEL as padding. labelled: bool [n], whether the image is in every folder. problem,
-    damage: of a tar that is damaged or missing, one of TAR_PROBLEMS and what is wrong with it; the images it has lost keep
-    their place, with LOST as their offset, so that the order of all others stays.
+    from h*l on, nearest first, NO_LABEL as padding. labelled: bool [n], whether the image is in every folder, or, of a run
+    on captions, has a member to hold one. captions: int64 [n, 3], of a run on captions: byte offset and size of that member,
+    and which of captions.EXTENSIONS it is (-1: none). problem, damage: of a tar that is damaged or missing, one of
+    TAR_PROBLEMS and what is wrong with it; the images it has lost keep their place, with LOST as their offset, so that the
+    order of all others stays.
     """
 
     path: Path
@@ -56,6 +60,7 @@ class ShardContents:
     sizes: np.ndarray
     labels: np.ndarray
     labelled: np.ndarray
+    captions: np.ndarray | None = None
     problem: str = ""
     damage: str = ""
 
@@ -76,8 +81,9 @@ class ShardTable:
     are skipped, and counted, in every epoch). duplicates, ignored, without_image: members and samples of the tars that
     are not used (see `TarIndex`). unfit_indexes: side-car indexes that are stale or damaged (their tars were
     walked, and the index could not be written anew). surplus_labels: rows of label files whose image is not in the tar (one
-    that lost whole members looks like that). quarantined: the number of a tar that is damaged or missing, how many images it
-    has lost, and what is wrong with it; those images are counted in `counts`, and skipped in every epoch.
+    that lost whole members looks like that). captions: images are paired with their captions, not with labels;
+    without_label then counts those without one. quarantined: the number of a tar that is damaged or missing, how many
+    images it has lost, and what is wrong with it; those images are counted in `counts`, and skipped in every epoch.
     """
 
     shards: tuple[str, ...]
@@ -93,6 +99,7 @@ class ShardTable:
     without_image: int = 0
     unfit_indexes: int = 0
     surplus_labels: int = 0
+    captions: bool = False
     quarantined: tuple[tuple[int, int, str], ...] = ()
     index_folder: Path | None = None
     allow_pipe: bool = False
@@ -105,8 +112,9 @@ class ShardTable:
 
     def unused(self) -> tuple[str, ...]:
         """Sentences for people: what of the tars takes no part in the run, and how many of it; empty where all does."""
+        what = "caption" if self.captions else "label"
         sentences = (
-            (self.without_label, "images have no label: they are skipped, and counted, in every epoch"),
+            (self.without_label, f"images have no {what}: they are skipped, and counted, in every epoch"),
             (self.duplicates, "members repeat a name of their tar: the first one counts"),
             (self.without_image, "samples have no image"),
             (self.ignored, "members are not part of a sample (no extension, or not a file)"),
@@ -127,7 +135,7 @@ class ShardTable:
 
     def fingerprint(self) -> str:
         """Changes with names, counts or labels: for a checkpoint to compare."""
-        infos = self.labels_infos if len(self.labels_infos) > 1 else self.labels_infos[0]
+        infos = self.labels_infos if len(self.labels_infos) > 1 else next(iter(self.labels_infos), "captions")
         text = repr((self.names, self.counts, infos, self.num_positives))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -142,7 +150,7 @@ class ShardTable:
         path = self.shards[shard]
         labels = [read_label_shard(label_path(folder, self.names[shard])) for folder in self.labels_dirs]
         found = look_into(path, self.cache_dir, self.allow_pipe, self.index_folder)
-        contents = _join(found, labels, self.num_positives)
+        contents = _join(found, labels, self.num_positives, self.captions)
         infos = tuple(found.info for found in labels)
         if infos == self.labels_infos and contents.damage and len(contents) != self.counts[shard]:
             contents = _all_lost(contents, self.counts[shard])
@@ -177,9 +185,11 @@ LOST = -1
 """Offset of an image that a damaged or missing tar has lost."""
 
 
-def _join(found: FoundIndex, labels: Sequence[LabelShard], num_positives: int) -> ShardContents:
+def _join(
+    found: FoundIndex, labels: Sequence[LabelShard], num_positives: int, with_captions: bool = False
+) -> ShardContents:
     """labels: of the same tar, from each of the folders."""
-    index, keys = found.index, _keys(found, labels[0])
+    index, keys = found.index, _keys(found, labels)
     joined = np.full((len(keys), len(labels), num_positives), NO_LABEL, np.int32)
     labelled = np.ones(len(keys), bool)
     for folder, own in enumerate(labels):
@@ -189,21 +199,31 @@ def _join(found: FoundIndex, labels: Sequence[LabelShard], num_positives: int) -
     there = index.members
     places = np.array([index.image(key) if key in there else (LOST, 0) for key in keys], np.int64).reshape(-1, 2)
     encoded = np.array([key.encode() for key in keys], np.bytes_)
-    contents = ShardContents(index.path, encoded, places[:, 0], places[:, 1], joined.reshape(len(keys), -1), labelled)
+    captions = None
+    if with_captions:
+        captions = np.array([_caption_place(there.get(key, {})) for key in keys], np.int64).reshape(-1, 3)
+        labelled = (captions[:, 2] >= 0) | (places[:, 0] == LOST)  # what is lost had one, for all we know
+    columns = places[:, 0], places[:, 1], joined.reshape(len(keys), -1 if len(labels) else 0)
+    contents = ShardContents(index.path, encoded, *columns, labelled, captions)
     if found.damage is None:
         return contents
     problem = "missing_tar" if isinstance(found.damage, MissingTarError) else "damaged_tar"
     return replace(contents, problem=problem, damage=str(found.damage))
 
 
-def _keys(found: FoundIndex, labels: LabelShard) -> Sequence[str]:
+def _caption_place(members: dict[str, tuple[int, int]]) -> tuple[int, int, int]:
+    extension = caption_extension(members)
+    return (0, 0, -1) if extension is None else (*members[extension], EXTENSIONS.index(extension))
+
+
+def _keys(found: FoundIndex, labels: Sequence[LabelShard]) -> Sequence[str]:
     """Keys of a tar's images; of a damaged tar, of all that it must have had: by an index of before, else by its labels."""
     if found.damage is None:
         return found.index.keys
     there = found.index.members
     if found.keys_before and there.keys() <= set(found.keys_before):
         return found.keys_before
-    return [*found.index.keys, *(key for key in labels.keys if key not in there)]
+    return [*found.index.keys, *(key for own in labels[:1] for key in own.keys if key not in there)]
 
 
 def _all_lost(contents: ShardContents, count: int) -> ShardContents:
@@ -215,6 +235,7 @@ def _all_lost(contents: ShardContents, count: int) -> ShardContents:
         np.zeros(count, np.int64),
         np.full((count, contents.labels.shape[1]), NO_LABEL, np.int32),
         np.ones(count, bool),
+        None if contents.captions is None else np.tile([0, 0, -1], (count, 1)),
         contents.problem,
         contents.damage,
     )
@@ -258,6 +279,7 @@ def build_shard_table(
     max_skipped_fraction: float,
     cache_dir: str | None,
     topology: Topology,
+    captions: bool = False,
     *,
     index_folder: Path | None = None,
     allow_missing: bool = False,
@@ -266,9 +288,10 @@ def build_shard_table(
     """Walks all tars (or reads their indexes, see tar_index.py), each rank its share, checks them against their labels, and
     tells every rank the result.
 
-    labels_dirs: folders of labels, one per head; an image must be in all of them. num_positives: labels an image and
-    folder to use. cache_dir: where remote tars are fetched to. index_folder: see `tar_index.examine`; None: no index is
-    written. allow_missing: whether tars may be missing. allow_pipe: see `local_shard`.
+    labels_dirs: folders of labels, one per head; an image must be in all of them. captions: there are none, the images'
+    captions in the tars take their place. num_positives: labels an image and folder to use. cache_dir: where remote tars
+    are fetched to. index_folder: see `tar_index.examine`; None: no index is written. allow_missing: whether tars may be
+    missing. allow_pipe: see `local_shard`.
     A tar that is damaged, missing or without images is quarantined: what comes before its damage is used, the images that it
     has lost (by an index of before, else by its labels) are counted, and skipped in every epoch.
     Raises DataError, the same on every rank, when more than `max_skipped_fraction` of the images are lost so, or lack a
@@ -283,7 +306,7 @@ def build_shard_table(
     kept: dict[int, ShardContents] = {}
     own = []
     for shard in range(topology.rank, len(shards), topology.world_size):
-        own.append(_examine(shard, shards[shard], look, labels_dirs, num_positives, allow_missing, kept))
+        own.append(_examine(shard, shards[shard], look, labels_dirs, num_positives, allow_missing, kept, captions))
     found = [entry for part in gather_objects(own, topology) for entry in part]
     found.sort(key=lambda entry: entry.shard)
     names = tuple(shard_name(shard) for shard in shards)
@@ -306,6 +329,7 @@ def build_shard_table(
         ignored=sum(entry.ignored for entry in found),
         without_image=sum(entry.without_image for entry in found),
         surplus_labels=sum(entry.surplus_labels for entry in found),
+        captions=captions,
         unfit_indexes=sum(entry.unfit_index for entry in found),
         quarantined=tuple((entry.shard, entry.lost, entry.damage) for entry in found if entry.damage),
         index_folder=index_folder,
@@ -322,6 +346,7 @@ def _examine(
     num_positives: int,
     allow_missing: bool,
     kept: dict[int, ShardContents],
+    captions: bool,
 ) -> _Found:
     """Never raises: what went wrong has to reach the other ranks, which wait in the collective that follows."""
     found = _Found(shard)
@@ -339,12 +364,12 @@ def _examine(
             return found
         labels = [read_label_shard(file) for file in files]
         found.infos = tuple(shard_labels.info for shard_labels in labels)
-        if min(info.num_positives for info in found.infos) < num_positives:
+        if min((info.num_positives for info in found.infos), default=num_positives) < num_positives:
             return found
-        contents = _join(found_index, labels, num_positives)
+        contents = _join(found_index, labels, num_positives, captions)
         if not len(contents):
             raise DataError(str(found_index.damage))
-        keys = _keys(found_index, labels[0])
+        keys = _keys(found_index, labels)
         found.count, found.damage = len(contents), contents.damage
         found.lost = int(((contents.offsets == LOST) & contents.labelled).sum())
         found.lacking_in = tuple(int((_rows(keys, shard_labels) < 0).sum()) for shard_labels in labels)
@@ -393,6 +418,12 @@ def _check_unlabelled(found: list[_Found], shards: Sequence[str], labels_dirs: S
     if lacking <= allowed * total:
         return
     worst = max(found, key=lambda entry: entry.num_unlabelled)
+    if not labels_dirs:
+        raise DataError(
+            f"{lacking} of {total} images have no caption (neither KEY.txt nor KEY.json), more than --max_skipped_fraction "
+            f"{allowed:g} allows. Most of them in {shards[worst.shard]}: {worst.num_unlabelled} of {worst.count}, e.g. "
+            f"{', '.join(worst.unlabelled)}. Train on tars with captions, or raise the fraction."
+        )
     where = str(labels_dirs[0])
     if len(labels_dirs) > 1:
         numbers = [sum(entry.lacking_in[head] for entry in found) for head in range(len(labels_dirs))]
@@ -430,7 +461,18 @@ class ShardReader:
 
     def image_bytes(self, contents: ShardContents, index: int) -> bytes:
         """The encoded image. Raises ImageError, its reason one of TAR_PROBLEMS, where the tar has lost it."""
-        offset, size = int(contents.offsets[index]), int(contents.sizes[index])
+        return self._bytes(contents, int(contents.offsets[index]), int(contents.sizes[index]))
+
+    def caption(self, contents: ShardContents, index: int) -> str:
+        """The caption of an image. Raises CaptionError where there is none that can be used, ImageError as `image_bytes`."""
+        if contents.offsets[index] == LOST:
+            raise ImageError(contents.problem, contents.damage)
+        offset, size, kind = contents.captions[index].tolist()
+        if kind < 0:
+            raise CaptionError("no_caption", "its tar has neither KEY.txt nor KEY.json")
+        return read_caption(EXTENSIONS[kind], self._bytes(contents, offset, size))
+
+    def _bytes(self, contents: ShardContents, offset: int, size: int) -> bytes:
         if offset == LOST:
             raise ImageError(contents.problem, contents.damage)
         try:
