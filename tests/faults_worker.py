@@ -119,8 +119,8 @@ def stuck_reader(rank: int) -> None:
     """The data of the fifth step never come on rank 1."""
     iterate = ImageLabelLoader.iterate
 
-    def stuck(self, *arguments):
-        for index, batch in enumerate(iterate(self, *arguments)):
+    def stuck(self, *arguments, **options):
+        for index, batch in enumerate(iterate(self, *arguments, **options)):
             if index == 4 and rank == 1:
                 time.sleep(10_000)
             yield batch
