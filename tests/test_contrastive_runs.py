@@ -46,7 +46,7 @@ def worked(tmp_path_factory):
     config = {
         "train_batch_size": 24,
         "train_micro_batch_size_per_gpu": 12,
-        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "eps": 1e-4, "torch_adam": True}},
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "eps": 1e-4, "weight_decay": 0.05, "torch_adam": True}},
         "zero_optimization": {"stage": 1, "reduce_bucket_size": 1000000, "allgather_bucket_size": 1000000},
         "tensorboard": {"enabled": True},
     }
@@ -134,11 +134,8 @@ def test_a_checkpoint_goes_on_at_another_number_of_ranks_and_stage(worked, name)
     for parameter, tensor in first["saved"].items():
         assert torch.equal(second["loaded"][parameter], tensor), parameter
     assert second["losses"][0] == pytest.approx(first["losses"][1], rel=1e-5)
-    moved = [
-        parameter
-        for parameter, x in first["saved"].items()
-        if not torch.equal(x, towers(False).state_dict()[parameter])
-    ]
+    initial = towers(False).state_dict()
+    moved = [parameter for parameter, x in first["saved"].items() if not torch.equal(x, initial[parameter])]
     assert any(x.startswith("image.") for x in moved) == (name == "both") and "log_scale" in moved
 
 
@@ -202,9 +199,10 @@ def test_one_rank_goes_on_where_two_were_killed_and_computes_the_same(worked):
     assert "each image and text embedded twice" in ended(worked, "other again")["output"]
     whole, other = metrics(worked / "whole"), metrics(worked / "other")
     assert [line["train_loss"] for line in other] == pytest.approx([line["train_loss"] for line in whole], rel=1e-4)
-    images = [sorted(i for rank in ranks for step, some in rank["steps"] if step == 5 for i in map(tuple, some)) for ranks in (
-        [ended(worked, "whole", 0), ended(worked, "whole", 1)], [ended(worked, "other again")],
-    )]  # fmt: skip
+    images = []
+    for name, ranks in (("whole", 2), ("other again", 1)):
+        steps = [step for rank in range(ranks) for step in ended(worked, name, rank)["steps"]]
+        images.append(sorted(tuple(image) for step, some in steps if step == 5 for image in some))
     assert images[0] == images[1] and len(images[0]) == 24
 
 
