@@ -377,6 +377,12 @@ class ClusterConfig(Settings):
     )
     coarse: int | None = Field(None, ge=1, description="with --two_level: coarse clusters; none: the root of k")
     refinements: int = Field(1, ge=0, description="with --two_level: iterations over all centers at the end")
+    probes: int = Field(
+        16,
+        ge=0,
+        description="with --two_level: nearest coarse clusters whose centers those look into; 0: all centers, each "
+        "iteration at the price of a flat one",
+    )
     seed: int = Field(0, ge=0)
     timeout_minutes: Finite = Field(60.0, gt=0, description="longest wait for another rank")
     dry_run: bool = Field(False, description="print memory, bytes, FLOPs and hours, and stop")
@@ -406,7 +412,7 @@ class ClusterConfig(Settings):
     @model_validator(mode="after")
     def _levels(self):
         if not self.two_level:
-            for name in ("coarse", "refinements"):
+            for name in ("coarse", "refinements", "probes"):
                 if getattr(self, name) != type(self).model_fields[name].default:
                     raise ValueError(f"--{name} {getattr(self, name)} is for --two_level: add that, or leave it out")
         elif self.coarse is not None and self.coarse > self.k:
@@ -488,28 +494,74 @@ class ConsolidateConfig(CheckpointPathConfig):
     output_dir: str = Field(description="folder to make, with encoder.safetensors and centers.safetensors")
 
 
-class ProbeConfig(Settings):
-    """tools/linear_probe.py."""
+class EvaluationConfig(Settings):
+    """What tools that evaluate frozen features have in common."""
 
     model: str = Field(
         description="run:PATH, untrained:RUN_PATH, features:TRAIN+TEST, hf:FOLDER (CLIP, MLCD), builtin:FILE.npz"
     )
-    train_shards: str = Field(description="tars whose KEY.json or KEY.cls names the true classes")
-    test_shards: str = Field(description="tars to report on")
+    train_shards: str | None = Field(
+        None, description="tars whose KEY.json, .cls or .npy names the true classes; needed without --root"
+    )
+    test_shards: str | None = Field(None, description="tars to report on")
+    root: str | None = Field(
+        None, description="folder of evaluation sets in CLIP_benchmark's layout, in place of shards"
+    )
+    datasets: str = Field("all", description="with --root: names joined by commas, or all: CLIP's 27")
+    dataset_name: str | None = Field(None, description="what results call --test_shards; none: the shards")
     output: str | None = Field(None, description="JSON to write; one that is newer than all inputs is kept")
+    output_dir: str | None = Field(None, description="folder for a JSON per set, each kept like --output")
+    cache: str | None = Field(
+        None, description="folder for features, found again by hashes of weights and tars; needed with many ranks"
+    )
     classes_key: str = Field("classes", description="field of KEY.json with the list of true classes")
     batch_size: int = Field(256, ge=1, description="images per forward pass")
     workers: int = Field(1, ge=1, description="decoding threads")
+    precision: Literal["float32", "bfloat16"] = Field("float32", description="of the encoder's products")
+    max_skipped_fraction: Finite = Field(0.01, ge=0, le=1, description="stop above this share of unusable images")
+    max_pixels: int = Field(50_000_000, ge=1)
+    shard_cache: str | None = Field(None, description="folder for remote tars; needed for URLs")
+    timeout_minutes: Finite = Field(60.0, gt=0, description="longest wait for another rank")
+
+    @model_validator(mode="after")
+    def _one_place(self):
+        shards = [f"--{name}" for name in ("train_shards", "test_shards") if getattr(self, name) is not None]
+        if self.root is not None and shards:
+            raise ValueError(f"--root and {' and '.join(shards)} both name images: give one of them")
+        if len(shards) == 1:
+            raise ValueError(f"{shards[0]} alone: --train_shards and --test_shards go together")
+        if self.root is not None and self.output is not None:
+            raise ValueError("--output is one file, --root may hold many sets: give --output_dir FOLDER")
+        if self.root is not None and self.model.startswith("features:"):
+            raise ValueError("--model features:TRAIN+TEST goes with --train_shards and --test_shards, not with --root")
+        return self
+
+
+class ProbeConfig(EvaluationConfig):
+    """tools/linear_probe.py."""
+
+    metric: Literal[
+        "auto",
+        "accuracy",
+        "mean_per_class",
+        "mean_average_precision",
+        "11_point_mean_average_precision",
+        "top1_top5",
+        "roc_auc",
+    ] = Field(
+        "auto",
+        description="what to report and pick lambda by; auto: as the paper does for its 27 sets, for others accuracy where "
+        "every image has one class, else mean_average_precision",
+    )
     max_iterations: int = Field(1000, ge=1, description="L-BFGS iterations")
     tolerance: Finite = Field(1e-6, gt=0, description="root of the loss per image that may be left to gain")
-    validation_fraction: Finite = Field(0.2, gt=0, lt=1, description="share of the training images that picks lambda")
+    validation_fraction: Finite = Field(
+        0.2, gt=0, lt=1, description="share of the training images that picks lambda where the set has no val/"
+    )
     lambda_min: Finite = Field(1e-6, gt=0, description="smallest lambda of the sweep (CLIP's range)")
     lambda_max: Finite = Field(1e6, gt=0, description="largest lambda of the sweep")
     lambda_coarse: int = Field(7, ge=1, description="log-spaced lambdas tried first")
     lambda_halvings: int = Field(4, ge=0, description="times the spacing is halved round the best: 4 gives 8 a decade")
-    max_skipped_fraction: Finite = Field(0.01, ge=0, le=1, description="stop above this share of unusable images")
-    max_pixels: int = Field(50_000_000, ge=1)
-    shard_cache: str | None = Field(None, description="folder for remote tars; needed for URLs")
     seed: int = Field(0, ge=0, description="of the validation split and of untrained weights")
 
     @model_validator(mode="after")
@@ -517,6 +569,15 @@ class ProbeConfig(Settings):
         if self.lambda_min > self.lambda_max:
             raise ValueError(f"--lambda_min {self.lambda_min} is above --lambda_max {self.lambda_max}")
         return self
+
+
+class KnnConfig(EvaluationConfig):
+    """tools/knn.py."""
+
+    k: str = Field("10,20,100,200", description="neighbours that vote, several joined by commas")
+    temperature: Finite = Field(0.07, gt=0, description="a neighbour of cosine c has exp(c / temperature) votes")
+    block_rows: int = Field(16_384, ge=1, description="training features that are compared at a time")
+    seed: int = Field(0, ge=0, description="of untrained weights")
 
 
 class ExportConfig(Settings):

@@ -107,6 +107,25 @@ def test_labels_centers_and_weights_of_several_heads():
         assert message in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--shards=a.tar", "--shards=b.tar", "--seed=3"],
+        ["--shards", "a.tar", "b.tar", "--seed", "3"],
+        ["--seed=3", "--shards", "a.tar", "--shards", "b.tar"],
+    ],
+)
+def test_a_pattern_that_a_shell_of_another_host_has_expanded_is_joined_again(argv):
+    """With a launcher; without one the user's own shell has done it, which is a mistake to be told."""
+    assert cli.parse_flags(["--local_rank=0", *argv], RunConfig) == {"shards": "a.tar::b.tar", "seed": "3"}
+    with pytest.raises(ConfigError, match="unexpected argument 'b.tar'|--shards is given twice"):
+        cli.parse_flags(argv, RunConfig)
+    with pytest.raises(ConfigError, match="--shards needs a value"):
+        cli.parse_flags(["--local_rank=0", "--shards"], RunConfig)
+    with pytest.raises(ConfigError, match="--seed is given twice"):
+        cli.parse_flags(["--local_rank=0", *argv, "--seed=4"], RunConfig)
+
+
 def test_none_is_none_only_where_it_may_be():
     assert parse("--centers", "none").centers is None
     assert parse("--margin_type", "none").margin_type == "none"
