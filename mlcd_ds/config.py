@@ -620,8 +620,10 @@ class ExportConfig(Settings):
 
     run: str = Field(description="run folder, checkpoint, or folder with encoder.json")
     output_dir: str = Field(description="the folder to make")
-    kind: Literal["auto", "mlcd", "clip"] = Field(
-        "auto", description="mlcd: MLCDVisionModel (rotary presets), clip: CLIPVisionModelWithProjection (the others)"
+    kind: Literal["auto", "mlcd", "clip", "clip_vision"] = Field(
+        "auto",
+        description="mlcd: MLCDVisionModel (rotary presets); clip: CLIPModel with its tokenizer, of a run on captions, else "
+        "as clip_vision: CLIPVisionModelWithProjection (presets with learned positions)",
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="of the weights")
     force: bool = Field(False, description="replace output_dir where it exists")

@@ -114,7 +114,7 @@ def _run(path: str, device: torch.device, dtype: torch.dtype, with_texts: bool) 
         tokens = torch.from_numpy(tower.tokenizer.encode_all(texts, context)).to(device)
         return torch.nn.functional.normalize(text(tokens).float(), dim=1).cpu()
 
-    name += f":{sha256(folder.parent / 'text' / 'text.safetensors')[:12]}"
+    name += f":{tower.digest[:12]}"
     return FeatureExtractor(name, *size, embed, embed_texts)
 
 
