@@ -10,12 +10,15 @@ from data_factory import picture
 from processes import ROOT, run_script
 from safetensors.torch import load_file
 
-from mlcd_ds import checkpoint
+from mlcd_ds import checkpoint, checkpoint_tools
 from mlcd_ds.batch import NO_IMAGE
+from mlcd_ds.config import ConsolidateConfig, ReshardConfig, RunConfig
 from mlcd_ds.data.tars import write_tar
 from mlcd_ds.data.tokenizer import train_tokenizer
+from mlcd_ds.engine import to_universal
 from mlcd_ds.errors import CheckpointError
 from mlcd_ds.losses import clip_loss
+from mlcd_ds.topology import Topology
 
 WORDS = ("red", "blue", "green", "dark", "bright")
 STEPS = 6
@@ -224,6 +227,26 @@ def test_every_tool_finds_the_towers(worked, tmp_path):
     assert (text.name, text.model.config.embed_dim, text.log_scale.shape) == ("text_toy", 128, (1,))
     assert text.tokenizer.encode(caption(3), 32)[0] == text.tokenizer.vocabulary - 2
     assert checkpoint.load_encoder(worked / "lit").config.image_size == 32
+    checkpoint_tools.consolidate(ConsolidateConfig(path=str(worked / "lit"), output_dir=str(tmp_path / "weights")))
+    resharding = ReshardConfig(path=str(worked / "lit"), output_dir=str(tmp_path / "one"), world_size=3)
+    checkpoint_tools.reshard(resharding, to_universal)
+    for other in ("weights", "one"):
+        again = checkpoint.load_text(tmp_path / other)
+        assert again.digest == text.digest and again.tokenizer.hash == text.tokenizer.hash
+        assert checkpoint.has_text(tmp_path / other)
     shutil.copytree(worked / "whole/checkpoints/step_000000006/encoder", tmp_path / "image_only/encoder")
     with pytest.raises(CheckpointError, match="has no text tower: its run was trained on labels"):
         checkpoint.load_text(tmp_path / "image_only")
+
+
+def test_dry_run_counts_the_images_of_the_tars(worked, capsys):
+    from mlcd_ds.train import dry_run
+
+    config = RunConfig(
+        deepspeed_config=str(worked / "ds.json"), objective="clip", shards=str(worked / "tars" / "*.tar"), model="vit_toy",
+        tokenizer=str(worked / "tokenizer.json"), text_model="text_toy", output_dir=str(worked / "dry"), epochs=2,
+        dry_run=True, world_size=2,
+    )  # fmt: skip
+    dry_run(config, Topology.single())
+    card = capsys.readouterr().out
+    assert "81 images in 2 shards" in card and "text_toy, 32 tokens" in card and not (worked / "dry").exists()
