@@ -593,13 +593,50 @@ class KnnConfig(EvaluationConfig):
     seed: int = Field(0, ge=0, description="of untrained weights")
 
 
+class TextEvaluationConfig(Settings):
+    """What tools that evaluate an image and a text tower together have in common."""
+
+    model: str = Field(description="run:RUN (a run on captions) or hf:FOLDER (a CLIPModel with its tokenizer)")
+    root: str = Field(description="folder of evaluation sets in CLIP_benchmark's layout")
+    datasets: str = Field("all", description="names of sets below the root, joined by commas; all: every one that fits")
+    split: str = Field("test", description="folder of a set whose tars are evaluated")
+    output_dir: str | None = Field(None, description="folder for a result JSON per set")
+    language: str = Field("en", description="of the texts, for the result files")
+    precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 on GPUs")
+    batch_size: int = Field(256, ge=1, description="images, and texts, per forward pass")
+    workers: int = Field(1, ge=1, description="decoding threads")
+    max_skipped_fraction: Finite = Field(0.01, ge=0, le=1, description="stop above this share of unusable images")
+    max_pixels: int = Field(50_000_000, ge=1)
+    shard_cache: str | None = Field(None, description="folder for remote tars; needed for URLs")
+    timeout_minutes: Finite = Field(60.0, gt=0, description="longest wait for another rank")
+
+
+class ZeroShotConfig(TextEvaluationConfig):
+    """tools/zero_shot.py."""
+
+    classnames: str | None = Field(None, description="file of class names; none: the set's classnames.txt")
+    templates: str | None = Field(
+        None, description="file of sentences with {c}; none: the set's zeroshot_classification_templates.txt"
+    )
+    classes_key: str = Field("classes", description="field of KEY.json with the list of true classes")
+
+
+class RetrievalConfig(TextEvaluationConfig):
+    """tools/retrieval.py."""
+
+    recall_k: str = Field("1,5,10", description="ranks to report recall at, joined by commas")
+    block_rows: int = Field(1024, ge=1, description="images, or texts, whose scores exist at one time")
+
+
 class ExportConfig(Settings):
     """tools/export_hf.py."""
 
     run: str = Field(description="run folder, checkpoint, or folder with encoder.json")
     output_dir: str = Field(description="the folder to make")
-    kind: Literal["auto", "mlcd", "clip"] = Field(
-        "auto", description="mlcd: MLCDVisionModel (rotary presets), clip: CLIPVisionModelWithProjection (the others)"
+    kind: Literal["auto", "mlcd", "clip", "clip_vision"] = Field(
+        "auto",
+        description="mlcd: MLCDVisionModel (rotary presets); clip: CLIPModel with its tokenizer, of a run on captions, else "
+        "as clip_vision: CLIPVisionModelWithProjection (presets with learned positions)",
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="of the weights")
     force: bool = Field(False, description="replace output_dir where it exists")
