@@ -536,6 +536,13 @@ class BenchKMeansConfig(Settings):
     lloyd_d: int = Field(128, ge=1, description="dimensions")
     lloyd_iterations: str = Field("1,5", description="iterations, several joined by commas")
     lloyd_repeats: int = Field(3, ge=1, description="rounds")
+    levels: bool = Field(False, description="measure two levels against flat k-means")
+    levels_points: int = Field(200_000, ge=1, description="features of a mixture that both cluster")
+    levels_k: int = Field(8192, ge=1, description="centers that they find")
+    levels_d: int = Field(128, ge=1, description="dimensions")
+    levels_iterations: int = Field(20, ge=1, description="of flat k-means, and of the first level")
+    levels_probes: str = Field("16,0", description="--probes of tools/cluster.py, several joined by commas")
+    levels_repeats: int = Field(1, ge=1, description="rounds")
     iteration_points: int | None = Field(
         None,
         ge=1,

@@ -39,7 +39,6 @@ from mlcd_ds.clustering.kmeans import (
 )
 from mlcd_ds.clustering.nearest import GroupedSearch, index_of
 from mlcd_ds.errors import ConfigError
-from mlcd_ds.topology import Topology
 
 COARSE_POINTS = 1024
 """Features per coarse cluster that the first level looks at: their shares of the rest are known to about 3%."""
