@@ -301,7 +301,7 @@ class ClusterConfig(Settings):
         False, description="k-means inside coarse clusters, then over all centers: a fraction of the time"
     )
     coarse: int | None = Field(None, ge=1, description="with --two_level: coarse clusters; none: the root of k")
-    refinements: int = Field(1, ge=0, description="with --two_level: iterations over all centers at the end")
+    refinements: int = Field(2, ge=0, description="with --two_level: iterations over all centers at the end")
     probes: int = Field(
         16,
         ge=0,

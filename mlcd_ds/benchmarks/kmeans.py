@@ -318,7 +318,7 @@ def _time_levels(config: BenchKMeansConfig, backend: str, topology: Topology) ->
                     nprobe=config.nprobe,
                     stop_below=-1.0,
                 )
-                model = flat if probes is None else TwoLevelKMeans(flat, probes=probes)
+                model = flat if probes is None else TwoLevelKMeans(flat, refinements=2 if probes else 1, probes=probes)
                 results[name] = model.fit(features, lambda _: None)
 
             return run
