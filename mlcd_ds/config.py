@@ -658,6 +658,9 @@ class BenchKMeansConfig(Settings):
     nprobe: int = Field(16, ge=1, description="ivf: lists that are looked into")
     repeats: int = Field(7, ge=1, description="rounds; each times every contender once")
     threads: int | None = Field(None, ge=1, description="none: the cores")
+    clock: Literal["wall", "cpu"] = Field(
+        "wall", description="cpu: this process's CPU seconds, for CPUs that others use at the same time"
+    )
     search: bool = Field(True, description="measure the searches")
     memory: bool = Field(False, description="measure the searches' peak memory, in fresh processes")
     lloyd: bool = Field(True, description="measure whole iterations against faiss.Kmeans")
