@@ -388,7 +388,7 @@ class ClusterConfig(Settings):
         False, description="k-means inside coarse clusters, then over all centers: a fraction of the time"
     )
     coarse: int | None = Field(None, ge=1, description="with --two_level: coarse clusters; none: the root of k")
-    refinements: int = Field(1, ge=0, description="with --two_level: iterations over all centers at the end")
+    refinements: int = Field(2, ge=0, description="with --two_level: iterations over all centers at the end")
     probes: int = Field(
         16,
         ge=0,
@@ -708,6 +708,9 @@ class BenchKMeansConfig(Settings):
     nprobe: int = Field(16, ge=1, description="ivf: lists that are looked into")
     repeats: int = Field(7, ge=1, description="rounds; each times every contender once")
     threads: int | None = Field(None, ge=1, description="none: the cores")
+    clock: Literal["wall", "cpu"] = Field(
+        "wall", description="cpu: this process's CPU seconds, for CPUs that others use at the same time"
+    )
     search: bool = Field(True, description="measure the searches")
     memory: bool = Field(False, description="measure the searches' peak memory, in fresh processes")
     lloyd: bool = Field(True, description="measure whole iterations against faiss.Kmeans")
@@ -716,6 +719,13 @@ class BenchKMeansConfig(Settings):
     lloyd_d: int = Field(128, ge=1, description="dimensions")
     lloyd_iterations: str = Field("1,5", description="iterations, several joined by commas")
     lloyd_repeats: int = Field(3, ge=1, description="rounds")
+    levels: bool = Field(False, description="measure two levels against flat k-means")
+    levels_points: int = Field(200_000, ge=1, description="features of a mixture that both cluster")
+    levels_k: int = Field(8192, ge=1, description="centers that they find")
+    levels_d: int = Field(128, ge=1, description="dimensions")
+    levels_iterations: int = Field(20, ge=1, description="of flat k-means, and of the first level")
+    levels_probes: str = Field("16,0", description="--probes of tools/cluster.py, several joined by commas")
+    levels_repeats: int = Field(1, ge=1, description="rounds")
     iteration_points: int | None = Field(
         None,
         ge=1,
