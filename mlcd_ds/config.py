@@ -511,6 +511,23 @@ class ExportConfig(Settings):
     force: bool = Field(False, description="replace output_dir where it exists")
 
 
+class ReportConfig(Settings):
+    """tools/report.py."""
+
+    results: str = Field(description="folder of result JSON files, ours or CLIP_benchmark's; '::' joins several")
+    output: str | None = Field(None, description="HTML page to write")
+    markdown: str | None = Field(None, description="Markdown file to write; none: the tables are printed")
+    names: str | None = Field(
+        None,
+        description="LABEL=PRETRAINED joined by commas: what to call runs, and in which order; none: as the files do",
+    )
+    compare: str | None = Field(
+        None,
+        description="two labels joined by a comma, for the bars: second minus first; none: the two, where there are two",
+    )
+    title: str = Field("Results", description="of the page")
+
+
 class ResultsTableConfig(Settings):
     """tools/results_table.py."""
 
