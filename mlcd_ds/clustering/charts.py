@@ -68,7 +68,8 @@ def difference_chart(names: Sequence[str], values: Sequence[float], hints: Seque
             f'fill="{COLOURS[value < 0]}"><title>{escape(hint)}</title></rect>'
         )
         at = (stop + 5, "start") if value >= 0 else (start - 5, "end")
-        parts.append(_text(at[0], y + 15, f"{value:+.1f}", at[1]))
+        number = f"{value:+.1f}" if abs(value) >= 0.05 else "0.0"
+        parts.append(_text(at[0], y + 15, number, at[1]))
     parts.append(_text(left + width / 2, height - 8, x_title, "middle"))
     return _svg(parts, x_title, height)
 

@@ -32,7 +32,8 @@ h1 { font-size: 26px; margin: 0 0 4px; } h2 { font-size: 20px; margin: 36px 0 6p
 h3 { font-size: 16px; margin: 22px 0 4px; } p { max-width: 800px; margin: 6px 0; }
 .table { overflow-x: auto; } table { border-collapse: collapse; margin: 10px 0; }
 td, th { padding: 3px 18px 3px 0; text-align: left; vertical-align: top; }
-td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; } tbody tr { border-top: 1px solid #e4e4e4; }
+td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; } th.n { max-width: 170px;
+       overflow-wrap: anywhere; } tbody tr { border-top: 1px solid #e4e4e4; }
 tr.mean td { border-top: 2px solid #888; font-weight: 600; } .best { font-weight: 600; }
 .small { font-size: 13px; color: #444; }
 svg { display: block; margin: 8px 0; max-width: 100%; height: auto; } svg text { font-size: 12px; fill: #333; }
@@ -226,10 +227,11 @@ def _table(section: Section, runs: Sequence[str]) -> list[str]:
     head = "".join(f'<th class="n">{escape(run)}</th>' for run in runs)
     parts = [f'<div class="table"><table><thead><tr><th>set</th><th>metric</th>{head}</tr></thead><tbody>']
     for row in section.rows:
-        best = max((score for score in row.scores if score is not None), default=None)
+        there = [score for score in row.scores if score is not None]
+        best = max(there) if len(there) > 1 else None
         cells = []
         for score in row.scores:
-            mark = " best" if len(runs) > 1 and score is not None and _score(score) == _score(best) else ""
+            mark = " best" if None not in (best, score) and _score(score) == _score(best) else ""
             exact = "" if score is None else f' title="{score:.6f}"'
             cells.append(f'<td class="n{mark}"{exact}>{_score(score)}</td>')
         kind = ' class="mean"' if row.mean_of else ""
