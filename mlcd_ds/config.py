@@ -7,7 +7,17 @@ that `--deepspeed_config` names; `ds_config.py` reads it.
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 
 def _finite(value: float) -> float:
@@ -117,12 +127,25 @@ class HeadConfig(Settings):
 class RunConfig(HeadConfig):
     """mlcd_ds/train.py."""
 
+    objective: Literal["mlcd", "mlc", "cd", "clip"] = Field(
+        "mlcd",
+        description="mlcd (eq. 5), mlc (eq. 4), cd (eq. 3, nearest center alone), or clip (eq. 1): images against the "
+        "captions in the tars, without labels",
+    )
+    tokenizer: str | None = Field(
+        None, description="clip: tokenizer.json, or a transformers tokenizer folder; tools/train_tokenizer.py makes one"
+    )
+    text_model: str = Field("text_b", description="clip: text tower preset (text_b, text_l: CLIP's; text_toy)")
+    lock_image: bool = Field(False, description="clip: keep the image tower of --init_from as it is (LiT)")
+
     deepspeed_config: str = Field(
         description="DeepSpeed JSON (ds_configs/): batch, precision, ZeRO, optimizer, schedule"
     )
     shards: str = Field(description="image tars: brace expansion, glob, text file of paths, '::' joins several")
     labels: str = Field(
-        description="folder of label shards, written by tools/assign_labels.py; '::' joins several, with a head for each"
+        "",
+        description="folder of label shards, written by tools/assign_labels.py; '::' joins several, with a head for each; "
+        "needed, but for clip",
     )
     output_dir: str = Field(description="the run folder")
     model: str = Field("vit_b32", description="encoder preset")
@@ -170,9 +193,50 @@ class RunConfig(HeadConfig):
     device: Literal["cpu", "cuda"] | None = Field(None, description="with --dry_run: what to plan for; none: as here")
     expect_world_size: int | None = Field(None, ge=1, description="refuse to start with another number of ranks")
 
+    @property
+    def labels_folders(self) -> tuple[str, ...]:
+        """The folders of --labels, one per head; none where captions are trained on."""
+        return split_paths(self.labels) if self.labels else ()
+
+    @property
+    def on_captions(self) -> bool:
+        """Whether images are paired with captions rather than with labels."""
+        return self.objective == "clip"
+
+    @field_validator("labels", mode="after")
+    @classmethod
+    def _needed(cls, value: str, info: ValidationInfo):
+        if not value and info.data.get("objective") != "clip":
+            raise PydanticCustomError("missing", "Field required")
+        return value
+
+    @model_validator(mode="after")
+    def _captions_or_labels(self):
+        defaults = {name: field.default for name, field in type(self).model_fields.items()}
+        given = [name for name, value in self if value != defaults[name]]
+        if self.on_captions:
+            idle = [name for name in ("labels", "centers", *HeadConfig.model_fields) if name in given]
+            idle = [f"--{name}" for name in idle if name != "objective"]
+            if idle:
+                raise ValueError(
+                    f"--objective clip learns from the captions in the tars and has no class head: {', '.join(idle)} "
+                    "would do nothing. Leave out, or choose another objective"
+                )
+            if self.tokenizer is None:
+                raise ValueError(
+                    "--objective clip needs --tokenizer: a tokenizer.json or a transformers tokenizer folder, or train one "
+                    "on the captions: python tools/train_tokenizer.py --shards TARS --output tokenizer.json"
+                )
+            if self.lock_image and self.init_from is None:
+                raise ValueError("--lock_image keeps the image tower of --init_from: name a run, or hf:FOLDER, there")
+            return self
+        if idle := [f"--{name}" for name in ("tokenizer", "text_model", "lock_image") if name in given]:
+            raise ValueError(f"{', '.join(idle)} is for --objective clip: add that, or leave it out")
+        return self
+
     @model_validator(mode="after")
     def _one_of_each_per_head(self):
-        folders = split_paths(self.labels)
+        folders = self.labels_folders
         centers = None if self.centers is None else split_paths(self.centers)
         if not all(folders):
             raise ValueError(f"--labels {self.labels!r} names an empty folder: write FOLDER or FOLDER::FOLDER")
@@ -247,6 +311,17 @@ class IndexShardsConfig(Settings):
     timeout_minutes: Finite = Field(60.0, gt=0, description="longest wait for another rank")
 
 
+class TokenizerConfig(Settings):
+    """tools/train_tokenizer.py."""
+
+    shards: str = Field(description="tars with captions: KEY.txt, or KEY.json with a caption")
+    output: str = Field(description="JSON file to write, for train.py's --tokenizer")
+    vocab_size: int = Field(8192, ge=3, description="tokens at most, special ones included (CLIP: 49,408)")
+    max_captions: int | None = Field(None, ge=1, description="captions to learn from at most; none: all")
+    shard_cache: str | None = Field(None, description="folder for remote tars; needed for URLs")
+    force: bool = Field(False, description="replace output where it exists")
+
+
 class FeaturesConfig(Settings):
     """tools/extract_features.py."""
 
@@ -302,6 +377,12 @@ class ClusterConfig(Settings):
     )
     coarse: int | None = Field(None, ge=1, description="with --two_level: coarse clusters; none: the root of k")
     refinements: int = Field(1, ge=0, description="with --two_level: iterations over all centers at the end")
+    probes: int = Field(
+        16,
+        ge=0,
+        description="with --two_level: nearest coarse clusters whose centers those look into; 0: all centers, each "
+        "iteration at the price of a flat one",
+    )
     seed: int = Field(0, ge=0)
     timeout_minutes: Finite = Field(60.0, gt=0, description="longest wait for another rank")
     dry_run: bool = Field(False, description="print memory, bytes, FLOPs and hours, and stop")
@@ -331,7 +412,7 @@ class ClusterConfig(Settings):
     @model_validator(mode="after")
     def _levels(self):
         if not self.two_level:
-            for name in ("coarse", "refinements"):
+            for name in ("coarse", "refinements", "probes"):
                 if getattr(self, name) != type(self).model_fields[name].default:
                     raise ValueError(f"--{name} {getattr(self, name)} is for --two_level: add that, or leave it out")
         elif self.coarse is not None and self.coarse > self.k:
