@@ -642,6 +642,42 @@ class ExportConfig(Settings):
     force: bool = Field(False, description="replace output_dir where it exists")
 
 
+class VisualizeConfig(Settings):
+    """tools/visualize_patches.py."""
+
+    model: str = Field(description="run:PATH, untrained:RUN_PATH or hf:FOLDER (CLIP, MLCD)")
+    images: str = Field(description="image files or tars: paths, braces, globs; '::' joins several")
+    output_dir: str = Field(description="folder for a PNG per image, and contact_sheet.png with all of them")
+    image_size: int | None = Field(None, ge=8, description="pixels to show an image to the encoder at; none: its own")
+    limit: int = Field(16, ge=1, description="images at most, the first ones")
+    foreground: bool = Field(True, description="leave patches black that the first component takes for background")
+    together: bool = Field(
+        True, description="one PCA over all images, so that like parts get like colours; else one each"
+    )
+    layer: int | None = Field(None, ge=1, description="block whose output is shown; none: the last")
+    tile_size: int = Field(224, ge=16, description="pixels a side of each picture")
+    batch_size: int = Field(8, ge=1, description="images per forward pass")
+    max_pixels: int = Field(50_000_000, ge=1)
+    seed: int = Field(0, ge=0, description="of untrained weights")
+
+
+class ReportConfig(Settings):
+    """tools/report.py."""
+
+    results: str = Field(description="folder of result JSON files, ours or CLIP_benchmark's; '::' joins several")
+    output: str | None = Field(None, description="HTML page to write")
+    markdown: str | None = Field(None, description="Markdown file to write; none: the tables are printed")
+    names: str | None = Field(
+        None,
+        description="LABEL=PRETRAINED joined by commas: what to call runs, and in which order; none: as the files do",
+    )
+    compare: str | None = Field(
+        None,
+        description="two labels joined by a comma, for the bars: second minus first; none: the two, where there are two",
+    )
+    title: str = Field("Results", description="of the page")
+
+
 class ResultsTableConfig(Settings):
     """tools/results_table.py."""
 
