@@ -678,6 +678,36 @@ class ReportConfig(Settings):
     title: str = Field("Results", description="of the page")
 
 
+def _floats_of(value: object) -> object:
+    return tuple(float(part) for part in value.split(",")) if isinstance(value, str) else value
+
+
+class ReproduceConfig(Settings):
+    """tools/reproduce.py."""
+
+    root: str = Field(description="folder with scenes64/ and cifar10/, each with train/ and test/ tars")
+    output_dir: str = Field(description="folder for everything; the same command goes on there")
+    deepspeed_config: str = Field("ds_configs/cpu.json", description="of every training")
+    ranks: int = Field(2, ge=1, description="processes of a training, on this machine")
+    model: str = Field("vit_toy64", description="encoder preset, of 64 pixels")
+    text_model: str = Field("text_toy", description="text tower preset")
+    steps: int = Field(2500, ge=20, description="optimizer steps of every encoder")
+    lit_steps: int = Field(500, ge=20, description="optimizer steps of a text tower fitted to a locked encoder")
+    k: int = Field(1000, ge=2, description="clusters of the comparison")
+    seeds: int = Field(3, ge=1, description="of the comparison")
+    ablations: bool = Field(True, description="also other l, r and k")
+    ablation_seeds: int = Field(1, ge=1, description="of each value that the comparison does not have")
+    ablate_l: Annotated[tuple[float, ...], BeforeValidator(_floats_of)] = Field(
+        (1, 2, 4, 8, 16), description="labels per image, joined by commas, as the next two"
+    )
+    ablate_r: Annotated[tuple[float, ...], BeforeValidator(_floats_of)] = Field(
+        (0.01, 0.1, 1.0), description="shares of the negatives"
+    )
+    ablate_k: Annotated[tuple[float, ...], BeforeValidator(_floats_of)] = Field(
+        (250, 1000, 4000), description="numbers of clusters"
+    )
+
+
 class ResultsTableConfig(Settings):
     """tools/results_table.py."""
 
