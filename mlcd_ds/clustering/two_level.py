@@ -13,7 +13,8 @@ Traffic of an iteration inside the coarse clusters, on every rank: one reduce-sc
 centers of 768: 3 GB each), as in a global one, and its share of the features from the disk. Once, between the levels: an
 all-reduce of k d floats, and two of K numbers per block of features (1000 coarse clusters, 41,000 tars: 330 MB each).
 Memory of a rank: 3 k d floats (centers, sums, a copy on GPUs or while gathering) and 2 k d / W while the sums are reduced,
-two blocks of features, 4 K numbers per block of features between the levels, and 20 bytes per feature of its share.
+two blocks of features, 22 bytes for each probe of a block's features, 4 K numbers per block of features between the levels,
+and 20 bytes per feature of its share.
 
 Shapes: n features in use, k centers, d dimensions, K coarse clusters, N blocks of features, b features of a block, W ranks.
 """
