@@ -59,5 +59,5 @@ def test_what_it_refuses(tmp_path):
     with pytest.raises(ConfigError, match="folder does not exist"):
         bench_data(BenchDataConfig(output="no/such/folder/x.json"))
     shards = make_shards(tmp_path, [2], {"000000000": b"", "000000001": b"x"})
-    with pytest.raises(DataError, match="no image of photographs can be read: 2 not by Pillow"):
+    with pytest.raises(DataError, match="no image of --shards can be read: 2 not by Pillow"):
         bench_data(BenchDataConfig(shards=shards[0], small_images=2, repeats=1))
