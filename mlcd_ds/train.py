@@ -7,6 +7,8 @@ deepspeed [--hostfile hosts] mlcd_ds/train.py --deepspeed_config ds_configs/vit_
 """
 
 import contextlib
+import hashlib
+import importlib.metadata
 import itertools
 import json
 import sys
@@ -104,6 +106,7 @@ def train_in(run: RunFolder, config: RunConfig, raw: dict, topology: Topology, w
 
     Raises Preempted, on every rank, once it has saved and stopped because a rank was asked to.
     """
+    check_same_program(program(config, raw), topology)
     collectives.on_main(topology, run.open, config.resume == "auto")
     batch = BatchSizes.resolve(raw, topology.world_size, collectives.on_main(topology, run.global_batch))
     shards = collectives.on_main(topology, expand_shards, config.shards, config.allow_pipe, config.allow_missing_shards)
@@ -363,6 +366,39 @@ def check_this_machine(config: RunConfig, plan: RunPlan, topology: Topology, run
     if topology.is_main:
         for text in sorted({text for _, own in found for text in own}):
             print(f"WARNING: {text}", flush=True)
+
+
+def program(config: RunConfig, raw: dict) -> dict[str, str]:
+    """What must be the same on every host: this program's files, the libraries' versions, flags and DeepSpeed JSON."""
+    digest = hashlib.sha256()
+    package = Path(__file__).parent
+    for path in sorted(package.rglob("*.py")):
+        digest.update(f"{path.relative_to(package)}\n".encode() + path.read_bytes())
+    versions = {
+        name: importlib.metadata.version(name) for name in ("torch", "deepspeed", "numpy", "pillow", "simplejpeg")
+    }
+    flags = {f"--{name}": repr(value) for name, value in config.model_dump().items()}
+    return {
+        "files of mlcd_ds": digest.hexdigest()[:12],
+        **versions,
+        **flags,
+        "DeepSpeed JSON": json.dumps(raw, sort_keys=True),
+    }
+
+
+def check_same_program(own: dict[str, str], topology: Topology) -> None:
+    """Refuses ranks that would compute with different code, versions or settings. One gather of a few kB."""
+    found = collectives.gather_objects(own, topology)
+    for rank, other in enumerate(found):
+        if other != found[0]:
+            what = [f"{name} {found[0].get(name)} on rank 0, {value} here" for name, value in other.items()]
+            differing = [
+                text for text, (name, value) in zip(what, other.items(), strict=True) if found[0].get(name) != value
+            ]
+            raise ConfigError(
+                f"rank {rank} runs another program than rank 0: {'; '.join(differing)[:500]}. Give all hosts the same "
+                "installation and the same command."
+            )
 
 
 def longest_wait(config: RunConfig) -> float:
