@@ -5,6 +5,7 @@
         step_000001000/
             manifest.json           size and SHA-256 of every other file: written last, before the folder gets its name
             state.json              step, samples, world size, what the run was
+            ledger.json             samples decoded and skipped, by reason, of each tar, up to this step
             engine/...              DeepSpeed's own files
             head/rows_START_STOP.safetensors   centers, moments, step counts of these global rows
             head_1/, head_2/ ...    the same of the other heads, where there are several
@@ -46,6 +47,7 @@ from mlcd_ds.topology import Topology
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+LEDGER = "ledger.json"
 HUGGING_FACE = "hf:"
 """Begins the name of an encoder that lies in a Hugging Face folder."""
 

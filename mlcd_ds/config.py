@@ -175,6 +175,10 @@ class RunConfig(HeadConfig):
     max_skipped_fraction: Finite = Field(0.01, ge=0, le=1, description="stop above this share of unusable samples")
     max_pixels: int = Field(50_000_000, ge=1, description="larger images are skipped, judged by their header")
     shard_cache: str | None = Field(None, description="folder for remote tars; needed for URLs")
+    allow_pipe: bool = Field(False, description="take tars from pipe:COMMAND, which runs that shell command")
+    allow_missing_shards: bool = Field(
+        False, description="start without tars that are missing, up to max_skipped_fraction of the images"
+    )
     save_every_steps: int = Field(1000, ge=1)
     keep_last: int = Field(3, ge=1, description="checkpoints kept")
     keep_every: int | None = Field(
@@ -187,6 +191,12 @@ class RunConfig(HeadConfig):
     log_every_steps: int = Field(10, ge=1)
     histogram_every_steps: int = Field(100, ge=1, description="cosine histograms to TensorBoard (the paper's Fig. 3)")
     timeout_minutes: Finite = Field(10.0, gt=0, description="longest wait for another rank, and for data")
+    start_timeout_minutes: Finite = Field(
+        30.0,
+        gt=0,
+        description="longest wait for another rank while the run starts, in its first step, and during saves; never less "
+        "than timeout_minutes",
+    )
     warn_data_wait_seconds: Finite = Field(60.0, gt=0, description="a longer wait for data is told while it lasts")
     world_size: int | None = Field(None, ge=1, description="with --dry_run: the number of ranks to plan for")
     dry_run: bool = Field(False, description="print the startup card and stop")
@@ -308,6 +318,7 @@ class IndexShardsConfig(Settings):
 
     shards: str = Field(description="tars: braces, globs, text files of paths, '::' between several")
     shard_cache: str | None = Field(None, description="folder for remote tars; needed for URLs")
+    allow_pipe: bool = Field(False, description="take tars from pipe:COMMAND, which runs that shell command")
     timeout_minutes: Finite = Field(60.0, gt=0, description="longest wait for another rank")
 
 
@@ -341,6 +352,7 @@ class FeaturesConfig(Settings):
     )
     max_pixels: int = Field(50_000_000, ge=1)
     shard_cache: str | None = Field(None, description="folder for remote tars; needed for URLs")
+    allow_pipe: bool = Field(False, description="take tars from pipe:COMMAND, which runs that shell command")
     patch_size: int = Field(6, ge=2, description="builtin:patches: side of a patch in pixels")
     dictionary_size: int = Field(512, ge=2, description="builtin:patches: number of dictionary patches")
     patch_features: int = Field(256, ge=1, description="builtin:patches: features of an image, at most")
@@ -376,7 +388,7 @@ class ClusterConfig(Settings):
         False, description="k-means inside coarse clusters, then over all centers: a fraction of the time"
     )
     coarse: int | None = Field(None, ge=1, description="with --two_level: coarse clusters; none: the root of k")
-    refinements: int = Field(1, ge=0, description="with --two_level: iterations over all centers at the end")
+    refinements: int = Field(2, ge=0, description="with --two_level: iterations over all centers at the end")
     probes: int = Field(
         16,
         ge=0,
@@ -472,6 +484,7 @@ class InspectConfig(Settings):
     class_names: str | None = Field(None, description="text file with the name of class 0, 1, ... a line each")
     max_pixels: int = Field(50_000_000, ge=1, description="larger images are not made thumbnails of")
     shard_cache: str | None = Field(None, description="folder for remote tars; needed for URLs")
+    allow_pipe: bool = Field(False, description="take tars from pipe:COMMAND, which runs that shell command")
     seed: int = Field(0, ge=0, description="of the clusters and images that are drawn")
 
 
@@ -629,6 +642,42 @@ class ExportConfig(Settings):
     force: bool = Field(False, description="replace output_dir where it exists")
 
 
+class VisualizeConfig(Settings):
+    """tools/visualize_patches.py."""
+
+    model: str = Field(description="run:PATH, untrained:RUN_PATH or hf:FOLDER (CLIP, MLCD)")
+    images: str = Field(description="image files or tars: paths, braces, globs; '::' joins several")
+    output_dir: str = Field(description="folder for a PNG per image, and contact_sheet.png with all of them")
+    image_size: int | None = Field(None, ge=8, description="pixels to show an image to the encoder at; none: its own")
+    limit: int = Field(16, ge=1, description="images at most, the first ones")
+    foreground: bool = Field(True, description="leave patches black that the first component takes for background")
+    together: bool = Field(
+        True, description="one PCA over all images, so that like parts get like colours; else one each"
+    )
+    layer: int | None = Field(None, ge=1, description="block whose output is shown; none: the last")
+    tile_size: int = Field(224, ge=16, description="pixels a side of each picture")
+    batch_size: int = Field(8, ge=1, description="images per forward pass")
+    max_pixels: int = Field(50_000_000, ge=1)
+    seed: int = Field(0, ge=0, description="of untrained weights")
+
+
+class ReportConfig(Settings):
+    """tools/report.py."""
+
+    results: str = Field(description="folder of result JSON files, ours or CLIP_benchmark's; '::' joins several")
+    output: str | None = Field(None, description="HTML page to write")
+    markdown: str | None = Field(None, description="Markdown file to write; none: the tables are printed")
+    names: str | None = Field(
+        None,
+        description="LABEL=PRETRAINED joined by commas: what to call runs, and in which order; none: as the files do",
+    )
+    compare: str | None = Field(
+        None,
+        description="two labels joined by a comma, for the bars: second minus first; none: the two, where there are two",
+    )
+    title: str = Field("Results", description="of the page")
+
+
 class ResultsTableConfig(Settings):
     """tools/results_table.py."""
 
@@ -695,6 +744,9 @@ class BenchKMeansConfig(Settings):
     nprobe: int = Field(16, ge=1, description="ivf: lists that are looked into")
     repeats: int = Field(7, ge=1, description="rounds; each times every contender once")
     threads: int | None = Field(None, ge=1, description="none: the cores")
+    clock: Literal["wall", "cpu"] = Field(
+        "wall", description="cpu: this process's CPU seconds, for CPUs that others use at the same time"
+    )
     search: bool = Field(True, description="measure the searches")
     memory: bool = Field(False, description="measure the searches' peak memory, in fresh processes")
     lloyd: bool = Field(True, description="measure whole iterations against faiss.Kmeans")
@@ -703,6 +755,13 @@ class BenchKMeansConfig(Settings):
     lloyd_d: int = Field(128, ge=1, description="dimensions")
     lloyd_iterations: str = Field("1,5", description="iterations, several joined by commas")
     lloyd_repeats: int = Field(3, ge=1, description="rounds")
+    levels: bool = Field(False, description="measure two levels against flat k-means")
+    levels_points: int = Field(200_000, ge=1, description="features of a mixture that both cluster")
+    levels_k: int = Field(8192, ge=1, description="centers that they find")
+    levels_d: int = Field(128, ge=1, description="dimensions")
+    levels_iterations: int = Field(20, ge=1, description="of flat k-means, and of the first level")
+    levels_probes: str = Field("16,0", description="--probes of tools/cluster.py, several joined by commas")
+    levels_repeats: int = Field(1, ge=1, description="rounds")
     iteration_points: int | None = Field(
         None,
         ge=1,

@@ -103,6 +103,31 @@ def test_a_stuck_reader_is_told_and_ends_the_run(found):
     assert "rank 1 waits for data after step 4" in run["output"][0]
 
 
+def test_a_save_may_take_longer_than_other_waits(found):
+    """Rank 1 writes for 15 s, --timeout_minutes is 12 s: rank 0 waits for it."""
+    run = found["slow"]
+    assert run["codes"] == [0, 0] and run["checkpoints"] == [2, 4]
+    assert run["status"]["state"] == "done"
+
+
+def test_a_tar_that_is_cut_during_the_run_is_counted_and_the_run_resumes(found):
+    """All ranks make all steps; the sums are of the whole run, and add up to what was read of each tar."""
+    assert found["cut"]["codes"] == [9, 9] and found["cut"]["checkpoints"] == [4, 6]
+    run = found["cut, resumed"]
+    assert run["codes"] == [0, 0], run["output"]
+    assert [line["step"] for line in run["metrics"]] == list(range(1, 13))
+    batch = 2 * 4
+    for line in run["metrics"]:
+        assert line["samples_decoded"] + line["samples_skipped"] == line["step"] * batch
+    sums = json.loads(run["skipped"]["by_shard.json"])
+    assert sum(row["decoded"] + row["skipped"] for row in sums.values()) == 12 * batch
+    assert sums["00000"]["skipped"] == 0
+    assert sums["00001"]["skipped"] == sums["00001"]["damaged_tar"] == run["metrics"][-1]["samples_skipped"] > 0
+    names = "".join(text for name, text in run["skipped"].items() if name.startswith("rank_"))
+    assert "00001: damaged_tar: the tar " in names
+    assert "images are lost in 1 damaged or missing tars" in run["output"][0]  # the card of the second start
+
+
 def test_failed_saves_leave_the_run_alive_until_three_in_a_row(found):
     run = found["disk"]
     assert run["codes"] == [NOT_SAVED, NOT_SAVED]

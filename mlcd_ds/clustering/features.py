@@ -127,7 +127,7 @@ def extract_features(config: FeaturesConfig, topology: Topology) -> dict:
     if config.embedding == "mean" and not config.model.startswith(("hf:", "run:")):
         raise ConfigError("--embedding mean needs texts' embeddings: only hf: models and run: on captions have them")
     folder = Path(config.output_dir)
-    shards = collectives.on_main(topology, expand_shards, config.shards)
+    shards = collectives.on_main(topology, expand_shards, config.shards, config.allow_pipe)
     collectives.on_main(topology, _prepare_builtin, config, shards, folder)
     spec = f"builtin:{folder / PATCHES_FILE}" if config.model == "builtin:patches" else config.model
     extractor = load_extractor(spec, topology.device, config.precision, config.embedding == "mean")
@@ -246,7 +246,7 @@ def _read_footer(file: Path) -> pq.FileMetaData:
 
 def _decoded(shard: str, config: FeaturesConfig, side: int | None) -> Iterator[tuple[str, np.ndarray, dict]]:
     """(key, pixels, other parts) of a shard's usable images, cropped to `side` if given. One thread; for sampling."""
-    for key, parts in read_samples(local_shard(shard, config.shard_cache)):
+    for key, parts in read_samples(local_shard(shard, config.shard_cache, config.allow_pipe)):
         try:
             image = decode_image(parts[image_extension(parts)], config.max_pixels, side)
         except ImageError:
@@ -271,7 +271,7 @@ def _extract_shard(
     skipped: list[str] = []
     wants_texts = extractor.embed_texts is not None
     for batch in batches_of_images(
-        read_samples(local_shard(shard, config.shard_cache)),
+        read_samples(local_shard(shard, config.shard_cache, config.allow_pipe)),
         extractor.image_size,
         config.batch_size,
         config.workers,
