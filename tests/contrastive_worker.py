@@ -122,7 +122,16 @@ def engine_acts(topology: Topology, folder: Path) -> None:
         if combination in ((0, 1, False), (3, 3, False)):
             found[f"bad {combination}"] = bad_step(engine, own_part(pairs(), topology))
     if topology.world_size == 2:
-        engine = build(topology, 2, 1, True, bf16={"enabled": True})
+        for locked in (False, True):
+            engine = build(topology, 2, 1, locked, bf16={"enabled": True})
+            before = whole(engine)
+            results = [engine.train_step(own_part(pairs(), topology), step) for step in range(2)]
+            after = whole(engine)
+            found[f"bf16 {locked}"] = {
+                "losses": [result.loss for result in results],
+                "applied": [result.applied for result in results],
+                "moved": [name for name in before if not torch.equal(before[name], after[name])],
+            }
         save(engine, topology, folder / "bf16")
     for name, acts in CHAINS.items():
         for number, (ranks, stage, locked) in enumerate(acts):

@@ -142,6 +142,15 @@ def test_a_checkpoint_goes_on_at_another_number_of_ranks_and_stage(worked, name)
     assert any(x.startswith("image.") for x in moved) == (name == "both") and "log_scale" in moved
 
 
+def test_bfloat16_takes_the_same_steps_roughly(worked):
+    everything = torch.load(worked / "engine2_rank0.pt", weights_only=True)
+    for locked in (False, True):
+        found, (loss, _) = everything[f"bf16 {locked}"], definition(locked)
+        assert found["losses"][0] == pytest.approx(loss, rel=2e-2) and found["applied"] == [True, True]
+        assert {"log_scale", "text.projection.weight"} <= set(found["moved"])
+        assert any(name.startswith("image.") for name in found["moved"]) != locked
+
+
 def test_a_locked_tower_is_saved_as_it_came_though_the_engine_rounds_it(worked):
     saved = load_file(worked / "bf16" / "encoder" / "encoder.safetensors")
     expected = towers(True).image.state_dict()

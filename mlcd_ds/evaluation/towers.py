@@ -66,8 +66,8 @@ def embed_distinct(towers: Towers, texts: Sequence[str], batch_size: int, what: 
 
 
 @dataclass(frozen=True)
-class EmbeddedShard:
-    """features: float32 [n, D], unit rows, of the usable images of one tar. keys; parts: their other members' bytes."""
+class EmbeddedBatch:
+    """features: float32 [n, D], unit rows, of usable images of one tar. keys; parts: bytes of their members."""
 
     shard: Path
     features: torch.Tensor
@@ -82,7 +82,7 @@ def embedded_batches(
     extensions: Sequence[str],
     skipped: Counter,
     shown,
-) -> Iterator[EmbeddedShard]:
+) -> Iterator[EmbeddedBatch]:
     """The images of `shards`, a batch at a time, with their members of `extensions`. skipped: is told what was left out."""
     with tqdm(desc="images", unit="img", disable=None if shown else True) as bar:
         for shard in shards:
@@ -99,7 +99,7 @@ def embedded_batches(
                         raise DataError(
                             f"embeddings of images in {path} are no finite numbers: take another checkpoint"
                         )
-                    yield EmbeddedShard(path, features, batch.keys, batch.parts)
+                    yield EmbeddedBatch(path, features, batch.keys, batch.parts)
 
 
 @dataclass(frozen=True)
