@@ -48,7 +48,9 @@ def _facts(folder: Path) -> dict:
     if run.is_file():
         recorded = json.loads(run.read_text())
         facts |= {name: recorded["facts"][name] for name in ("num_classes", "feature_model", "global_batch")}
-        facts |= {name: recorded["settings"][name] for name in ("objective", "sample_rate", "num_positives", "margin")}
+        settings = recorded["settings"]  # a fine-tuned run has none of these
+        names = ("objective", "sample_rate", "num_positives", "margin")
+        facts |= {name: settings[name] for name in names if name in settings}
     return facts
 
 

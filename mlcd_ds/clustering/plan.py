@@ -1,8 +1,8 @@
 """What a clustering will take, before it is started: FLOPs, bytes and memory by arithmetic, hours from measured rates.
 
-In an iteration of `kmeans` a block is searched and added up while a thread reads the next one and makes it into unit rows; then
-sums are reduced, centers gathered and kept. On a GPU the longer of both counts; on CPUs the thread takes its core from the
-search, so that only the disk is hidden.
+In an iteration of `kmeans` a block is searched and added up while a thread reads the next one and makes it into unit
+rows; then sums are reduced, centers gathered and kept. On a GPU the longer of both counts; on CPUs the thread takes its
+core from the search, so that only the disk is hidden.
 
 Shapes: n features in use, k centers, d dimensions, W ranks, K coarse clusters of a two-level clustering.
 """
