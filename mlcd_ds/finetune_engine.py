@@ -80,7 +80,7 @@ class FinetuneEngine(TrainEngine):
         run: RunConfig,
         topology: Topology,
     ):
-        self.finetune = config
+        self.finetune, self._smoothing = config, config.label_smoothing
         self.num_classes = model.head.out_features
         # Nothing moves the projection. It is kept as it came: the engine may hold it rounded or in parts.
         self._projection = {f"{ENCODER}projection.weight": model.encoder.projection.weight.detach().clone()}
@@ -111,7 +111,7 @@ class FinetuneEngine(TrainEngine):
             pixels = micro.images_BCHH.to(device, non_blocking=True)
             mixed, targets_bC = mix(pixels, targets_of(labels_b, self.num_classes), self.finetune, generator)
             logits_bC = self.engine(mixed)
-            loss = soft_cross_entropy(logits_bC, targets_bC, self.finetune.label_smoothing)
+            loss = soft_cross_entropy(logits_bC, targets_bC, self._smoothing)
             self.engine.backward(loss * weight)
             losses.append(loss.detach())
             right.append((logits_bC.detach().argmax(1) == targets_bC.argmax(1))[labels_b != NO_IMAGE].sum())
