@@ -387,6 +387,11 @@ def save_text(
     write_json(folder / "text.json", {"format_version": FORMAT_VERSION, "model": name, "config": config.model_dump()})
 
 
+def save_classifier(file: Path, weights: dict[str, torch.Tensor]) -> None:
+    """Writes the classifier of a fine-tuned encoder. weights: float32 `weight` [C, W] and `bias` [C]."""
+    save_tensors(file, weights)
+
+
 @dataclass(frozen=True)
 class TextTower:
     """A trained text tower. name: of its preset. log_scale: [1], logits are cosines times its exponential.
@@ -461,6 +466,17 @@ def find_encoder(path: str | Path) -> Path:
     raise CheckpointError(
         f"{path} holds no encoder: expected a run folder with checkpoints/, a step_* folder, or a folder with encoder.json"
     )
+
+
+def encoder_name(path: str | Path) -> str:
+    """Name of the architecture of the encoder under `path` (see `find_encoder`). Raises CheckpointError for a damaged
+    file.
+    """
+    file = find_encoder(path) / "encoder.json"
+    try:
+        return str(json.loads(file.read_text())["model"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from None
 
 
 def load_encoder(path: str | Path, untrained: bool = False, seed: int = 0) -> VisionTransformer:

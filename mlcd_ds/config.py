@@ -283,6 +283,69 @@ class RunConfig(HeadConfig):
         return self
 
 
+class FinetuneConfig(Settings):
+    """tools/finetune.py."""
+
+    deepspeed_config: str = Field(
+        description="DeepSpeed JSON (ds_configs/): batch, precision, ZeRO, optimizer, WarmupCosineLR schedule"
+    )
+    shards: str = Field(description="training tars: braces, globs, text files of paths, '::' between several")
+    test_shards: str = Field(description="tars to evaluate on after each epoch")
+    output_dir: str = Field(description="the run folder")
+    init_from: str = Field(description="run folder, checkpoint, or hf:FOLDER (CLIP or MLCD) to start the encoder from")
+    image_size: int | None = Field(None, ge=8, description="pixels; none: the encoder's; positions are resized")
+    classes_key: str = Field(
+        "classes", description="field of KEY.json with the list of the one true class; else KEY.cls"
+    )
+    num_classes: int | None = Field(
+        None, ge=2, description="none: one more than the largest class of the training images"
+    )
+    dataset_name: str | None = Field(None, description="what the result calls --test_shards; none: the shards")
+    epochs: Finite | None = Field(None, gt=0, description="length of the run in epochs")
+    steps: int | None = Field(None, gt=0, description="length of the run in optimizer steps")
+    default_epochs: Finite = Field(30.0, gt=0, description="length when neither epochs nor steps is given")
+    warmup_steps: int = Field(1000, ge=0, description="steps of linear warm-up (at most a tenth of the run)")
+    layer_decay: Finite = Field(
+        0.65,
+        gt=0,
+        le=1,
+        description="learning rate of a block / that of the block above it; the classifier has the JSON's",
+    )
+    label_smoothing: Finite = Field(0.1, ge=0, lt=1, description="share of the target that all classes get alike")
+    mixup: Finite = Field(0.8, ge=0, description="alpha of mixup's Beta(alpha, alpha); 0: off")
+    cutmix: Finite = Field(1.0, ge=0, description="alpha of CutMix's; both on: each takes half of the batches; 0: off")
+    mix_probability: Finite = Field(1.0, ge=0, le=1, description="share of the micro-batches that are mixed")
+    resume: Literal["auto", "never"] = Field("never", description="auto: go on from the last complete checkpoint")
+    allow_changed: str | None = Field(
+        None, description="what a resumed run may change though it enters the mathematics: names joined by commas"
+    )
+    seed: int = Field(0, ge=0, lt=2**31)
+    workers: int = Field(4, ge=0, description="loader processes per rank; as many threads decode test images")
+    prefetch: int = Field(4, ge=1, description="pieces (of up to 256 images) that each worker reads ahead")
+    crop_scale_min: Finite = Field(0.08, gt=0, le=1, description="smallest area share of the random resized crop")
+    flip: bool = Field(True, description="random horizontal flips")
+    shuffle_window: int = Field(16384, ge=1, description="samples within which a lane of the data plan is permuted")
+    max_skipped_fraction: Finite = Field(0.01, ge=0, le=1, description="stop above this share of unusable samples")
+    max_pixels: int = Field(50_000_000, ge=1, description="larger images are skipped, judged by their header")
+    shard_cache: str | None = Field(None, description="folder for remote tars; needed for URLs")
+    save_every_steps: int = Field(1000, ge=1)
+    keep_last: int = Field(2, ge=1, description="checkpoints kept")
+    max_failed_saves: int = Field(3, ge=1, description="stop when so many saves in a row could not be written")
+    max_bad_steps: int = Field(
+        5, ge=1, description="stop after so many steps in a row were skipped for a loss or gradient that is no number"
+    )
+    log_every_steps: int = Field(10, ge=1)
+    timeout_minutes: Finite = Field(10.0, gt=0, description="longest wait for another rank, and for data")
+    warn_data_wait_seconds: Finite = Field(60.0, gt=0, description="a longer wait for data is told while it lasts")
+    expect_world_size: int | None = Field(None, ge=1, description="refuse to start with another number of ranks")
+
+    @model_validator(mode="after")
+    def _one_length(self):
+        if None not in (self.epochs, self.steps):
+            raise ValueError("--epochs and --steps both say how long the run is: give one of them")
+        return self
+
+
 class DeepSpeedDefaults(Settings):
     """What the DeepSpeed JSON leaves out or calls "auto" (ds_config.py); these are no flags, the JSON is their place."""
 

@@ -72,8 +72,9 @@ def _facts(folder: Path) -> dict:
         recorded = json.loads(run.read_text())
         settings = recorded["settings"]
         facts |= {name: recorded["facts"][name] for name in ("num_classes", "feature_model", "global_batch")}
-        facts |= {name: settings[name] for name in ("objective", "sample_rate", "num_positives", "margin")}
-        if settings["objective"] == "clip":
+        names = ("objective", "sample_rate", "num_positives", "margin")  # a fine-tuned run has none of these
+        facts |= {name: settings[name] for name in names if name in settings}
+        if settings.get("objective") == "clip":
             facts = {name: facts[name] for name in ("step", "global_batch", "objective") if name in facts}
             facts["image_tower"] = f"locked (LiT), of {settings['init_from']}" if settings["lock_image"] else "trained"
     return facts

@@ -171,7 +171,7 @@ def load_probed(config: EvaluationConfig, device: torch.device) -> Encoder:
 def _name_of_architecture(kind: str, path: str) -> str:
     if kind == "hf":
         return Path(path).name.removeprefix("hf:")
-    return json.loads((checkpoint.find_encoder(path) / "encoder.json").read_text())["model"]
+    return checkpoint.encoder_name(path)
 
 
 def _digest_of_weights(model: torch.nn.Module) -> str:
