@@ -111,8 +111,8 @@ class TrainEngine:
     """Encoder and heads, trained together: one `train_step` moves all or none.
 
     model: the encoder, taken over by DeepSpeed. heads: this rank's shard of each. settings: the resolved JSON. config: the
-    heads' weights and optimizer settings. topology must have been started. `_compute`, `_save_model` and `_compare_model`
-    are what another kind of training does otherwise.
+    heads' weights and optimizer settings. topology must have been started. `_parameter_groups`, `_compute`,
+    `_save_model` and `_compare_model` are what another kind of training does otherwise.
     """
 
     def __init__(
@@ -131,7 +131,7 @@ class TrainEngine:
         self.head_weights = config.head_weights or (1.0,) * len(heads)
         self.engine, *_ = deepspeed.initialize(
             model=model,
-            model_parameters=decay_groups(model, settings.weight_decay),
+            model_parameters=self._parameter_groups(model),
             config=settings.json,
             dist_init_required=False,
         )
@@ -165,6 +165,10 @@ class TrainEngine:
         self._make_writes_patient()
         for weight in model.first_weights():
             weight.register_hook(self._note_own_gradient)
+
+    def _parameter_groups(self, model: torch.nn.Module) -> list[dict]:
+        """What the optimizer takes of the model; the learning rate of the first group is the one that is reported."""
+        return decay_groups(model, self.settings.weight_decay)
 
     @property
     def monitor_events(self):
