@@ -85,6 +85,24 @@ def plan_memory(
     )
 
 
+def checkpoint_bytes(
+    encoder: VitConfig,
+    settings: DeepSpeedSettings,
+    config: RunConfig,
+    num_classes: Sequence[int],
+    text: TextConfig | None = None,
+) -> int:
+    """About how large a checkpoint of all ranks is: weights as trained and in float32, for users; moments; heads' rows.
+
+    num_classes: of each head. text: the text tower of a run on captions. Under ZeRO the engine keeps its own
+    float32 weights beside.
+    """
+    weights = (2 if settings.precision == "bfloat16" else 4) + 4 + (4 if settings.zero_stage else 0)
+    row = encoder.embed_dim * (8 if config.head_moments == "bfloat16" else 12) + 4
+    parameters = count_parameters(encoder) + (0 if text is None else count_parameters(text))
+    return parameters * (weights + 8) + sum(num_classes) * row
+
+
 def _activations(settings: DeepSpeedSettings, layers: int, bytes_per_image: int) -> int:
     """Bytes that a tower keeps of a micro-batch for its backward pass."""
     kept = layers + ACTIVATIONS_PER_TOKEN if settings.activation_checkpointing else layers * ACTIVATIONS_PER_TOKEN
@@ -195,7 +213,11 @@ def startup_card(
             + _gb(memory.head_step)
             + (f"; beside it {_gb(memory.host)} of host memory" if memory.host else ""),
         ),
-        ("output", config.output_dir),
+        (
+            "output",
+            f"{config.output_dir}; a checkpoint takes about "
+            f"{_gb(checkpoint_bytes(encoder, settings, config, num_classes, text))}, {config.keep_last + 1} at a time",
+        ),
     ]
     width = max(len(name) for name, _ in rows)
     lines = [f"  {name:<{width}}  {text}" for name, text in rows]

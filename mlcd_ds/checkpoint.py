@@ -5,6 +5,7 @@
         step_000001000/
             manifest.json           size and SHA-256 of every other file: written last, before the folder gets its name
             state.json              step, samples, world size, what the run was
+            ledger.json             samples decoded and skipped, by reason, of each tar, up to this step
             engine/...              DeepSpeed's own files
             head/rows_START_STOP.safetensors   centers, moments, step counts of these global rows
             head_1/, head_2/ ...    the same of the other heads, where there are several
@@ -19,6 +20,7 @@ see the same file system.
 """
 
 import contextlib
+import hashlib
 import itertools
 import json
 import re
@@ -45,6 +47,7 @@ from mlcd_ds.topology import Topology
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+LEDGER = "ledger.json"
 HUGGING_FACE = "hf:"
 """Begins the name of an encoder that lies in a Hugging Face folder."""
 
@@ -391,12 +394,27 @@ def save_classifier(file: Path, weights: dict[str, torch.Tensor]) -> None:
 
 @dataclass(frozen=True)
 class TextTower:
-    """A trained text tower. name: of its preset. log_scale: [1], logits are cosines times its exponential."""
+    """A trained text tower. name: of its preset. log_scale: [1], logits are cosines times its exponential.
+
+    digest: SHA-256 of its weights.
+    """
 
     name: str
     model: TextTransformer
     log_scale: torch.Tensor
     tokenizer: CaptionTokenizer
+    digest: str
+
+
+def _text_folder(encoder: Path) -> Path | None:
+    """Beside an encoder folder in a checkpoint, within one that `consolidate` made; None where there is none."""
+    places = (encoder / "text", encoder.parent / "text")
+    return next((folder for folder in places if (folder / "text.json").is_file()), None)
+
+
+def has_text(path: str | Path) -> bool:
+    """Whether a text tower lies beside the encoder under `path` (see `find_encoder`)."""
+    return _text_folder(find_encoder(path)) is not None
 
 
 def load_text(path: str | Path) -> TextTower:
@@ -409,8 +427,7 @@ def load_text(path: str | Path) -> TextTower:
         config, weights, log_scale = hf_text.read_text(folder)
         name, tokenizer = folder.name, CaptionTokenizer.load(folder)
     else:
-        encoder = find_encoder(path)
-        folder = next((f / "text" for f in (encoder, encoder.parent) if (f / "text" / "text.json").is_file()), None)
+        folder = _text_folder(find_encoder(path))
         if folder is None:
             raise CheckpointError(
                 f"{path} has no text tower: its run was trained on labels. Train one on captions: train.py --objective clip "
@@ -430,7 +447,10 @@ def load_text(path: str | Path) -> TextTower:
     if differing or len(weights) != len(own):
         raise CheckpointError(f"{folder}: the text tower's tensors do not fit its config ({_few(differing)})")
     model.load_state_dict(weights)
-    return TextTower(name, model.eval(), log_scale, tokenizer)
+    digest = hashlib.sha256()
+    for tensor in weights.values():
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return TextTower(name, model.eval(), log_scale, tokenizer, digest.hexdigest())
 
 
 def find_encoder(path: str | Path) -> Path:
