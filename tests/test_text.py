@@ -200,6 +200,7 @@ def test_captions_are_read_from_texts_and_records(tmp_path):
         ("json", b'{"caption": null}', "no_caption"),
         ("json", b'{"caption": 3}', "bad_caption"),
         ("json", b"[]", "no_caption"),
+        ("json", b"[" * 100_000, "bad_caption"),
     ):
         with pytest.raises(CaptionError) as raised:
             read_caption(extension, data)

@@ -36,7 +36,7 @@ def read_caption(extension: str, data: bytes) -> str:
         if extension == RECORD:
             record = json.loads(text)
             text = record.get(FIELD) if isinstance(record, dict) else None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # the latter: brackets in brackets, thousands deep
         raise CaptionError("bad_caption", f"its .{extension} cannot be read ({error})") from None
     if text is None or text == "":
         raise CaptionError("no_caption", f"its .{extension} holds none")
