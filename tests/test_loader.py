@@ -595,6 +595,29 @@ def test_a_lost_tar_is_judged_by_its_share_of_an_epoch(tmp_path, monkeypatch):
     assert loader.check_skipped(final=False)[1] == loader.ledger.num_skipped
 
 
+def test_a_lost_tar_may_come_early_in_every_epoch(tmp_path, monkeypatch):
+    """Its images are lost once in each epoch begun, however little of the last one has been read."""
+    monkeypatch.setattr(loader_module, "MIN_SAMPLES_TO_JUDGE", 8)
+    loader = make_loader(tmp_path, make_shards(tmp_path, [4, 36]), allowed=0.1)
+    loader.ledger.decoded_of.update({1: 40})
+    loader.ledger.skips.update({(0, "missing_tar"): 8})  # both times, in 48 of 80 samples
+    assert loader.check_skipped(final=False) == (40, 8)
+    loader.ledger.skips[0, "missing_tar"] += 1
+    with pytest.raises(DataError, match=r"9 of 49 samples could not be used .9 missing_tar., .* allows. Mend"):
+        loader.check_skipped(final=False)
+
+
+def test_sums_that_cannot_be_written_do_not_end_a_run(tmp_path, capsys):
+    shards = make_shards(tmp_path, [8])
+    table = build_shard_table(shards, [tmp_path / "labels"], 3, 0.0, None, Topology.single())
+    (tmp_path / "skipped").write_text("in the way")
+    plan = EpochPlan(5, table.counts, 8, 6)
+    loader = ImageLabelLoader(config(), table, plan, 24, Topology.single(), tmp_path / "skipped")
+    collect(loader, 0, 1)
+    assert loader.check_skipped(final=True) == (8, 0)
+    assert "by_shard.json cannot be written" in capsys.readouterr().out
+
+
 def test_loader_processes_ignore_signals_and_their_death_is_told(data):
     loader = make_loader(*data, workers=1, prefetch=1)
     steps = loader.iterate(0, 10_000)

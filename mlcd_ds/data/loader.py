@@ -30,6 +30,7 @@ from mlcd_ds.data.tokenizer import CaptionTokenizer
 from mlcd_ds.data.transforms import decode_random_resized_crop
 from mlcd_ds.errors import ConfigError, DataError, UserError
 from mlcd_ds.files import write_json
+from mlcd_ds.monitor import never_stopping
 from mlcd_ds.topology import Topology
 
 __all__ = ["ImageLabelLoader", "Ledger", "build_shard_table"]
@@ -390,7 +391,7 @@ class ImageLabelLoader:
         When `final`, one all-reduce of the sums per tar more.
         Raises DataError, on every rank, with counts by reason and examples, when more than `max_skipped_fraction` were
         skipped; judged from MIN_SAMPLES_TO_JUDGE samples on, or when `final`. Those of damaged and missing tars, which come
-        many in a row, may be that share of an epoch.
+        many in a row, may be that share of every epoch begun.
         """
         own = [self.ledger.decoded, *(self.ledger.skipped[reason] for reason in SKIP_REASONS)]
         if final and self._skipped_folder is not None:
@@ -401,13 +402,14 @@ class ImageLabelLoader:
         read = decoded + skipped
         of_tars = sum(reasons[reason] for reason in TAR_PROBLEMS)
         too_many = skipped - of_tars > self.max_skipped_fraction * read
-        too_many |= skipped > self.max_skipped_fraction * max(read, self._dataset.table.num_samples)
+        of_epoch = self._dataset.table.num_samples
+        too_many |= skipped > self.max_skipped_fraction * math.ceil(read / of_epoch) * of_epoch
         if too_many and (final or read >= MIN_SAMPLES_TO_JUDGE):
             names = [name for own in gather_objects(self.ledger.names[:3], self._topology) for name in own]
+            examples = f"E.g. {'; '.join(names[:3])}. " if names else ""  # none since a resume: the counts are older
             raise DataError(
                 f"{skipped} of {read} samples could not be used ({_listed(reasons)}), more than --max_skipped_fraction "
-                f"{self.max_skipped_fraction:g} allows. E.g. {'; '.join(names[:3])}. Mend or remove these samples, or raise "
-                "the fraction."
+                f"{self.max_skipped_fraction:g} allows. {examples}Mend or remove these samples, or raise the fraction."
             )
         return decoded, reasons
 
@@ -417,12 +419,16 @@ class ImageLabelLoader:
         if not self._topology.is_main:
             return
         table = self._dataset.table
-        path.parent.mkdir(parents=True, exist_ok=True)
         found = {}
         for name, count, (decoded, *skips) in zip(table.names, table.counts, sums.tolist(), strict=True):
             reasons = {reason: number for reason, number in zip(SKIP_REASONS, skips, strict=True) if number}
             found[name] = {"images": count, "decoded": decoded, "skipped": sum(skips), **reasons}
-        write_json(path, found)
+
+        def write() -> None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, found)
+
+        never_stopping(write, str(path))()  # the last checkpoint is yet to be saved
 
     def _summed(self) -> torch.Tensor:
         """int64 [tars, 1 + reasons], of all ranks: decoded, and skipped for each of SKIP_REASONS. One all-reduce."""
