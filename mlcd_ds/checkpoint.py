@@ -11,7 +11,7 @@
             head_1/, head_2/ ...    the same of the other heads, where there are several
             ranks/rank_00000.safetensors       random number generators
             encoder/encoder.safetensors, encoder.json   the encoder alone, float32, for every tool that reads it
-        text/text.safetensors, text.json, tokenizer.json   of a run on captions: the text tower with the logits' scale
+            text/text.safetensors, text.json, tokenizer.json   of a run on captions: the text tower with the logits' scale
 
 A checkpoint is written as step_N.tmp by all ranks, hashed, given its manifest, synced, renamed; then `latest` follows.
 Whatever dies before the rename leaves a .tmp folder that nobody reads and the next save removes. What cannot be written on
@@ -559,7 +559,7 @@ def compare_weights(weights: dict[str, torch.Tensor], file: Path) -> None:
     if differing:
         raise CheckpointError(
             f"what DeepSpeed made of {file.parents[1]} is not what lies in {file}: {len(differing)} tensors "
-            f" differ ({_few(differing)}). Resume with the number of ranks that it was written by, and report this."
+            f"differ ({_few(differing)}). Resume with the number of ranks that it was written by, and report this."
         )
 
 
