@@ -393,9 +393,10 @@ def check_same_program(own: dict[str, str], topology: Topology) -> None:
     found = collectives.gather_objects(own, topology)
     for rank, other in enumerate(found):
         if other != found[0]:
-            what = [f"{name} {found[0].get(name)} on rank 0, {value} here" for name, value in other.items()]
             differing = [
-                text for text, (name, value) in zip(what, other.items(), strict=True) if found[0].get(name) != value
+                f"{name} {found[0].get(name)} on rank 0, {value} on rank {rank}"
+                for name, value in other.items()
+                if found[0].get(name) != value
             ]
             raise ConfigError(
                 f"rank {rank} runs another program than rank 0: {'; '.join(differing)[:500]}. Give all hosts the same "
@@ -445,7 +446,7 @@ def build_engine(
             checkpoint.load_weights(model, found.path)  # the engine restores what is trained
         text = TextTransformer(plan.text, seed=config.seed + 1)
         both = ImageTextModel(model, text, config.lock_image)
-        return ContrastiveEngine(both, tokenizer, plan.settings, config, topology, config.timeout_minutes)
+        return ContrastiveEngine(both, tokenizer, plan.settings, config, topology, longest_wait(config))
     heads = [build_head(config, plan, topology, from_scratch, index) for index in range(len(plan.labels))]
     return TrainEngine(model, heads, plan.settings, config, topology, longest_wait(config))
 

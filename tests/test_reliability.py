@@ -273,10 +273,8 @@ def test_a_host_with_other_code_versions_or_settings_is_refused_by_every_rank():
             return str(caught.value)
 
         first, second = run_ranks(2, refusal)
-        assert (
-            first == second
-            and f"rank 1 runs another program than rank 0: {words} {own[name]} on rank 0, else here" in first
-        )
+        said = f"rank 1 runs another program than rank 0: {words} {own[name]} on rank 0, else on rank 1"
+        assert first == second and said in first
 
 
 def test_no_launcher_no_watch(monkeypatch):
