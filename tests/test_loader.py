@@ -607,15 +607,17 @@ def test_a_lost_tar_may_come_early_in_every_epoch(tmp_path, monkeypatch):
         loader.check_skipped(final=False)
 
 
-def test_sums_that_cannot_be_written_do_not_end_a_run(tmp_path, capsys):
-    shards = make_shards(tmp_path, [8])
+def test_names_and_sums_that_cannot_be_written_do_not_end_a_run(tmp_path, capsys):
+    shards = make_shards(tmp_path, [8], {"000000000": b"", "000000001": b"x"})
     table = build_shard_table(shards, [tmp_path / "labels"], 3, 0.0, None, Topology.single())
     (tmp_path / "skipped").write_text("in the way")
     plan = EpochPlan(5, table.counts, 8, 6)
-    loader = ImageLabelLoader(config(), table, plan, 24, Topology.single(), tmp_path / "skipped")
+    settings = config(max_skipped_fraction=1.0)
+    loader = ImageLabelLoader(settings, table, plan, 24, Topology.single(), tmp_path / "skipped")
     collect(loader, 0, 1)
-    assert loader.check_skipped(final=True) == (8, 0)
-    assert "by_shard.json cannot be written" in capsys.readouterr().out
+    assert loader.check_skipped(final=True) == (6, 2) and len(loader.ledger.names) == 2
+    told = capsys.readouterr().out
+    assert "rank_00000.txt cannot be written" in told and "by_shard.json cannot be written" in told
 
 
 def test_loader_processes_ignore_signals_and_their_death_is_told(data):

@@ -127,21 +127,22 @@ class SkippedNames:
 
     def __init__(self, folder: Path, rank: int):
         self.path = folder / f"rank_{rank:05d}.txt"
+        self._append = never_stopping(self._append, str(self.path))
         self._written = len(self.path.read_text(encoding="utf-8").splitlines()) if self.path.exists() else 0
 
     def write(self, names: Sequence[str]) -> None:
-        """Appends names. Raises DataError where that cannot be."""
+        """Appends names. Where they cannot be written, that is told once, and the counts go on."""
         names = [" ".join(name.split()) for name in names[: max(0, MAX_NAMES + 1 - self._written)]]
         if not names:
             return
         if self._written + len(names) > MAX_NAMES:
             names[-1] = f"... more than {MAX_NAMES}: the rest is counted in metrics.jsonl"
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:
-                file.writelines(f"{name}\n" for name in names)
-        except OSError as error:
-            raise DataError(f"cannot write the names of skipped samples to {self.path}: {error}") from None
+        self._append(names)
+
+    def _append(self, names: Sequence[str]) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+            file.writelines(f"{name}\n" for name in names)
         self._written += len(names)
 
 
