@@ -595,6 +595,12 @@ def test_a_lost_tar_is_judged_by_its_share_of_an_epoch(tmp_path, monkeypatch):
     assert loader.check_skipped(final=False)[1] == loader.ledger.num_skipped
 
 
+def test_a_remote_tar_without_a_place_to_fetch_it_to_is_no_missing_tar(tmp_path):
+    shards = [*make_shards(tmp_path, [30]), "s3://bucket/00001.tar"]
+    with pytest.raises(DataError, match="^s3://bucket/00001.tar is remote: .*--shard_cache FOLDER$"):
+        build_shard_table(shards, [tmp_path / "labels"], 3, 1.0, None, Topology.single(), allow_missing=True)
+
+
 def test_a_lost_tar_may_come_early_in_every_epoch(tmp_path, monkeypatch):
     """Its images are lost once in each epoch begun, however little of the last one has been read."""
     monkeypatch.setattr(loader_module, "MIN_SAMPLES_TO_JUDGE", 8)

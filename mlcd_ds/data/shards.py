@@ -28,7 +28,7 @@ from mlcd_ds.data.labels import (
     read_label_shard,
 )
 from mlcd_ds.data.tar_index import FoundIndex, examine
-from mlcd_ds.data.tars import MissingTarError, TarIndex, local_shard, shard_name
+from mlcd_ds.data.tars import MissingTarError, TarIndex, is_url, local_shard, shard_name
 from mlcd_ds.errors import DataError
 from mlcd_ds.topology import Topology
 
@@ -295,12 +295,16 @@ def build_shard_table(
     A tar that is damaged, missing or without images is quarantined: what comes before its damage is used, the images that it
     has lost (by an index of before, else by its labels) are counted, and skipped in every epoch.
     Raises DataError, the same on every rank, when more than `max_skipped_fraction` of the images are lost so, or lack a
-    label; when a tar is missing and may not be, or nothing tells what it held; when label files are missing, of different
-    centers within a folder or with fewer labels than num_positives, or a label is not below k.
+    label; when a tar is remote and there is no cache_dir, or is missing and may not be, or nothing tells what it held; when
+    label files are missing, of different centers within a folder or with fewer labels than num_positives, or a label is not
+    below k.
     One all-gather of a few bytes per shard.
     """
     if not shards:
         raise DataError("no shards: name the image tars with --shards")
+    remote = next((shard for shard in shards if is_url(shard)), None)
+    if remote is not None and cache_dir is None:
+        local_shard(remote, None, allow_pipe)  # refuses: a flag that lacks is no tar that is missing
     labels_dirs = tuple(Path(folder) for folder in labels_dirs)
     look = partial(look_into, cache_dir=cache_dir, allow_pipe=allow_pipe, index_folder=index_folder)
     kept: dict[int, ShardContents] = {}
