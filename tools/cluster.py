@@ -224,8 +224,9 @@ def refined(result: KMeansResult) -> str:
     over_all = [iteration for iteration in result.history if iteration.phase == GLOBAL]
     text = f"mean cosine to the center inside the own coarse cluster {inside.updated:.4f}"
     if over_all:
+        which = "of all" if result.check is None else "found"  # by a search that is not exact
         text += (
-            f"; to the nearest of all {over_all[0].objective:.4f} before, at least {over_all[-1].updated:.4f} after "
+            f"; to the nearest {which} {over_all[0].objective:.4f} before, at least {over_all[-1].updated:.4f} after "
             f"{len(over_all)} iteration(s) over all centers"
         )
     return text
