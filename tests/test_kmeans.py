@@ -423,3 +423,20 @@ def test_blocks_are_made_ahead_one_at_a_time_in_their_order():
 
 def _ahead_threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name.startswith("ahead")]
+
+
+def test_what_an_approximate_search_misses_is_counted(tmp_path):
+    """On all features, where there are no more than are looked at."""
+    rows = mixture(n=1500)
+    features = write_features(tmp_path / "f", np.array_split(rows, 2))
+    settings = {"k": 200, "iterations": 2, "max_points_per_center": 100, "seed": 0}
+    assert SphericalKMeans(**settings).fit(features, lambda _: None).check is None
+    result = SphericalKMeans(**settings, backend="ivf", nprobe=1).fit(features, lambda _: None)
+    unit = np.concatenate([features.unit_rows(name, 0, 750) for name in features.names])
+    cosines = unit @ result.centers_kd.T
+    cosine, found = index_of(result.centers_kd, "ivf", nprobe=1).search(unit, 1)
+    check = result.check
+    assert check.features == 1500 and 0.2 < check.found < 0.99
+    assert check.found == pytest.approx((found[:, 0] == cosines.argmax(1)).mean(), abs=2e-3)
+    assert check.exact == pytest.approx(cosines.max(1).mean(), rel=1e-5)
+    assert check.approximate == pytest.approx(cosine.mean(), rel=1e-5)
