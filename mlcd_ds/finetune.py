@@ -142,7 +142,7 @@ def _finetune_in(run: RunFolder, config: FinetuneConfig, raw: dict, topology: To
     loader = ImageLabelLoader(shared, table, order, encoder.config.image_size, topology, run.path / "skipped")
     topology.seed_torch(config.seed)
     engine = FinetuneEngine(Classifier(encoder, num_classes, config.seed), plan.settings, config, shared, topology)
-    step = 0 if found is None else resume(found, config.seed, plan, engine, topology)
+    step = 0 if found is None else resume(found, config.seed, plan, engine, loader, topology)
     monitor = open_monitor(run, engine, step, plan, topology)
     progress = FinetuneProgress(
         monitor,
@@ -155,7 +155,7 @@ def _finetune_in(run: RunFolder, config: FinetuneConfig, raw: dict, topology: To
     )
     run.step = step
     bad_steps = BadSteps(config.max_bad_steps, store)
-    saver = Saver(run, shared, plan, store, engine, monitor)
+    saver = Saver(run, shared, plan, store, engine, loader, monitor)
     watch.enter_loop()
     for images in progress.timing_waits(loader.iterate(step, plan.length.total_steps)):
         reported = is_due(step + 1, config.log_every_steps, plan.length) or step + 1 == 1
