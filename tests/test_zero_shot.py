@@ -172,6 +172,9 @@ def test_what_does_not_fit_is_refused_with_the_cure(trained, tmp_path):
     refused("expected run:RUN", ConfigError, model="builtin:x")
     (tmp_path / "one" / "zeroshot_classification_templates.txt").write_text("a cat\na {c}\n")
     refused("1 of 2 templates have no {c} for the name, e.g. 'a cat'")
+    (tmp_path / "one" / "classnames.txt").write_text("boat\n\ncat\n")
+    refused("line 2 of 3 is empty: expected the name of class 0, 1, ... a line each")
+    (tmp_path / "one" / "classnames.txt").write_text("boat\ncat\n\n")
     (tmp_path / "one" / "zeroshot_classification_templates.txt").unlink()
     refused("--templates FILE names another file")
     with pytest.raises(ConfigError, match="--recall_k '0,1'"):

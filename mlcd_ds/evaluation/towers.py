@@ -151,12 +151,16 @@ def own_share(items: Sequence, topology: Topology) -> list:
 
 
 def read_lines(path: Path, what: str, cure: str) -> list[str]:
-    """The lines of a text file that are not empty. Raises DataError with `cure` where there is none."""
+    """The lines of a text file. Raises DataError with `cure` where there is none, or an empty one before the last.
+
+    An empty line left out would give all the names behind it another number.
+    """
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").rstrip().splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}, the {what}, cannot be read ({error}): {cure}") from None
-    lines = [line for line in lines if line]
     if not lines:
         raise DataError(f"{path}, the {what}, is empty: {cure}")
+    if "" in lines:
+        raise DataError(f"{path}, the {what}: line {lines.index('') + 1} of {len(lines)} is empty: {cure}")
     return lines
