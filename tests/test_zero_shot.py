@@ -145,7 +145,7 @@ def test_results_are_written_in_clip_benchmarks_shape(trained, sets, tmp_path, c
     config = ZeroShotConfig(model=f"run:{trained}", root=str(root), output_dir=str(tmp_path))
     evaluate_text_sets(config, zero_shot_set, CLASSES_FILE)
     evaluate_text_sets(
-        RetrievalConfig(model=f"run:{trained}", root=str(root), datasets="pairs", output_dir=str(tmp_path)),
+        RetrievalConfig(model=f"run:{trained}", root=str(root), output_dir=str(tmp_path)),
         retrieval_set, None,
     )  # fmt: skip
     found = {(result.dataset, result.task): result for result in read_results(tmp_path).values()}

@@ -17,7 +17,7 @@ from mlcd_ds.clustering.features import batches_of_images, load_extractor
 from mlcd_ds.config import TextEvaluationConfig
 from mlcd_ds.data.tars import IMAGE_EXTENSIONS, local_shard, read_samples
 from mlcd_ds.errors import ConfigError, DataError
-from mlcd_ds.evaluation.datasets import KNOWN_SETS, shards_of_split
+from mlcd_ds.evaluation.datasets import KNOWN_SETS, dataset_type, shards_of_split
 from mlcd_ds.topology import Topology
 
 
@@ -112,7 +112,8 @@ class TestSet:
 
 
 def find_test_sets(config: TextEvaluationConfig, marker: str | None) -> list[TestSet]:
-    """The sets of --datasets below --root, with the tars of --split. "all": every folder that holds the file `marker`.
+    """The sets of --datasets below --root, with the tars of --split. "all": every folder that holds the file `marker`;
+    without one, every set for retrieval (dataset_type.txt).
 
     Raises DataError for a set that is not there, or none at all.
     """
@@ -123,10 +124,11 @@ def find_test_sets(config: TextEvaluationConfig, marker: str | None) -> list[Tes
         names = sorted(
             path.name
             for path in root.iterdir()
-            if (path / config.split).is_dir() and (marker is None or (path / marker).is_file())
+            if (path / config.split).is_dir()
+            and ((path / marker).is_file() if marker else dataset_type(path) == "retrieval")
         )
         if not names:
-            needed = f" and {marker}" if marker else ""
+            needed = f" and {marker or 'dataset_type.txt that says retrieval'}"
             raise DataError(f"--root {root} holds no set: expected folders with {config.split}/*.tar{needed}")
     else:
         names = [name.strip() for name in config.datasets.split(",") if name.strip()]
