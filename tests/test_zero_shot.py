@@ -142,6 +142,12 @@ def test_an_ensemble_is_the_mean_of_unit_vectors_made_unit_again():
 
 def test_results_are_written_in_clip_benchmarks_shape(trained, sets, tmp_path, capsys):
     root, _ = sets
+    (tmp_path / "root/wds_vtab-cifar10").mkdir(parents=True)
+    for name in ("test", CLASSES_FILE):
+        (tmp_path / "root/wds_vtab-cifar10" / name).symlink_to(root / "one" / name)
+    for datasets in ("all", "cifar10"):
+        config = ZeroShotConfig(model="x", root=str(tmp_path / "root"), datasets=datasets)
+        assert [found.name for found in find_test_sets(config, CLASSES_FILE)] == ["wds/vtab/cifar10"]
     config = ZeroShotConfig(model=f"run:{trained}", root=str(root), output_dir=str(tmp_path))
     evaluate_text_sets(config, zero_shot_set, CLASSES_FILE)
     evaluate_text_sets(

@@ -130,6 +130,9 @@ def find_test_sets(config: TextEvaluationConfig, marker: str | None) -> list[Tes
         if not names:
             needed = f" and {marker or 'dataset_type.txt that says retrieval'}"
             raise DataError(f"--root {root} holds no set: expected folders with {config.split}/*.tar{needed}")
+        # wds_vtab-cifar10 is cifar10, by whichever name it was asked for.
+        known_by = {place: known.name for known in KNOWN_SETS.values() for place in known.folders()}
+        names = list(dict.fromkeys(known_by.get(name, name) for name in names))
     else:
         names = [name.strip() for name in config.datasets.split(",") if name.strip()]
     found = []
