@@ -24,8 +24,9 @@ CHUNK_BYTES = 128 << 20
 class Contrast:
     """What `contrast` found.
 
-    loss: the mean over the pairs of all ranks, the same on each. d_images_bE, d_texts_bE, d_scale: this rank's gradients, W
-    times what the loss's own are (see `contrast`). stats: tensors on the device, of all ranks, for monitoring.
+    loss: the mean over the pairs of all ranks, the same on each. d_images_bE, d_texts_bE: this rank's gradients, W times
+    what the loss's own are (see `contrast`). d_scale: the loss's own, whole, the same on each rank. stats: tensors on the
+    device, of all ranks, for monitoring.
     """
 
     loss: torch.Tensor
@@ -57,9 +58,9 @@ def contrast(
     and the same with u and v exchanged. So the logits [b, G] of the own rows are made twice, first for Z, then for the
     gradients, in chunks of rows; no [G, G] exists anywhere, and no gradient travels.
 
-    The gradients come times W: the engine takes each rank's loss for a local mean and averages over the ranks, as the
-    derivation in `collectives.gather_rows` says. Those of the scale are this rank's share of a sum over the ranks, so
-    that the same factor makes them whole.
+    The embeddings' gradients come times W: the engine takes each rank's loss for a local mean and averages over the ranks,
+    as the derivation in `collectives.gather_rows` says. The scale's is whole on every rank, which that average leaves as
+    it is: at its bound the scale looks at the sign, and a rank's share alone may have the other one.
 
     Collectives: one all-gather of [b, 2E + 1], one of [b, 2], one all-reduce of a few numbers.
     """
@@ -86,7 +87,7 @@ def contrast(
     positive_b = (u_bE * v_bE).sum(dim=1)
     loss_b = (sums[0] + sums[1]) / 2 - s * positive_b
     told = torch.stack([loss_b, positive_b, hits[0].to(dtype), hits[1].to(dtype)])
-    told = collectives.sum_(told.masked_fill(~is_pair_b, 0).sum(dim=1), topology) / count
+    told = told.masked_fill(~is_pair_b, 0).sum(dim=1)
 
     gradients, d_scale = [], torch.zeros_like(s)
     own_sums, all_sums = (sums[0], sums[1]), (of_texts_G, of_images_G)
@@ -103,12 +104,13 @@ def contrast(
             torch.matmul(softmax_nG, all_GE, out=d_bE[a:z])
         own = all_GE[first : first + len(own_bE)]
         gradients.append((d_bE - 2 * own).masked_fill_(~is_pair_b[:, None], 0) * s)
+    told = collectives.sum_(torch.cat([told, d_scale / 2]), topology) / count
     factor = topology.world_size / (2 * count)
     return Contrast(
         loss=told[0],
         d_images_bE=_through_length(gradients[0] * factor, u_bE, length_b).to(images_bE.dtype),
         d_texts_bE=_through_length(gradients[1] * factor, v_bE, text_length_b).to(texts_bE.dtype),
-        d_scale=(d_scale * factor).to(scale.dtype),
+        d_scale=told[4:].to(scale.dtype),
         stats={
             "logit_scale": s.reshape(()),
             "cosine_positive": told[1],

@@ -39,10 +39,6 @@ class ContrastiveEngine(TrainEngine):
         timeout_minutes: float,
     ):
         self.tokenizer, self.text_name = tokenizer, config.text_model
-        # Nothing moves a locked tower. Its weights are kept as they came: the engine may hold them rounded or in parts.
-        self._locked: dict[str, torch.Tensor] = {}
-        if model.locked and topology.is_main:
-            self._locked = {f"{IMAGE}{name}": tensor.clone() for name, tensor in model.image.state_dict().items()}
         super().__init__(model, [], settings, config, topology, timeout_minutes)
 
     def _compute(
@@ -82,10 +78,6 @@ class ContrastiveEngine(TrainEngine):
         tokens_BT = micro.labels_BL.to(device, non_blocking=True).clamp_min(0)  # rows without an image are any text
         images = known_BE if self.engine.module.locked and known_BE is not None else micro.images_BCHH
         return self.engine(images.to(device, non_blocking=True), tokens_BT)
-
-    def encoder_weights(self) -> dict[str, torch.Tensor]:
-        """Both towers' float32 weights on the CPU and the temperature, whole; a locked tower's on rank 0 alone."""
-        return super().encoder_weights() | self._locked
 
     def _save_model(self, folder: Path, model_name: str, weights: dict[str, torch.Tensor]) -> None:
         model = self.engine.module

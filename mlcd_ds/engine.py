@@ -129,6 +129,11 @@ class TrainEngine:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.heads, self.settings, self.config, self.topology = heads, settings, config, topology
         self.head_weights = config.head_weights or (1.0,) * len(heads)
+        # Nothing moves these. They are kept as they came: the engine may hold them rounded or in parts.
+        self._frozen: dict[str, torch.Tensor] = {}
+        if topology.is_main:
+            frozen = ((name, weight) for name, weight in model.named_parameters() if not weight.requires_grad)
+            self._frozen = {name: weight.detach().cpu().clone() for name, weight in frozen}
         self.engine, *_ = deepspeed.initialize(
             model=model,
             model_parameters=self._parameter_groups(model),
@@ -455,7 +460,10 @@ class TrainEngine:
         monitor.write_events = never_stopping(monitor.write_events, "a log of DeepSpeed's monitors")
 
     def encoder_weights(self) -> dict[str, torch.Tensor]:
-        """The trained float32 weights on the CPU, whole, whatever the ZeRO stage. Every rank must call it."""
+        """The float32 weights on the CPU, whole, whatever the ZeRO stage; those that nothing trains on rank 0 alone.
+
+        Every rank must call it.
+        """
         partitioned = self.settings.zero_stage == 3 or self.settings.precision != "float32"
         weights = {}
         for name, parameter in self.engine.module.named_parameters():
@@ -463,7 +471,7 @@ class TrainEngine:
                 continue
             full = deepspeed.utils.safe_get_full_fp32_param(parameter) if partitioned else None
             weights[name] = (parameter if full is None else full).detach().float().cpu()
-        return weights
+        return weights | self._frozen
 
     def not_finite(self) -> str:
         """Name of a parameter of this rank that holds what is no number; "" where there is none."""

@@ -142,7 +142,7 @@ def _finetune_in(run: RunFolder, config: FinetuneConfig, raw: dict, topology: To
     loader = ImageLabelLoader(shared, table, order, encoder.config.image_size, topology, run.path / "skipped")
     topology.seed_torch(config.seed)
     engine = FinetuneEngine(Classifier(encoder, num_classes, config.seed), plan.settings, config, shared, topology)
-    step = 0 if found is None else resume(found, config.seed, plan, engine, topology)
+    step = 0 if found is None else resume(found, config.seed, plan, engine, loader, topology)
     monitor = open_monitor(run, engine, step, plan, topology)
     progress = FinetuneProgress(
         monitor,
@@ -155,7 +155,7 @@ def _finetune_in(run: RunFolder, config: FinetuneConfig, raw: dict, topology: To
     )
     run.step = step
     bad_steps = BadSteps(config.max_bad_steps, store)
-    saver = Saver(run, shared, plan, store, engine, monitor)
+    saver = Saver(run, shared, plan, store, engine, loader, monitor)
     watch.enter_loop()
     for images in progress.timing_waits(loader.iterate(step, plan.length.total_steps)):
         reported = is_due(step + 1, config.log_every_steps, plan.length) or step + 1 == 1
@@ -213,18 +213,23 @@ def make_class_labels(config: FinetuneConfig, shards: list[str], folder: Path, t
 
     Raises DataError for an image without one class, or with one that is not below --num_classes.
     """
-    found, largest = {}, -1
-    for shard in shards[topology.rank :: topology.world_size]:
-        path = local_shard(shard, config.shard_cache)
-        classes = labels_of_shard(path, config.classes_key)
-        wrong = next((key for key, own in classes.items() if len(own) != 1), None)
-        if wrong is not None:
-            raise DataError(
-                f"{path}: image {wrong} has the classes {list(classes[wrong])}: fine-tuning wants one an image"
-            )
-        found[shard] = classes
-        largest = max([largest, *(own[0] for own in classes.values())])
-    largest = max(collectives.gather_objects(largest, topology))
+    found = {}
+
+    def read_own() -> int:
+        largest = -1
+        for shard in shards[topology.rank :: topology.world_size]:
+            path = local_shard(shard, config.shard_cache)
+            classes = labels_of_shard(path, config.classes_key)
+            wrong = next((key for key, own in classes.items() if len(own) != 1), None)
+            if wrong is not None:
+                raise DataError(
+                    f"{path}: image {wrong} has the classes {list(classes[wrong])}: fine-tuning wants one an image"
+                )
+            found[shard] = classes
+            largest = max([largest, *(own[0] for own in classes.values())])
+        return largest
+
+    largest = max(collectives.all_for_long(topology, read_own))
     num_classes = largest + 1 if config.num_classes is None else config.num_classes
     if largest >= num_classes:
         raise DataError(f"an image of {config.shards} is of class {largest}, --num_classes is {num_classes}: raise it")

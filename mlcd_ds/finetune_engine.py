@@ -82,8 +82,6 @@ class FinetuneEngine(TrainEngine):
     ):
         self.finetune, self._smoothing = config, config.label_smoothing
         self.num_classes = model.head.out_features
-        # Nothing moves the projection. It is kept as it came: the engine may hold it rounded or in parts.
-        self._projection = {f"{ENCODER}projection.weight": model.encoder.projection.weight.detach().clone()}
         super().__init__(model, [], settings, run, topology, config.timeout_minutes)
 
     def _parameter_groups(self, model: Classifier) -> list[dict]:
@@ -131,10 +129,6 @@ class FinetuneEngine(TrainEngine):
             return self.engine(images_b3HH.to(self.topology.device, non_blocking=True)).float()
         finally:
             self.engine.train()
-
-    def encoder_weights(self) -> dict[str, torch.Tensor]:
-        """The float32 weights of encoder and classifier on the CPU, whole."""
-        return super().encoder_weights() | self._projection
 
     def _save_model(self, folder: Path, model_name: str, weights: dict[str, torch.Tensor]) -> None:
         encoder, head = _parts(weights)

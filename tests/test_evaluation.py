@@ -269,6 +269,10 @@ def test_all_sets_by_name_missing_ones_told_and_the_same_on_two_ranks(root, tmp_
         run_ranks(2, lambda topology: probe_sets(ProbeConfig(**flags(root)), topology))
     again = probe_sets(config, Topology.single())
     assert again.kept == list(alone.results)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/cifar10").symlink_to(root / "sets/cifar10")
+    other = config.model_copy(update={"root": str(tmp_path / "other")})
+    assert not probe_sets(other, Topology.single()).kept  # of another folder, though older than the result
 
 
 def test_a_set_that_is_broken_leaves_the_others_and_is_told(root, tmp_path):

@@ -53,6 +53,8 @@ def test_written_read_and_built(tmp_path):
     assert write_result(tmp_path / "twins", a_result(pretrained="run:runs-a")).name.startswith(twin.stem + "_")
     assert len(read_results(tmp_path / "twins")) == 2
     assert other.main_metric == "knn20_acc1"
+    paths = [a_result(dataset=f"/data/{'long/' * 60}{end}") for end in "ab"]
+    assert len({write_result(tmp_path / "paths", long).name for long in paths}) == 2
     clip_benchmarks_build(sorted((tmp_path / "results").iterdir()), tmp_path / "build.csv")
     rows = {row["task"]: row for row in csv.DictReader((tmp_path / "build.csv").open())}
     assert rows["linear_probe"]["lp_acc1"] == "0.75" and rows["linear_probe"]["lp_acc5"] == ""

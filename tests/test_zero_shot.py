@@ -142,10 +142,16 @@ def test_an_ensemble_is_the_mean_of_unit_vectors_made_unit_again():
 
 def test_results_are_written_in_clip_benchmarks_shape(trained, sets, tmp_path, capsys):
     root, _ = sets
+    (tmp_path / "root/wds_vtab-cifar10").mkdir(parents=True)
+    for name in ("test", CLASSES_FILE):
+        (tmp_path / "root/wds_vtab-cifar10" / name).symlink_to(root / "one" / name)
+    for datasets in ("all", "cifar10"):
+        config = ZeroShotConfig(model="x", root=str(tmp_path / "root"), datasets=datasets)
+        assert [found.name for found in find_test_sets(config, CLASSES_FILE)] == ["wds/vtab/cifar10"]
     config = ZeroShotConfig(model=f"run:{trained}", root=str(root), output_dir=str(tmp_path))
     evaluate_text_sets(config, zero_shot_set, CLASSES_FILE)
     evaluate_text_sets(
-        RetrievalConfig(model=f"run:{trained}", root=str(root), datasets="pairs", output_dir=str(tmp_path)),
+        RetrievalConfig(model=f"run:{trained}", root=str(root), output_dir=str(tmp_path)),
         retrieval_set, None,
     )  # fmt: skip
     found = {(result.dataset, result.task): result for result in read_results(tmp_path).values()}
@@ -172,6 +178,9 @@ def test_what_does_not_fit_is_refused_with_the_cure(trained, tmp_path):
     refused("expected run:RUN", ConfigError, model="builtin:x")
     (tmp_path / "one" / "zeroshot_classification_templates.txt").write_text("a cat\na {c}\n")
     refused("1 of 2 templates have no {c} for the name, e.g. 'a cat'")
+    (tmp_path / "one" / "classnames.txt").write_text("boat\n\ncat\n")
+    refused("line 2 of 3 is empty: expected the name of class 0, 1, ... a line each")
+    (tmp_path / "one" / "classnames.txt").write_text("boat\ncat\n\n")
     (tmp_path / "one" / "zeroshot_classification_templates.txt").unlink()
     refused("--templates FILE names another file")
     with pytest.raises(ConfigError, match="--recall_k '0,1'"):

@@ -1,7 +1,8 @@
 """Images with true classes to frozen features: what every probe starts from, and the folder where they are kept.
 
     CACHE/ENCODER/00012-TAR.npz    features float32 [n, d], keys, and how many images were skipped for which reason
-    CACHE/ENCODER/encoder.json     what ENCODER, a hash of weights, image size, precision and preprocessing, stands for
+    CACHE/ENCODER/encoder.json     what ENCODER, a hash of weights, image size, precision and preprocessing with max_pixels,
+                                   stands for
     CACHE/hashes/PATH.json         SHA-256 of a tar, with the size and time of change that it had
 
 so features are made once for a tar's bytes and an encoder's weights, wherever both lie.
@@ -152,11 +153,12 @@ def load_probed(config: EvaluationConfig, device: torch.device) -> Encoder:
     kind, value = split_model(config.model)
     if kind not in ("run", "untrained", "hf"):
         extractor = load_extractor(config.model, device, "float32")
-        what = [extractor.name, PREPROCESSING, extractor.image_size]
+        what = [extractor.name, PREPROCESSING, extractor.image_size, config.max_pixels]
         return Encoder(extractor.name, extractor.image_size, _hashed(what), extractor.embed_images)
     path = f"hf:{value}" if kind == "hf" else value
     model = checkpoint.load_encoder(path, untrained=kind == "untrained", seed=config.seed).to(device)
-    what = [_digest_of_weights(model), model.config.model_dump(), config.precision, PREPROCESSING]
+    # max_pixels decides which images have features at all.
+    what = [_digest_of_weights(model), model.config.model_dump(), config.precision, PREPROCESSING, config.max_pixels]
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.precision]
 
     @torch.inference_mode()

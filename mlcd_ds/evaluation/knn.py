@@ -130,7 +130,7 @@ class NearestRows:
             found = [self._nearest(part, block_rd) for part in self._queries_md.split(QUERY_ROWS)]
             cosines = torch.cat([self._cosines_mk, torch.cat([cosines for cosines, _ in found])], dim=1)
             places = torch.cat([self._places_mk, torch.cat([places for _, places in found]) + self._rows], dim=1)
-            # Stable, and earlier rows stand first: of equal cosines the first row wins.
+            # Stable, and earlier rows stand first: of equal cosines the earlier block wins (within one, topk chooses).
             order = cosines.argsort(dim=1, descending=True, stable=True)[:, : self._k]
             self._cosines_mk, self._places_mk = cosines.gather(1, order), places.gather(1, order)
             self._rows += len(block_rd)

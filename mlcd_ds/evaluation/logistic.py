@@ -128,7 +128,7 @@ class LogisticRegressions:
                 w_DP, gradient_DP, penalty_DP = w_DP[:, keep], gradient_DP[:, keep], penalty_DP[:, keep]
                 inverse_DP = inverse_DP[:, keep]
                 history = [(s[:, keep], y[:, keep], rho[keep]) for s, y, rho in history]
-            step_DP = -_times_inverse_hessian(gradient_DP, history, inverse_DP)
+            step_DP = -times_inverse_hessian(gradient_DP, history, inverse_DP)
             change_nP = inputs_nD @ step_DP
             slope_P = (gradient_DP * step_DP).sum(0)
             length_P, residual_nP = _line_search(slope_P, z_nP, change_nP, targets_nP, w_DP, step_DP, penalty_DP)
@@ -144,15 +144,22 @@ class LogisticRegressions:
         return result_DP, iterations, converged
 
 
-def _times_inverse_hessian(gradient_DP, history, inverse_DP):
-    """L-BFGS's two loops (Nocedal and Wright, algorithm 7.4), one history a column."""
-    q, alphas = gradient_DP, []
-    for s, y, rho in reversed(history):
-        alphas.append(rho * (s * q).sum(0))
+def times_inverse_hessian(gradient: torch.Tensor, history: list, start: torch.Tensor) -> torch.Tensor:
+    """L-BFGS's two loops (Nocedal and Wright, algorithm 7.4), one history a problem.
+
+    gradient: [D, P] or [D, P, C]; start: the initial inverse Hessian's diagonal, of a shape that goes with it. history:
+    steps s, gradient changes y, both as the gradient, and 1 / s.y [P], the oldest first.
+    """
+    inner = (0, *range(2, gradient.dim()))
+    q, alphas = gradient, []
+    for s, y, rho_P in reversed(history):
+        product = (s * q).sum(inner, keepdim=True)
+        alphas.append(rho_P.view_as(product) * product)
         q = q - alphas[-1] * y
-    q = inverse_DP * q
-    for (s, y, rho), alpha in zip(history, reversed(alphas), strict=True):
-        q = q + (alpha - rho * (y * q).sum(0)) * s
+    q = start * q
+    for (s, y, rho_P), alpha in zip(history, reversed(alphas), strict=True):
+        product = (y * q).sum(inner, keepdim=True)
+        q = q + (alpha - rho_P.view_as(product) * product) * s
     return q
 
 

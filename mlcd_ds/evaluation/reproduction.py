@@ -22,12 +22,14 @@ from pathlib import Path
 
 from mlcd_ds.clustering.charts import difference_chart
 from mlcd_ds.config import ReproduceConfig
-from mlcd_ds.errors import DataError
+from mlcd_ds.errors import ConfigError, DataError, differences
 from mlcd_ds.evaluation.results import read_result
-from mlcd_ds.files import make_folder, write_text
+from mlcd_ds.files import make_folder, write_json, write_text
 
 ROOT = Path(__file__).resolve().parents[2]
 OBJECTIVES = ("cd", "mlc", "mlcd")
+FIXED = ("root", "deepspeed_config", "ranks", "model", "text_model", "steps", "lit_steps", "k")
+"""Settings that a folder keeps; seeds and ablations may be added to it."""
 POSITIVES = 8
 """l of the comparison: the paper's."""
 SAMPLE_RATE = 0.1
@@ -68,6 +70,7 @@ def reproduce(config: ReproduceConfig) -> str:
     """
     stages = Stages(config)
     stages.check_data()
+    stages.claim()
     seeds = range(config.seeds)
     for seed in seeds:
         stages.train(f"clip_s{seed}", stages.clip_flags() | {"seed": seed})
@@ -83,8 +86,9 @@ def reproduce(config: ReproduceConfig) -> str:
     rows = {encoder: [stages.scores(f"{encoder}_s{seed}", COLUMNS) for seed in seeds] for encoder in encoders}
     stages.evaluate("untrained", f"untrained:{stages.run_of('mlcd_s0')}")
     rows["untrained"] = [stages.scores("untrained", COLUMNS[:3])]
-    stages.zero_shot("clip_s0_itself", stages.run_of("clip_s0"))
-    rows["clip, its own text tower"] = [stages.scores("clip_s0_itself", COLUMNS[3:])]
+    for seed in seeds:
+        stages.zero_shot(f"clip_s{seed}_itself", stages.run_of(f"clip_s{seed}"))
+    rows["clip, its own text tower"] = [stages.scores(f"clip_s{seed}_itself", COLUMNS[3:]) for seed in seeds]
     text = _heading(config) + table(rows, COLUMNS)
     if config.ablations:
         text += "".join(_ablation(stages, *ablation) for ablation in _ablations(config))
@@ -147,7 +151,7 @@ def _heading(config: ReproduceConfig) -> str:
     return (
         f"{config.model}, {config.steps} steps each (CLIP from scratch, cd, mlc, mlcd), {config.lit_steps} steps of LiT, "
         f"{config.ranks} ranks, `{config.deepspeed_config}`, k = {config.k}, l = {POSITIVES}, r = {SAMPLE_RATE}. Per cent; "
-        "mean and standard deviation over seeds.\n\n"
+        "mean and standard deviation over seeds. The labels of all seeds are from the first seed's CLIP.\n\n"
     )
 
 
@@ -166,9 +170,21 @@ class Stages:
             if not any(split.glob("*.tar")):
                 raise DataError(
                     f"no tars in {split}: expected below --root scenes64 (KEY.jpg, KEY.txt, KEY.json with classes) and "
-                    "cifar10 (KEY.jpg, KEY.cls; classnames.txt, zeroshot_classification_templates.txt), each with train/ and "
-                    "test/"
+                    "cifar10 (KEY.jpg, KEY.cls; classnames.txt, zeroshot_classification_templates.txt), each with train/ "
+                    "and test/"
                 )
+
+    def claim(self) -> None:
+        """Notes the settings that every stage depends on. Raises ConfigError for a folder that was begun with others."""
+        now = {name: getattr(self.config, name) for name in FIXED}
+        file = make_folder(self.folder) / "settings.json"
+        before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else now
+        if before != now:
+            raise ConfigError(
+                f"{self.folder} was begun with other settings ({differences(before, now)}), and what is finished there is "
+                "not run again: give those, or choose another --output_dir"
+            )
+        write_json(file, now)
 
     def run_of(self, name: str) -> Path:
         """The run folder of an encoder."""

@@ -23,6 +23,8 @@ from mlcd_ds.files import make_folder, write_json
 TASKS = ("linear_probe", "knn", "zeroshot_classification", "zeroshot_retrieval", "finetune")
 """The first, third and fourth are CLIP_benchmark's names."""
 NAMES = ("dataset", "model", "pretrained", "task", "language")
+MAX_NAME = 200
+"""Characters of a file's name without .json: file systems take 255 bytes, with what is written beside it for a while."""
 MAIN_METRIC = "main_metric"
 """Name in `details` of the metric that the dataset is reported by."""
 
@@ -60,9 +62,13 @@ class Result:
 
 
 def file_name(result: Result) -> str:
-    """CLIP_benchmark's name of a result's file; what is no letter, digit, dot, dash or underscore becomes a '-'."""
+    """CLIP_benchmark's name of a result's file; what is no letter, digit, dot, dash or underscore becomes a '-'.
+
+    One too long for a file system, as of several whole paths, is cut, with a hash at its end.
+    """
     parts = (result.dataset, result.pretrained, result.model, result.language, result.task)
-    return "_".join(re.sub(r"[^A-Za-z0-9._\-]+", "-", part).strip("-") or "none" for part in parts) + ".json"
+    name = "_".join(re.sub(r"[^A-Za-z0-9._\-]+", "-", part).strip("-") or "none" for part in parts)
+    return (name if len(name) <= MAX_NAME else f"{name[: MAX_NAME - 9]}_{_hash(result)}") + ".json"
 
 
 def write_result(path: str | Path, result: Result) -> Path:
@@ -96,7 +102,11 @@ def _identity(result: Result) -> tuple[str, ...]:
 def _free_file(file: Path, result: Result) -> Path:
     if not file.exists() or _identity(read_result(file)) == _identity(result):
         return file
-    return file.with_name(f"{file.stem}_{hashlib.sha256(repr(_identity(result)).encode()).hexdigest()[:8]}.json")
+    return file.with_name(f"{file.stem}_{_hash(result)}.json")
+
+
+def _hash(result: Result) -> str:
+    return hashlib.sha256(repr(_identity(result)).encode()).hexdigest()[:8]
 
 
 def _plain(name: str, value: float | None) -> float | None:

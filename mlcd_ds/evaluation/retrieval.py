@@ -31,18 +31,22 @@ def retrieval_set(config: RetrievalConfig, tested: TestSet, towers: Towers, topo
     """Evaluates one set; every rank takes a share of its tars. Raises DataError for images that cannot be used."""
     started = time.monotonic()
     counts = recall_counts(config)
-    skipped, own = Counter(), []
     numbered = {shard: number for number, shard in enumerate(tested.shards)}
-    for shard in own_share(tested.shards, topology):
-        features, captions = [], []
-        for batch in embedded_batches(config, towers, [shard], EXTENSIONS, skipped, topology.is_main):
-            texts = [captions_of_image(members) for members in batch.parts]
-            has = [bool(found) for found in texts]
-            skipped.update({"no_caption": has.count(False)} if not all(has) else {})
-            features.append(batch.features[torch.tensor(has)].numpy())
-            captions += [found for found in texts if found]
-        own.append((numbered[shard], features, captions))
-    parts = collectives.gather_objects((own, skipped), topology)
+
+    def own_part() -> tuple[list[tuple], Counter]:
+        skipped, own = Counter(), []
+        for shard in own_share(tested.shards, topology):
+            features, captions = [], []
+            for batch in embedded_batches(config, towers, [shard], EXTENSIONS, skipped, topology.is_main):
+                texts = [captions_of_image(members) for members in batch.parts]
+                has = [bool(found) for found in texts]
+                skipped.update({"no_caption": has.count(False)} if not all(has) else {})
+                features.append(batch.features[torch.tensor(has)].numpy())
+                captions += [found for found in texts if found]
+            own.append((numbered[shard], features, captions))
+        return own, skipped
+
+    parts = collectives.all_for_long(topology, own_part)
     total = sum((counter for _, counter in parts), Counter())
     # In the order of the set, whoever has read which tar.
     ordered = sorted((entry for some, _ in parts for entry in some), key=lambda entry: entry[0])
@@ -109,11 +113,13 @@ def captions_of_image(members: dict[str, bytes]) -> list[str]:
 
 def _embed_shared(towers: Towers, texts: list[str], batch_size: int, topology: Topology) -> torch.Tensor:
     """float32 [M, D]; each rank embeds a share of the distinct texts."""
-    distinct = list(dict.fromkeys(texts))
-    own = own_share(distinct, topology)
-    embedded = embed_distinct(towers, own, batch_size, "texts", topology.is_main).numpy() if own else None
+    own = own_share(list(dict.fromkeys(texts)), topology)
+
+    def own_part() -> tuple[list[str], np.ndarray | None]:
+        return own, embed_distinct(towers, own, batch_size, "texts", topology.is_main).numpy() if own else None
+
     vectors: dict[str, np.ndarray] = {}
-    for some, part in collectives.gather_objects((own, embedded), topology):
+    for some, part in collectives.all_for_long(topology, own_part):
         vectors |= dict(zip(some, part, strict=True)) if some else {}
     return torch.from_numpy(np.stack([vectors[text] for text in texts]))
 

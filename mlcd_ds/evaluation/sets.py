@@ -65,6 +65,7 @@ class Task:
         name = self.encoder.name if self.encoder else FeatureFolder(_train_features(self.config)).model
         details = details | {
             "folder": None if self.set.folder is None else str(self.set.folder),
+            "encoder": None if self.encoder is None else self.encoder.identity,
             "settings": settings_of(self.config),
         }
         return Result(self.set.result_name, name, self.config.model, task, metrics, details=details)
@@ -224,7 +225,8 @@ def _finished(tasks: dict[str, Task], task_name: str) -> dict[str, Result]:
 
 
 def finished_result(task: Task, task_name: str) -> Result | None:
-    """The result in --output or --output_dir, if these settings made it after all its inputs were written; else None."""
+    """The result in --output or --output_dir, if this encoder and these settings made it, of this folder, after all
+    its inputs were written; else None."""
     config = task.config
     place = config.output or config.output_dir
     if place is None:
@@ -238,7 +240,8 @@ def finished_result(task: Task, task_name: str) -> Result | None:
     except DataError:
         return None  # it is replaced
     same = (result.task, result.pretrained, result.dataset) == (task_name, blank.pretrained, blank.dataset)
-    if not same or result.score is None or result.details.get("settings") != _as_json(settings_of(config)):
+    made_by = all(result.details.get(name) == _as_json(value) for name, value in blank.details.items())
+    if not same or result.score is None or not made_by:
         return None
     written = file.stat().st_mtime
     return result if all(path.stat().st_mtime <= written for path in _inputs(task)) else None

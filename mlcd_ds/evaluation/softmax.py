@@ -11,9 +11,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from mlcd_ds.evaluation.logistic import HISTORY, WORKSPACE_NUMBERS, PrincipalInputs
-
-LINE_SEARCH_TRIES = 20
+from mlcd_ds.evaluation.logistic import (
+    HISTORY,
+    LINE_SEARCH_TRIES,
+    WORKSPACE_NUMBERS,
+    PrincipalInputs,
+    times_inverse_hessian,
+)
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,7 @@ class SoftmaxRegressions:
                 penalty_DP, inverse_DP, kappa_P = penalty_DP[:, keep], inverse_DP[:, keep], kappa_P[keep]
                 history = [(s[:, keep], y[:, keep], rho[keep]) for s, y, rho in history]
             start_DP1 = (1 / (kappa_P * energy_D1 + penalty_DP).clamp_min(tiny))[:, :, None]
-            step_DPC = -_times_inverse_hessian(gradient_DPC, history, start_DP1)
+            step_DPC = -times_inverse_hessian(gradient_DPC, history, start_DP1)
             length_P, new_DPC, stuck = self._line_search(w_DPC, step_DPC, gradient_DPC, penalty_DP)
             step_DPC = length_P[:, None] * step_DPC
             w_DPC = w_DPC + step_DPC
@@ -164,15 +168,3 @@ class SoftmaxRegressions:
 
 def _dot(a_DPC: torch.Tensor, b_DPC: torch.Tensor) -> torch.Tensor:
     return (a_DPC * b_DPC).sum((0, 2))
-
-
-def _times_inverse_hessian(gradient_DPC, history, start_DP1):
-    """L-BFGS's two loops (Nocedal and Wright, algorithm 7.4), one history a problem."""
-    q, alphas = gradient_DPC, []
-    for s, y, rho in reversed(history):
-        alphas.append(rho * _dot(s, q))
-        q = q - alphas[-1][:, None] * y
-    q = start_DP1 * q
-    for (s, y, rho), alpha in zip(history, reversed(alphas), strict=True):
-        q = q + (alpha - rho * _dot(y, q))[:, None] * s
-    return q

@@ -16,7 +16,8 @@ Evaluate = Callable[[TextEvaluationConfig, TestSet, Towers, Topology], Result]
 def evaluate_text_sets(config: TextEvaluationConfig, evaluate: Evaluate, marker: str | None) -> list[Result]:
     """Evaluates every set that `config` names; rank 0 writes a result file as each is done, and a line.
 
-    marker: the file by which `--datasets all` knows a set. Raises what `evaluate` raises, the sets before it done.
+    marker: the file by which `--datasets all` knows a set; None: sets for retrieval. Raises what `evaluate` raises, the sets
+    before it done.
     """
     topology = Topology.from_environment()
     if topology.is_distributed:

@@ -17,7 +17,7 @@ from mlcd_ds.clustering.features import batches_of_images, load_extractor
 from mlcd_ds.config import TextEvaluationConfig
 from mlcd_ds.data.tars import IMAGE_EXTENSIONS, local_shard, read_samples
 from mlcd_ds.errors import ConfigError, DataError
-from mlcd_ds.evaluation.datasets import KNOWN_SETS, shards_of_split
+from mlcd_ds.evaluation.datasets import KNOWN_SETS, dataset_type, shards_of_split
 from mlcd_ds.topology import Topology
 
 
@@ -112,7 +112,8 @@ class TestSet:
 
 
 def find_test_sets(config: TextEvaluationConfig, marker: str | None) -> list[TestSet]:
-    """The sets of --datasets below --root, with the tars of --split. "all": every folder that holds the file `marker`.
+    """The sets of --datasets below --root, with the tars of --split. "all": every folder that holds the file `marker`;
+    without one, every set for retrieval (dataset_type.txt).
 
     Raises DataError for a set that is not there, or none at all.
     """
@@ -123,11 +124,15 @@ def find_test_sets(config: TextEvaluationConfig, marker: str | None) -> list[Tes
         names = sorted(
             path.name
             for path in root.iterdir()
-            if (path / config.split).is_dir() and (marker is None or (path / marker).is_file())
+            if (path / config.split).is_dir()
+            and ((path / marker).is_file() if marker else dataset_type(path) == "retrieval")
         )
         if not names:
-            needed = f" and {marker}" if marker else ""
+            needed = f" and {marker or 'dataset_type.txt that says retrieval'}"
             raise DataError(f"--root {root} holds no set: expected folders with {config.split}/*.tar{needed}")
+        # wds_vtab-cifar10 is cifar10, by whichever name it was asked for.
+        known_by = {place: known.name for known in KNOWN_SETS.values() for place in known.folders()}
+        names = list(dict.fromkeys(known_by.get(name, name) for name in names))
     else:
         names = [name.strip() for name in config.datasets.split(",") if name.strip()]
     found = []
@@ -151,12 +156,16 @@ def own_share(items: Sequence, topology: Topology) -> list:
 
 
 def read_lines(path: Path, what: str, cure: str) -> list[str]:
-    """The lines of a text file that are not empty. Raises DataError with `cure` where there is none."""
+    """The lines of a text file. Raises DataError with `cure` where there is none, or an empty one before the last.
+
+    An empty line left out would give all the names behind it another number.
+    """
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").rstrip().splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}, the {what}, cannot be read ({error}): {cure}") from None
-    lines = [line for line in lines if line]
     if not lines:
         raise DataError(f"{path}, the {what}, is empty: {cure}")
+    if "" in lines:
+        raise DataError(f"{path}, the {what}: line {lines.index('') + 1} of {len(lines)} is empty: {cure}")
     return lines

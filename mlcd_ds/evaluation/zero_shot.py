@@ -36,12 +36,15 @@ def class_embeddings(
 ) -> torch.Tensor:
     """float32 [C, D], unit rows: each class's ensemble of templates. Every rank makes a share and gets all."""
     own = own_share(range(len(names)), topology)
-    found = torch.zeros(0, 0)
-    if own:
+
+    def own_part() -> tuple[list[int], np.ndarray]:
+        if not own:
+            return own, np.zeros((0, 0), np.float32)
         texts = [template.replace(PLACE, names[c]) for c in own for template in templates]
         embedded = embed_distinct(towers, texts, batch_size, "classes", topology.is_main)
-        found = ensemble(embedded.view(len(own), len(templates), -1))
-    gathered = collectives.gather_objects((own, found.numpy()), topology)
+        return own, ensemble(embedded.view(len(own), len(templates), -1)).numpy()
+
+    gathered = collectives.all_for_long(topology, own_part)
     width = max(part.shape[1] for _, part in gathered)
     whole = np.zeros((len(names), width), np.float32)
     for rows, part in gathered:
@@ -60,22 +63,26 @@ def zero_shot_set(config: ZeroShotConfig, tested: TestSet, towers: Towers, topol
     started = time.monotonic()
     names, templates = read_classes(config, tested.folder)
     classes_CD = class_embeddings(towers, names, templates, config.batch_size, topology)
-    scores, truth, skipped = [], [], Counter()
     single = dataset_type(tested.folder) != "multilabel"
-    for batch in embedded_batches(
-        config, towers, own_share(tested.shards, topology), CLASS_EXTENSIONS, skipped, topology.is_main
-    ):
-        for key, members in zip(batch.keys, batch.parts, strict=True):
-            found = true_classes(batch.shard, key, members, config.classes_key)
-            if found and found[-1] >= len(names):
-                raise DataError(
-                    f"{batch.shard}: image {key} is of class {found[-1]}, but {CLASSES_FILE} of {tested.folder} names "
-                    f"{len(names)} (from 0 on): is it the file of this set?"
-                )
-            truth.append(found)
-        scores.append((batch.features @ classes_CD.T).numpy())
+
+    def own_part() -> tuple[list[np.ndarray], list[tuple[int, ...]], Counter]:
+        scores, truth, skipped = [], [], Counter()
+        for batch in embedded_batches(
+            config, towers, own_share(tested.shards, topology), CLASS_EXTENSIONS, skipped, topology.is_main
+        ):
+            for key, members in zip(batch.keys, batch.parts, strict=True):
+                found = true_classes(batch.shard, key, members, config.classes_key)
+                if found and found[-1] >= len(names):
+                    raise DataError(
+                        f"{batch.shard}: image {key} is of class {found[-1]}, but {CLASSES_FILE} of {tested.folder} names "
+                        f"{len(names)} (from 0 on): is it the file of this set?"
+                    )
+                truth.append(found)
+            scores.append((batch.features @ classes_CD.T).numpy())
+        return scores, truth, skipped
+
     # Gathered whole: n x C float32 are 200 MB for ImageNet's 50,000 validation images.
-    parts = collectives.gather_objects((scores, truth, skipped), topology)
+    parts = collectives.all_for_long(topology, own_part)
     all_scores = [part for some, _, _ in parts for part in some]
     all_truth = [found for _, some, _ in parts for found in some]
     total = sum((counter for *_, counter in parts), Counter())
