@@ -22,7 +22,9 @@ SHIPPED = {  # file: world sizes it is for
     "vit_l14_8gpu.json": (8,),
     "vit_l14_80gpu.json": (40, 80, 160),
     "vit_h14_zero3.json": (8, 16, 32, 40, 80, 160),
+    "finetune_8gpu.json": (1, 2, 4, 8, 16),
 }
+BATCHES = {"cpu.json": 64, "finetune_8gpu.json": 1024}  # of those that are not the paper's
 
 
 def minimal(**changes) -> dict:
@@ -87,8 +89,10 @@ def test_shipped_file_opens_with_purpose_hardware_and_command(name):
     assert head.startswith("// For: ")
     assert "\n// Hardware: " in head
     assert "\n// Command" in head
-    assert f"mlcd_ds/train.py --deepspeed_config ds_configs/{name}" in head
-    for flag in ("--shards", "--labels", "--model", "--output_dir"):
+    tunes = name.startswith("finetune")
+    assert f"{'tools/finetune.py' if tunes else 'mlcd_ds/train.py'} --deepspeed_config ds_configs/{name}" in head
+    of_the_tool = ("--test_shards", "--init_from") if tunes else ("--labels", "--model")
+    for flag in ("--shards", *of_the_tool, "--output_dir"):
         assert flag in head
 
 
@@ -100,7 +104,7 @@ def test_deepspeed_accepts_shipped_file_and_reads_what_we_say(name, device, monk
         settings = resolve(raw, world_size, device=device)
         theirs = deepspeed_reads(settings, world_size, monkeypatch)
         assert not contains_auto(settings.json)
-        assert theirs.train_batch_size == settings.global_batch == (64 if name == "cpu.json" else 32_800)
+        assert theirs.train_batch_size == settings.global_batch == BATCHES.get(name, 32_800)
         assert theirs.train_micro_batch_size_per_gpu == settings.micro_batch
         assert theirs.gradient_accumulation_steps == settings.accumulation
         assert settings.images_per_rank * world_size == settings.global_batch
@@ -119,9 +123,9 @@ def test_deepspeed_accepts_shipped_file_and_reads_what_we_say(name, device, monk
             "run/tensorboard"
         )
         assert theirs.checkpoint_tag_validation_fail
-    rates = {"vit_b32_8gpu.json": 5e-4, "cpu.json": 1e-3}
+    rates = {"vit_b32_8gpu.json": 5e-4, "cpu.json": 1e-3, "finetune_8gpu.json": 5e-4}
     assert settings.learning_rate == rates.get(name, 4e-4)
-    assert settings.weight_decay == (0.05 if name == "cpu.json" else 0.2)
+    assert settings.weight_decay == (0.05 if name in BATCHES else 0.2)
     assert settings.activation_checkpointing == (name in ("cpu.json", "vit_h14_zero3.json"))
 
 

@@ -90,7 +90,8 @@ def test_softmax_problems_do_not_see_each_other_and_small_pieces_give_the_same(m
     regressions = SoftmaxRegressions(features, classes, 4, CPU)
     together = regressions.fit(np.array([1e-3, 1.0, 1e3]), 1000, 1e-9)
     monkeypatch.setattr("mlcd_ds.evaluation.softmax.WORKSPACE_NUMBERS", 50)
-    alone = regressions.fit(np.array([1.0]), 1000, 1e-9)
+    monkeypatch.setattr("mlcd_ds.evaluation.logistic.ROWS_AT_A_TIME", 40)
+    alone = SoftmaxRegressions(features, classes, 4, CPU).fit(np.array([1.0]), 1000, 1e-9)
     np.testing.assert_allclose(together.weights[1], alone.weights[0], rtol=1e-6, atol=1e-9)
     unfinished = regressions.fit(np.array([1e-3]), 2, 1e-9)
     assert not unfinished.converged[0] and unfinished.iterations[0] == 2

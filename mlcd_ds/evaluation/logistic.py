@@ -14,6 +14,7 @@ import torch
 HISTORY = 10
 """Pairs of steps and gradient changes that L-BFGS remembers."""
 LINE_SEARCH_TRIES = 20
+ROWS_AT_A_TIME = 1 << 16
 WORKSPACE_NUMBERS = 1 << 25
 """Most float64 numbers in one [n, P] matrix; more problems are solved in turn."""
 
@@ -41,14 +42,21 @@ class PrincipalInputs:
     """
 
     def __init__(self, features_nd: np.ndarray, device: torch.device | str = "cpu"):
-        features = torch.from_numpy(np.ascontiguousarray(features_nd)).to(device).double()
-        n = len(features)
-        self._mean = features.mean(0)
-        centred = features - self._mean
-        energy_d, self._axes = torch.linalg.eigh(centred.T @ centred)
-        one = torch.ones(n, 1, dtype=torch.float64, device=features.device)
-        self.inputs_nD = torch.cat([centred @ self._axes, one], dim=1)
-        self.energy_D = torch.cat([energy_d.clamp_min(0), one.sum(0)])
+        n, d = features_nd.shape
+        pieces = [slice(start, start + ROWS_AT_A_TIME) for start in range(0, n, ROWS_AT_A_TIME)]
+
+        def read(piece: slice) -> torch.Tensor:
+            return torch.from_numpy(np.ascontiguousarray(features_nd[piece])).to(device).double()
+
+        # In pieces: ImageNet's features take 8 GB in float64, of which there shall be one copy.
+        self._mean = sum(read(piece).sum(0) for piece in pieces) / n
+        energy_dd = sum((read(piece) - self._mean).T @ (read(piece) - self._mean) for piece in pieces)
+        energy_d, self._axes = torch.linalg.eigh(energy_dd)
+        self.inputs_nD = torch.empty(n, d + 1, dtype=torch.float64, device=device)
+        for piece in pieces:
+            torch.matmul(read(piece) - self._mean, self._axes, out=self.inputs_nD[piece, :-1])
+        self.inputs_nD[:, -1] = 1
+        self.energy_D = torch.cat([energy_d.clamp_min(0), torch.full_like(energy_d[:1], n)])
         self.penalised_D = torch.ones_like(self.energy_D)
         self.penalised_D[-1] = 0
 
