@@ -254,8 +254,14 @@ def write_folder(
 
     weights: our float32 state dict. card: README.md. dtype: of the tensors. Written beside `out`, read back and compared
     with `weights`, then renamed: a folder under its name is whole.
-    Raises CheckpointError where `out` exists (unless `force`), or what was read back differs.
+    Raises CheckpointError where `out` exists (unless `force`), or what was read back differs; ConfigError for an encoder
+    with register tokens.
     """
+    if config.registers:
+        raise ConfigError(
+            f"the encoder has {config.registers} register tokens, for which {ARCHITECTURES[kind_of(config)]} has no place: "
+            "it cannot be exported. Our own tools read it as it is; encoders for export are trained with --register_tokens 0"
+        )
     if out.exists() and not force:
         raise CheckpointError(f"{out} exists already: choose another --output_dir, or replace it by --force")
     staging = out.with_name(out.name + ".tmp")
