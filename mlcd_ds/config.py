@@ -33,6 +33,27 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
 
+def _layers_of(value: object) -> object:
+    """all, selective, or a whole number from 0 on."""
+    if isinstance(value, str) and value.isdigit():
+        value = int(value)
+    is_number = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    if value not in (None, "all", "selective") and not is_number:
+        raise ValueError("must be all, selective, or the number of blocks")
+    return value
+
+
+def _range_of(value: object) -> object:
+    """10-15, or 10 for 10-10, as (10, 15)."""
+    if not isinstance(value, str):
+        return value
+    first, dash, last = value.partition("-")
+    numbers = (first, last if dash else first)
+    if not all(number.isdigit() for number in numbers) or not 1 <= int(numbers[0]) <= int(numbers[1]):
+        raise ValueError("must be steps like 10-15, counted from 1, the first not above the last")
+    return tuple(int(number) for number in numbers)
+
+
 class HeadConfig(Settings):
     """The class head (DESIGN section 1): objective, margin, sampling, and the optimizer of the centers."""
 
@@ -114,7 +135,35 @@ class HeadConfig(Settings):
         return self
 
 
-class RunConfig(HeadConfig):
+class EncoderOptions(Settings):
+    """How an encoder is trained beside what its preset says: what is left out at random, recomputed, compiled."""
+
+    register_tokens: int = Field(0, ge=0, description="learned tokens beside class token and patches; not exportable")
+    drop_path: Finite = Field(
+        0.0, ge=0, lt=1, description="stochastic depth: rate of the last block, falling linearly to 0 at the first"
+    )
+    patch_dropout: Finite = Field(0.0, ge=0, lt=1, description="share of an image's patches left out in training")
+    norm: Literal["torch", "apex"] = Field(
+        "torch", description="layer norms: torch's, or the fused ones of NVIDIA's apex"
+    )
+    checkpoint_layers: Annotated[str | int | None, BeforeValidator(_layers_of)] = Field(
+        None,
+        description="activation checkpointing: all, so many first blocks, or selective (keeps matrix products); none: all "
+        "where the JSON has the section activation_checkpointing",
+    )
+    compile: bool = Field(False, description="torch.compile for each block; the first start takes a minute more")
+    compile_cache: str | None = Field(
+        None, description="folder where compiled code stays for the next start; none: compile_cache in the run folder"
+    )
+
+    @model_validator(mode="after")
+    def _cache_needs_compile(self):
+        if self.compile_cache is not None and not self.compile:
+            raise ValueError(f"--compile_cache {self.compile_cache} only means something with --compile")
+        return self
+
+
+class RunConfig(HeadConfig, EncoderOptions):
     """mlcd_ds/train.py."""
 
     deepspeed_config: str = Field(
@@ -163,6 +212,13 @@ class RunConfig(HeadConfig):
     )
     log_every_steps: int = Field(10, ge=1)
     histogram_every_steps: int = Field(100, ge=1, description="cosine histograms to TensorBoard (the paper's Fig. 3)")
+    profile_steps: Annotated[tuple[int, int] | None, BeforeValidator(_range_of)] = Field(
+        None,
+        description="steps to profile, like 10-15, counted from 1: traces in profile/ of the run folder, and a table",
+    )
+    peak_tflops: Finite | None = Field(
+        None, gt=0, description="TFLOP/s of a rank that MFU is a share of; none: of a large matrix product, measured"
+    )
     timeout_minutes: Finite = Field(10.0, gt=0, description="longest wait for another rank, and for data")
     warn_data_wait_seconds: Finite = Field(60.0, gt=0, description="a longer wait for data is told while it lasts")
     world_size: int | None = Field(None, ge=1, description="with --dry_run: the number of ranks to plan for")

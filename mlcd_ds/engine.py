@@ -25,11 +25,13 @@ from safetensors.torch import load_file
 from mlcd_ds import checkpoint, collectives, universal
 from mlcd_ds.batch import ImageLabelBatch, head_suffix
 from mlcd_ds.checkpoint import Checkpoint
-from mlcd_ds.config import HeadConfig
+from mlcd_ds.config import EncoderOptions, HeadConfig
 from mlcd_ds.ds_config import DeepSpeedSettings
 from mlcd_ds.errors import CheckpointError
 from mlcd_ds.files import plain_write_errors, save_tensors
-from mlcd_ds.models.vit import VisionTransformer, decay_groups
+from mlcd_ds.models.compiled import Recompilations, check_compiler, compile_blocks
+from mlcd_ds.models.recompute import Recompute, resolve_recompute, selective_runner
+from mlcd_ds.models.vit import Block, VisionTransformer, Visit, decay_groups
 from mlcd_ds.monitor import never_stopping
 from mlcd_ds.optim import GradientSum, RowAdamW, sharded_norms
 from mlcd_ds.partial_fc import PartialFC
@@ -58,7 +60,8 @@ class StepResult:
     rank: nothing has moved, on no rank. bad, bad_ranks: of a skipped step, what was no number first ("embeddings",
     "centers", "gradients") and where. stop_ranks: how many ranks have asked to stop. stats: the heads', averaged over
     the micro-batches by their images, empty unless asked for; those of the heads after the first end in "_1", "_2"
-    ... learning_rate, head_learning_rate: of this step.
+    ... learning_rate, head_learning_rate: of this step. recompilations: graphs that torch.compile has made since the first
+    step of this process, None where nothing is compiled.
     """
 
     loss: float
@@ -71,6 +74,7 @@ class StepResult:
     bad: str = ""
     bad_ranks: tuple[int, ...] = ()
     stop_ranks: int = 0
+    recompilations: int | None = None
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,8 @@ class TrainEngine:
     """Encoder and heads, trained together: one `train_step` moves all or none.
 
     model: the encoder, taken over by DeepSpeed. heads: this rank's shard of each. settings: the resolved JSON. config: the
-    heads' weights and optimizer settings. topology must have been started.
+    heads' weights and optimizer settings. topology must have been started. options: what of the encoder is recomputed and
+    whether it is compiled; what it leaves out at random is its own (`Dropping`), told by the slots of the images.
     """
 
     def __init__(
@@ -103,21 +108,28 @@ class TrainEngine:
         config: HeadConfig,
         topology: Topology,
         timeout_minutes: float,
+        options: EncoderOptions | None = None,
     ):
         _quieten()
         # Else the first run on a CPU compiles a shared-memory extension, for which it needs g++ and up to a minute.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.heads, self.settings, self.config, self.topology = heads, settings, config, topology
         self.head_weights = config.head_weights or (1.0,) * len(heads)
+        options = options or EncoderOptions()
+        section = settings.json.get("activation_checkpointing")
+        recompute = resolve_recompute(options.checkpoint_layers, section, len(model.blocks))
+        if options.compile:
+            check_compiler(topology.device.type)
         self.engine, *_ = deepspeed.initialize(
             model=model,
             model_parameters=decay_groups(model, settings.weight_decay),
-            config=settings.json,
+            config=_with_whole_blocks(model, settings) if options.compile or recompute.selective else settings.json,
             dist_init_required=False,
         )
-        if settings.activation_checkpointing:  # after initialize: the section is read with the engine's world size
-            deepspeed.checkpointing.configure(None, deepspeed_config=settings.json)
-            model.set_checkpointing(deepspeed.checkpointing.checkpoint)
+        self._set_recompute(model, recompute)
+        if options.compile:
+            compile_blocks(model.blocks)
+        self._recompilations = Recompilations() if options.compile else None
         set_timeout_of_every_group(timeout_minutes)
         decay = settings.weight_decay if config.head_weight_decay is None else config.head_weight_decay
         moments = {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.head_moments]
@@ -183,7 +195,7 @@ class TrainEngine:
         self._own_gradient_is_bad.clear()
         losses, stats, broken = [], [], []
         for index, micro in enumerate(micro_batches):
-            embeddings = self.engine(micro.images_BCHH.to(self.topology.device, non_blocking=True))
+            embeddings = self._encode(micro, step, index)
             gathering = self.heads[0].gather(embeddings, self.settings.micro_batch)
             outs = [
                 head(gathering, draw, collect_stats=collect_stats)
@@ -241,7 +253,39 @@ class TrainEngine:
             bad=bad,
             bad_ranks=bad_ranks,
             stop_ranks=round(stopping),
+            recompilations=self._count_recompilations(step),
         )
+
+    def _encode(self, micro: ImageLabelBatch, step: int, index: int) -> torch.Tensor:
+        """Embeddings [B, E] of the `index`-th micro-batch of a step."""
+        images_BCHH = micro.images_BCHH.to(self.topology.device, non_blocking=True)
+        if self.engine.module.dropping is None:
+            return self.engine(images_BCHH)
+        first_slot = self.topology.rank * self.settings.images_per_rank + index * self.settings.micro_batch
+        return self.engine(images_BCHH, Visit(step, first_slot))
+
+    def _set_recompute(self, model: VisionTransformer, recompute: Recompute) -> None:
+        if not recompute.blocks:
+            return
+        if recompute.selective:
+            model.set_checkpointing(selective_runner(model.config.mlp_width))
+            return
+        # After initialize: the section is read with the engine's world size.
+        deepspeed.checkpointing.configure(None, deepspeed_config=self.settings.json)
+        model.set_checkpointing(deepspeed.checkpointing.checkpoint, recompute.blocks)
+
+    def _count_recompilations(self, step: int) -> int | None:
+        if self._recompilations is None:
+            return None
+        new = self._recompilations.after_step()
+        if new:
+            print(
+                f"WARNING: rank {self.topology.rank}: {new} graphs were compiled anew in step {step + 1}, "
+                f"{self._recompilations.count} since the first: shapes, dtypes or gradient modes change from step to step. "
+                "TORCH_LOGS=recompiles says which; without --compile nothing waits for a compiler.",
+                flush=True,
+            )
+        return self._recompilations.count
 
     def _whose_fault(self, broken: list[torch.Tensor], own: list[torch.Tensor]) -> tuple[str, tuple[int, ...]]:
         """Of a bad step: what was no number first, and on which ranks. One small gather, on every rank.
@@ -514,6 +558,21 @@ class TrainEngine:
 
     def _rank_file(self, folder: Path) -> Path:
         return folder / "ranks" / checkpoint.rank_file(self.topology.rank)
+
+
+def _with_whole_blocks(model: VisionTransformer, settings: DeepSpeedSettings) -> dict:
+    """The JSON for blocks that are compiled, or recomputed in part: at ZeRO 3 their weights are gathered once, before them.
+
+    So no hook breaks a block's graph, or runs once more with its forward. Nor may DeepSpeed put a linear function of its
+    own for torch's, which adds biases in place; it is there so that no gathered weights are saved for the backward pass,
+    which such blocks do not do anyway.
+    """
+    if settings.zero_stage < 3:
+        return settings.json
+    deepspeed.utils.set_z3_leaf_modules(model, [Block])
+    return settings.json | {
+        "zero_optimization": settings.json["zero_optimization"] | {"memory_efficient_linear": False}
+    }
 
 
 @contextlib.contextmanager

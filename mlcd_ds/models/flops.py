@@ -1,7 +1,8 @@
-"""Parameters and floating-point operations of an encoder's modules, by arithmetic; held to torch's flop counter by a test.
+"""Parameters and floating-point operations of an encoder's modules, by arithmetic; a test holds them to torch's.
 
 Counted are matrix products (two operations a multiply-add), the patches' convolution among them; norms, activations
-and sums are not, as is usual. The backward pass of a product is two more, but for the patches, whose input needs no gradient.
+and sums are not, as is usual. The backward pass of a product is two more, but for the patches, whose input needs no
+gradient.
 Recomputed work is never counted: a rate by these numbers is that of useful work.
 
 Letters as in `vit`: N patches, T tokens, W width, h head width, E embedding width.
