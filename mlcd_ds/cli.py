@@ -28,6 +28,9 @@ from mlcd_ds.topology import Topology
 LAUNCHER_FLAGS = ("local_rank",)
 """Flags that launchers add in front of ours; accepted and ignored (topology.py reads the environment)."""
 
+PATTERN_FLAGS = ("shards",)
+"""Flags whose value may name many files by a pattern; '::' joins several."""
+
 DEEPSPEED_OWNS = {
     "batch": "train_batch_size",
     "batch_size": "train_batch_size",
@@ -78,7 +81,7 @@ def parse_flags(argv: Sequence[str], settings: type[Settings]) -> dict[str, str]
     """
     fields = settings.model_fields
     flags: dict[str, str] = {}
-    items = list(argv)
+    items = _rejoined(argv)
     while items:
         item = _long_form(items.pop(0), fields)
         if not item.startswith("--") or item == "--":
@@ -109,6 +112,31 @@ def parse_flags(argv: Sequence[str], settings: type[Settings]) -> dict[str, str]
             raise ConfigError(f"--{name} is given twice ({flags[name]!r} and {value!r}): give it once")
         flags[name] = value
     return flags
+
+
+def _rejoined(argv: Sequence[str]) -> list[str]:
+    """Joins by '::' what a shell on the way has made of one pattern.
+
+    DeepSpeed's launcher hands the flags to other hosts through pdsh, ssh and a shell there, without the quotes: braces and
+    globs arrive expanded, `--shards=a.tar --shards=b.tar` or `--shards a.tar b.tar`. Without a launcher the user's own
+    shell has done it, which parse_flags refuses.
+    """
+    items = list(argv)
+    if not any(item.lstrip("-").partition("=")[0].replace("-", "_") in LAUNCHER_FLAGS for item in items):
+        return items
+    found: dict[str, list[str]] = {}
+    others, last = [], None
+    for item in items:
+        name, equals, value = item[2:].partition("=") if item.startswith("--") else ("", "", "")
+        if name in PATTERN_FLAGS:
+            last = found.setdefault(name, [])
+            last += [value] if equals else []
+        elif last is not None and not item.startswith("-"):
+            last.append(item)
+        else:
+            last = None
+            others.append(item)
+    return others + [f"--{name}={'::'.join(values)}" if values else f"--{name}" for name, values in found.items()]
 
 
 def _long_form(item: str, fields: Iterable[str]) -> str:

@@ -107,6 +107,25 @@ def test_labels_centers_and_weights_of_several_heads():
         assert message in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--shards=a.tar", "--shards=b.tar", "--seed=3"],
+        ["--shards", "a.tar", "b.tar", "--seed", "3"],
+        ["--seed=3", "--shards", "a.tar", "--shards", "b.tar"],
+    ],
+)
+def test_a_pattern_that_a_shell_of_another_host_has_expanded_is_joined_again(argv):
+    """With a launcher; without one the user's own shell has done it, which is a mistake to be told."""
+    assert cli.parse_flags(["--local_rank=0", *argv], RunConfig) == {"shards": "a.tar::b.tar", "seed": "3"}
+    with pytest.raises(ConfigError, match="unexpected argument 'b.tar'|--shards is given twice"):
+        cli.parse_flags(argv, RunConfig)
+    with pytest.raises(ConfigError, match="--shards needs a value"):
+        cli.parse_flags(["--local_rank=0", "--shards"], RunConfig)
+    with pytest.raises(ConfigError, match="--seed is given twice"):
+        cli.parse_flags(["--local_rank=0", *argv, "--seed=4"], RunConfig)
+
+
 def test_none_is_none_only_where_it_may_be():
     assert parse("--centers", "none").centers is None
     assert parse("--margin_type", "none").margin_type == "none"
@@ -131,7 +150,7 @@ def test_none_is_none_only_where_it_may_be():
         (["--seed="], "--seed has an empty value"),
         (["--seed", "1", "--seed", "2"], "--seed is given twice ('1' and '2')"),
         (["--seed", "-1"], "--seed '-1'"),
-        (["--objective", "mlc2"], "--objective 'mlc2': Input should be 'mlcd', 'mlc' or 'cd'"),
+        (["--objective", "mlc2"], "--objective 'mlc2': Input should be 'mlcd', 'mlc', 'cd' or 'clip'"),
         (["--flip=maybe"], "--flip 'maybe'"),
         (["--epochs", "1", "--steps", "2"], "--epochs and --steps all say how long"),
         (["--positives_drawn", "9"], "--positives_drawn 9 is more than the --num_positives 8 to draw from"),
@@ -289,6 +308,7 @@ def test_defaults_are_valid_and_settings_are_frozen():
     for cls in settings_classes():
         needed = {name: field.annotation for name, field in cls.model_fields.items() if field.is_required()}
         required = {name: 1 if kind is int else "x" for name, kind in needed.items()}
+        required |= {"labels": "x"} if cls is RunConfig else {}  # by the default objective, not by itself
         values = cls(**required)
         assert cls.model_validate(values.model_dump()) == values
         with pytest.raises(Exception, match="Extra inputs"):

@@ -12,7 +12,7 @@ import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from mlcd_ds.errors import ConfigError
-from mlcd_ds.models.vit import BlockRunner
+from mlcd_ds.models.vit import Block
 
 _aten = torch.ops.aten
 KEPT = frozenset(
@@ -67,33 +67,24 @@ def resolve_recompute(choice: str | int | None, section: dict | None, layers: in
     return Recompute(choice)
 
 
-def selective_runner(mlp_width: int) -> BlockRunner:
-    """Runs a block so that its products are kept. mlp_width: of the encoder.
+def run_selectively(block: Block, x_BTW: torch.Tensor, *rest) -> torch.Tensor:
+    """Runs a block so that its products are kept, a BlockRunner.
 
     The last product's result is not: nothing in the block's backward pass asks for it, unless drop path scales it.
     """
+    is_scaled = any(isinstance(x, torch.Tensor) for x in rest[1:])
+    mlp_width = block.fc2.in_features
 
-    def is_last(op, args) -> bool:
-        return op is _aten.addmm.default and args[1].shape[1] == mlp_width
-
-    def without_last(ctx, op, *args, **kwargs) -> CheckpointPolicy:
-        kept = op in KEPT and not is_last(op, args)
+    def policy(ctx, op, *args, **kwargs) -> CheckpointPolicy:
+        is_last = op is _aten.addmm.default and args[1].shape[1] == mlp_width
+        kept = op in KEPT and (is_scaled or not is_last)
         return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
-    def with_last(ctx, op, *args, **kwargs) -> CheckpointPolicy:
-        return CheckpointPolicy.MUST_SAVE if op in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
-
-    def run(block, x_BTW, angles_Tr, scales_2B, class_only):
-        policy = without_last if scales_2B is None else with_last
-        return checkpoint(
-            block,
-            x_BTW,
-            angles_Tr,
-            scales_2B,
-            class_only,
-            use_reentrant=False,
-            preserve_rng_state=False,  # a block draws nothing
-            context_fn=lambda: create_selective_checkpoint_contexts(policy),
-        )
-
-    return run
+    return checkpoint(
+        block,
+        x_BTW,
+        *rest,
+        use_reentrant=False,
+        preserve_rng_state=False,  # a block draws nothing
+        context_fn=lambda: create_selective_checkpoint_contexts(policy),
+    )

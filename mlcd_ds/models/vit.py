@@ -40,19 +40,24 @@ _DROP_PATH, _PATCH_DROPOUT = 1 << 32, 2 << 32
 """Added to seeds, which lie below: keeps these draws apart from each other and from the heads'."""
 
 
-class VitConfig(Settings):
-    """Shape of one encoder. Every field must be given; `preset` and `PRESETS` hold the known ones."""
+class TransformerConfig(Settings):
+    """What an image tower and a text tower have in common."""
 
-    image_size: int = Field(ge=1, description="pixels")
-    patch_size: int = Field(ge=1, description="pixels")
     layers: int = Field(ge=1)
     width: int = Field(ge=1)
     heads: int = Field(ge=1)
     mlp_width: int = Field(ge=1)
     embed_dim: int = Field(ge=1, description="width after the projection")
-    rope: bool = Field(description="rotary 2D positions (MLCD bigG); false: learned ones (CLIP)")
     activation: Literal["gelu", "quick_gelu"] = Field(description="quick_gelu: x sigmoid(1.702 x), OpenAI's weights")
     norm_eps: float = Field(gt=0)
+
+
+class VitConfig(TransformerConfig):
+    """Shape of one encoder. Every field must be given; `preset` and `PRESETS` hold the known ones."""
+
+    image_size: int = Field(ge=1, description="pixels")
+    patch_size: int = Field(ge=1, description="pixels")
+    rope: bool = Field(description="rotary 2D positions (MLCD bigG); false: learned ones (CLIP)")
     registers: int = Field(
         0, ge=0, description="R, register tokens (Darcet et al. 2024); encoders once had none to name"
     )
@@ -351,10 +356,14 @@ class QueriesKeysValues(nn.Linear):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with one matrix for queries, keys and values."""
+    """Multi-head self-attention with one matrix for queries, keys and values.
 
-    def __init__(self, config: VitConfig):
+    config: has width and heads. causal: a token sees itself and those before it.
+    """
+
+    def __init__(self, config: TransformerConfig, causal: bool = False):
         super().__init__()
+        self.causal = causal
         self.qkv = QueriesKeysValues(config.width, config.heads)
         self.out = nn.Linear(config.width, config.width)
 
@@ -365,16 +374,16 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x_BTW, class_only)
         if angles_Tr is not None:
             q, k = rotate(q, angles_Tr[..., : q.shape[2], :]), rotate(k, angles_Tr)
-        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.out(F.scaled_dot_product_attention(q, k, v, is_causal=self.causal).transpose(1, 2).flatten(2))
 
 
 class Block(nn.Module):
-    """One pre-norm layer: x + attention(norm(x)), then x + mlp(norm(x))."""
+    """One pre-norm layer: x + attention(norm(x)), then x + mlp(norm(x)). config, causal: see `Attention`."""
 
-    def __init__(self, config: VitConfig, norm: type[nn.Module] = nn.LayerNorm):
+    def __init__(self, config: TransformerConfig, causal: bool = False, norm: type[nn.Module] = nn.LayerNorm):
         super().__init__()
         self.norm1 = norm(config.width, eps=config.norm_eps)
-        self.attention = Attention(config)
+        self.attention = Attention(config, causal)
         self.norm2 = norm(config.width, eps=config.norm_eps)
         self.fc1 = nn.Linear(config.width, config.mlp_width)
         self.activation = nn.GELU() if config.activation == "gelu" else QuickGELU()
@@ -422,7 +431,7 @@ class VisionTransformer(nn.Module):
             self.embeddings = Embeddings(config)
             self.angles = TokenAngles(config) if config.rope else None
             self.norm_pre = self._norm(config.width, eps=config.norm_eps)
-            self.blocks = nn.ModuleList(Block(config, self._norm) for _ in range(config.layers))
+            self.blocks = nn.ModuleList(Block(config, norm=self._norm) for _ in range(config.layers))
             self.norm_post = self._norm(config.width, eps=config.norm_eps)
             self.projection = nn.Linear(config.width, config.embed_dim, bias=False)
         self._run_block: BlockRunner | None = None
@@ -473,6 +482,15 @@ class VisionTransformer(nn.Module):
         self._run_block = runner
         self._blocks_run = len(self.blocks) if blocks is None else blocks
 
+    @property
+    def depth(self) -> int:
+        """Number of blocks."""
+        return len(self.blocks)
+
+    def first_weights(self) -> list[nn.Parameter]:
+        """The weights that the backward pass comes to last."""
+        return [self.embeddings.patch.weight]
+
     def forward_features(self, images_B3HH: torch.Tensor, visit: Visit | None = None) -> torch.Tensor:
         """The class token after the last norm, [B, W]: what a linear probe reads. Images: see `Embeddings.forward`.
 
@@ -520,11 +538,14 @@ def resize_positions(positions_TW: torch.Tensor, grid: int) -> torch.Tensor:
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Parameter groups for an optimizer: matrices decay; biases, norms, class token and positions do not.
+    """Parameter groups for an optimizer: matrices and word embeddings decay; biases, norms, class token, positions and
+    temperature do not.
 
     Call it before ZeRO-3 takes the parameters apart.
     """
-    decaying = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)}
+    decaying = {
+        id(module.weight) for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding)
+    }
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if id(p) in decaying], "weight_decay": weight_decay},
