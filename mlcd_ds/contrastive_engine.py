@@ -22,6 +22,7 @@ from mlcd_ds.ds_config import DeepSpeedSettings
 from mlcd_ds.engine import Computed, TrainEngine
 from mlcd_ds.models.text import ImageTextModel
 from mlcd_ds.models.vit import Visit
+from mlcd_ds.profiling import BACKWARD, FORWARD, HEAD
 from mlcd_ds.topology import Topology
 
 IMAGE, TEXT = "image.", "text."
@@ -57,17 +58,21 @@ class ContrastiveEngine(TrainEngine):
         micro_batches = batch.split(self.settings.micro_batch)
         several = len(micro_batches) > 1
         is_pair_B = (batch.labels_BL[:, 0] != NO_IMAGE).to(self.topology.device, non_blocking=True)
+        self.clock.begin(FORWARD)
         with torch.set_grad_enabled(not several):
             outputs = [self._embed(micro, self._visit(step, i)) for i, micro in enumerate(micro_batches)]
         images_BE, texts_BE = (torch.cat([output[side].detach() for output in outputs]) for side in (0, 1))
+        self.clock.begin(HEAD)
         found = contrast(images_BE, texts_BE, outputs[0][2].detach(), is_pair_B, self.topology)
         sides = [found.d_images_bE, found.d_texts_bE]
         gradients = list(zip(*(side.split(self.settings.micro_batch) for side in sides), strict=True))
         for index, micro in enumerate(micro_batches):
+            self.clock.begin(FORWARD)
             output = self._embed(micro, self._visit(step, index), outputs[index][0]) if several else outputs[index]
             wanted = [*gradients[index], found.d_scale / len(micro_batches)]
             # Its gradient with respect to what the towers gave is `wanted`, once the engine has divided it.
             chained = sum((x * d_x).sum() for x, d_x in zip(output, wanted, strict=True) if x.requires_grad)
+            self.clock.begin(BACKWARD)
             self.engine.backward(chained * len(micro_batches))
             if index < len(micro_batches) - 1:
                 self.engine.step()

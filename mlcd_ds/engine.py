@@ -36,6 +36,7 @@ from mlcd_ds.models.vit import Block, VisionTransformer, Visit, decay_groups
 from mlcd_ds.monitor import never_stopping
 from mlcd_ds.optim import GradientSum, RowAdamW, sharded_norms
 from mlcd_ds.partial_fc import PartialFC
+from mlcd_ds.profiling import BACKWARD, FORWARD, HEAD, OPTIMIZER, OTHER, PhaseClock
 from mlcd_ds.sampling import Draw, Marked, positions
 from mlcd_ds.sharded_loss import RowGradient
 from mlcd_ds.topology import Topology, set_timeout_of_every_group
@@ -134,6 +135,7 @@ class TrainEngine:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.heads, self.settings, self.config, self.topology = heads, settings, config, topology
         self.head_weights = config.head_weights or (1.0,) * len(heads)
+        self.clock = PhaseClock(topology.device)
         options = options or EncoderOptions()
         section = settings.json.get("activation_checkpointing")
         recompute = resolve_recompute(options.checkpoint_layers, section, model.depth)
@@ -203,6 +205,7 @@ class TrainEngine:
         """
         self._own_gradient_is_bad.clear()
         computed = self._compute(batch, step, collect_stats, next_batch, stop_wanted)
+        self.clock.begin(OPTIMIZER)
         plain_norm = self._norm_without_zero()
         finite = all(math.isfinite(value) for value in (computed.loss, *computed.head_norm_values, plain_norm or 0.0))
         learning_rate = self.engine.get_lr()[0]
@@ -223,6 +226,7 @@ class TrainEngine:
             bad, bad_ranks = self._whose_fault(computed.broken, [gradient.values_SD for gradient in gradients])
         for head, gradient in zip(self.heads, gradients, strict=True):
             head.recycle(gradient)
+        self.clock.begin(OTHER)
         return StepResult(
             loss=computed.loss,
             grad_norm=norm,
@@ -246,6 +250,7 @@ class TrainEngine:
         stop_wanted: Callable[[], bool],
     ) -> Computed:
         """Forward and backward passes of all micro-batches, up to the step itself. Arguments as for `train_step`."""
+        self.clock.begin(HEAD)
         micro_batches = batch.split(self.settings.micro_batch)
         marks, sizes = self._ahead or (None, [])
         if marks is None or marks.batch is not batch or marks.step != step:
@@ -259,14 +264,18 @@ class TrainEngine:
             head.take_gradients()  # of a step that was interrupted between its head and its encoder
         losses, stats, broken = [], [], []
         for index, micro in enumerate(micro_batches):
+            self.clock.begin(FORWARD)
             embeddings = self._encode(micro, step, index)
+            self.clock.begin(HEAD)
             gathering = self.heads[0].gather(embeddings, self.settings.micro_batch)
             outs = [
                 head(gathering, draw, collect_stats=collect_stats)
                 for head, draw in zip(self.heads, draws[index], strict=True)
             ]
             loss = self._weighted([out.loss for out in outs]) * weights[index]
+            self.clock.begin(BACKWARD)
             self.engine.backward(loss)
+            self.clock.begin(HEAD)
             for head, total in zip(self.heads, sums, strict=True):
                 (gradient,) = head.take_gradients()
                 if not total.add(index, gradient):

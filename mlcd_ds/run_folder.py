@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mlcd_ds import errors
+from mlcd_ds.config import EncoderOptions
 from mlcd_ds.errors import CheckpointError, PeerError, Preempted, UserError
 from mlcd_ds.files import write_json
 
@@ -172,11 +173,13 @@ class RunFolder:
 
 def _changes(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
     """{name: what it was and is} of all that enters the mathematics and differs."""
+    off = {name: field.default for name, field in EncoderOptions.model_fields.items()}
     changed = {
-        name: f"{name}: {before[part].get(name)!r} then, {value!r} now"
+        name: f"{name}: {then!r} then, {value!r} now"
         for part in ("settings", "facts")
         for name, value in now[part].items()
-        if before[part].get(name) != value and name not in FREE_TO_CHANGE
+        # A setting that the run was written without did not exist yet: it was off.
+        if (then := before[part].get(name, off.get(name))) != value and name not in FREE_TO_CHANGE
     }
     then, now = _leaves(before.get("deepspeed", {})), _leaves(now.get("deepspeed", {}))
     return changed | {

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from mlcd_ds.models.text import TextConfig
 from mlcd_ds.models.vit import Dropping, VitConfig
 
 
@@ -78,12 +79,21 @@ def total(config: VitConfig, dropping: Dropping | None = None) -> Cost:
     return sum(costs(config, dropping).values(), Cost())
 
 
+def text_total(config: TextConfig) -> Cost:
+    """Of a whole text tower. Attention is counted as if a token saw those behind it, too, as torch's counter does."""
+    W, T, F = config.width, config.context, config.mlp_width
+    norm = Cost(2 * W)
+    block = _product(4 * W * W + 4 * W + 2 * W * F + F + W, T * (4 * W * W + 2 * W * F) + 2 * T * T * W) + norm + norm
+    words = Cost((config.vocabulary + T) * W)
+    return sum([block] * config.layers, words + norm + _product(W * config.embed_dim, W * config.embed_dim))
+
+
 def measured_matmul_rate(device: torch.device, dtype: torch.dtype, repeats: int = 8) -> float:
     """FLOP/s of one large square product here and now, the best of `repeats`: 8192 a side on a GPU, 1024 on a CPU.
 
-    What MFU is a share of where no --peak_tflops is given. On a CPU with this process's threads.
+    On a CPU with this process's threads, and less in other dtypes than float32, which are slow there.
     """
-    side = 8192 if device.type == "cuda" else 1024
+    side = 8192 if device.type == "cuda" else 1024 if dtype == torch.float32 else 256
     a = torch.randn(side, side, device=device).to(dtype)
     b, out, least = a.clone(), torch.empty_like(a), float("inf")
     for _ in range(repeats + 1):
