@@ -746,6 +746,38 @@ class BenchDataConfig(Settings):
     seed: int = Field(0, ge=0, lt=2**31)
 
 
+class BenchStepConfig(Settings):
+    """tools/bench.py step."""
+
+    presets: str | None = Field(None, description="encoders, joined by commas; none: vit_l14 on a GPU, vit_ti on a CPU")
+    image_size: int | None = Field(None, ge=8, description="pixels; none: the preset's")
+    micro_batches: Numbers | None = Field(None, description="images a step, joined by commas; none: 256, on a CPU 32")
+    zero_stages: Numbers = Field((1,), description="joined by commas")
+    checkpointing: str = Field("none", description="none, all, selective, or a number of blocks, joined by commas")
+    compile: Literal["off", "on", "both"] = Field("off", description="torch.compile, as train.py's --compile")
+    compile_cache: str | None = Field(None, description="folder of compiled code; none: torch's own")
+    precision: Literal["float32", "bfloat16"] | None = Field(None, description="none: bfloat16 on a GPU")
+    classes: int | None = Field(None, ge=8, description="of the head; none: a million on a GPU, 10,000 on a CPU")
+    sample_rate: Finite = Field(0.1, gt=0, le=1, description="of the head")
+    labels_per_image: int = Field(8, ge=1, description="L, distinct")
+    peer: bool = Field(True, description="also transformers' CLIP encoder in the same engine (learned positions only)")
+    data: Literal["fake", "real"] = Field(
+        "fake", description="real: also the first setting's steps with images from tars"
+    )
+    shards: str | None = Field(None, description="tars for --data real; none: toy scenes made on the way")
+    labels: str | None = Field(None, description="their labels")
+    real_steps: int = Field(8, ge=1, description="steps in each turn of fake and real data")
+    workers: int = Field(4, ge=0, description="loader processes of --data real")
+    memory: bool = Field(False, description="measure peak memory on a CPU, each setting in a fresh process")
+    peak_tflops: Finite | None = Field(
+        None, gt=0, description="what MFU is a share of; none: a large product, in the run"
+    )
+    repeats: int = Field(7, ge=1, description="rounds; each times every setting once")
+    threads: int | None = Field(None, ge=1, description="none: the cores")
+    output: str | None = Field(None, description="JSON to write with all numbers")
+    seed: int = Field(0, ge=0, lt=2**31)
+
+
 class SoakMutationsConfig(Settings):
     """tools/soak_mutations.py."""
 

@@ -220,6 +220,12 @@ def _pixel_affine(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     return shift.float().view(3, 1, 1).to(device), scale.float().view(3, 1, 1).to(device)
 
 
+def normalised(images_B3HH: torch.Tensor) -> torch.Tensor:
+    """uint8 images to float32 ones, by CLIP's mean and deviation."""
+    shift, scale = _pixel_affine(images_B3HH.device)
+    return torch.addcmul(shift, images_B3HH.float(), scale)
+
+
 @lru_cache(maxsize=16)
 @torch.inference_mode(False)
 def _patch_angles(grid: int, head_width: int, device: torch.device) -> torch.Tensor:
@@ -299,10 +305,7 @@ class Embeddings(nn.Module):
                 f"images have shape {tuple(images_B3HH.shape)}; this encoder takes "
                 f"[B, 3, {self.image_size}, {self.image_size}]"
             )
-        pixels = images_B3HH
-        if not pixels.is_floating_point():
-            shift, scale = _pixel_affine(pixels.device)
-            pixels = torch.addcmul(shift, pixels.float(), scale)
+        pixels = images_B3HH if images_B3HH.is_floating_point() else normalised(images_B3HH)
         patches_BNW = self.patch(pixels.to(self.patch.weight.dtype)).flatten(2).transpose(1, 2)
         B, class_W = len(patches_BNW), self.class_token
         if self.positions is not None:
