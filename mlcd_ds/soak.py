@@ -37,7 +37,9 @@ from mlcd_ds.topology import Topology
 from mlcd_ds.train import train
 
 CLASSES, POSITIVES, IMAGE_SIZE, SAVE_EVERY = 50, 8, 16, 2
-CHANGING = ("time", "samples_per_second", "data_wait_fraction", "memory_gb", "samples_decoded", "samples_skipped")
+CHANGING = (
+    "time", "samples_per_second", "mfu", "data_wait_fraction", "memory_gb", "samples_decoded", "samples_skipped"
+)  # fmt: skip
 """Of a line of metrics.jsonl: what two equal runs need not share. (Samples are counted from each start on.)"""
 
 SAVE_POINTS = (

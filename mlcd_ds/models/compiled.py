@@ -27,10 +27,10 @@ def check_compiler(device_type: str) -> None:
         raise ConfigError("--compile on a GPU needs Triton: pip install triton, or leave --compile out")
 
 
-def compile_blocks(blocks: Iterable[nn.Module]) -> None:
+def compile_blocks(blocks: Iterable[nn.Module], backend: str = "inductor") -> None:
     """Replaces each block's forward by a compiled one; its hooks (ZeRO's gathers) stay outside the graph."""
     for block in blocks:
-        block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
+        block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False, backend=backend)
 
 
 class Recompilations:
