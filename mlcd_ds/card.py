@@ -111,6 +111,24 @@ def _activations(recompute: Recompute, layers: int) -> int:
     return again * kept_of_each + (layers - again) * ACTIVATIONS_PER_TOKEN + at_once
 
 
+def checkpoint_bytes(
+    encoder: VitConfig,
+    settings: DeepSpeedSettings,
+    config: RunConfig,
+    num_classes: Sequence[int],
+    text: TextConfig | None = None,
+) -> int:
+    """About how large a checkpoint of all ranks is: weights as trained and in float32, for users; moments; heads' rows.
+
+    num_classes: of each head. text: the text tower of a run on captions. Under ZeRO the engine keeps its own
+    float32 weights beside.
+    """
+    weights = (2 if settings.precision == "bfloat16" else 4) + 4 + (4 if settings.zero_stage else 0)
+    row = encoder.embed_dim * (8 if config.head_moments == "bfloat16" else 12) + 4
+    parameters = count_parameters(encoder) + (0 if text is None else count_parameters(text))
+    return parameters * (weights + 8) + sum(num_classes) * row
+
+
 def _contrast_bytes(encoder: VitConfig, settings: DeepSpeedSettings, world_size: int) -> int:
     """Bytes of the contrastive loss: both sides' embeddings of all ranks, two chunks of logits, own gradients."""
     own = settings.global_batch // world_size
@@ -216,7 +234,11 @@ def startup_card(
             + _gb(memory.head_step)
             + (f"; beside it {_gb(memory.host)} of host memory" if memory.host else ""),
         ),
-        ("output", config.output_dir),
+        (
+            "output",
+            f"{config.output_dir}; a checkpoint takes about "
+            f"{_gb(checkpoint_bytes(encoder, settings, config, num_classes, text))}, {config.keep_last + 1} at a time",
+        ),
     ]
     width = max(len(name) for name, _ in rows)
     lines = [f"  {name:<{width}}  {text}" for name, text in rows]
