@@ -164,6 +164,10 @@ class Step:
             "optimizer": {"type": "AdamW", "params": {"lr": 1e-4, "weight_decay": 0.2, "torch_adam": True}},
             "zero_optimization": {"stage": setting.zero_stage},
         }
+        if (
+            topology.device.type == "cpu"
+        ):  # as in cpu.json: the usual buckets would be most of the memory of small encoders
+            raw["zero_optimization"] |= {"reduce_bucket_size": 5_000_000, "allgather_bucket_size": 5_000_000}
         if self.precision(config) == "bfloat16":
             raw |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
         self.settings = resolve_deepspeed_config(
