@@ -276,7 +276,7 @@ def bench_step(config: BenchStepConfig) -> dict:
             if row["peak_bytes"] is None:
                 print(f"{setting}: memory", flush=True)
                 row["peak_bytes"] = in_processes(1, memory_on_rank, config, setting)
-        keep("steps", [])
+                keep("steps", [])
     print(step_table(result["steps"]))
     if result["data"]:
         print(
