@@ -771,7 +771,7 @@ class VisualizeConfig(Settings):
     limit: int = Field(16, ge=1, description="images at most, the first ones")
     foreground: bool = Field(True, description="leave patches black that the first component takes for background")
     together: bool = Field(
-        True, description="one PCA over all images, so that like parts get like colours; else one each"
+        False, description="one PCA over all images, for images of one kind: like parts get like colours; else one each"
     )
     layer: int | None = Field(None, ge=1, description="block whose output is shown; none: the last")
     tile_size: int = Field(224, ge=16, description="pixels a side of each picture")

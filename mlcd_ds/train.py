@@ -310,7 +310,9 @@ def dry_run(config: RunConfig, topology: Topology) -> None:
     found = [check_label_folder(folder, names, config.num_positives) for folder in config.labels_folders]
     labels, images = tuple(info for info, _ in found), max((sum(rows) for _, rows in found), default=0)
     if config.on_captions:
-        images = sum(len(find_index(local_shard(shard, config.shard_cache)).index.keys) for shard in shards)
+        images = sum(
+            len(find_index(local_shard(shard, config.shard_cache, config.allow_pipe)).index.keys) for shard in shards
+        )
     raw = load_deepspeed_config(config.deepspeed_config)
     kept = RunFolder(config.output_dir).global_batch() if config.resume == "auto" else None
     batch = BatchSizes.resolve(raw, world_size, kept)
