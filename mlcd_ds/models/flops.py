@@ -94,7 +94,8 @@ def measured_matmul_rate(device: torch.device, dtype: torch.dtype, repeats: int 
     On a CPU with this process's threads, and less in other dtypes than float32, which are slow there.
     """
     side = 8192 if device.type == "cuda" else 1024 if dtype == torch.float32 else 256
-    a = torch.randn(side, side, device=device).to(dtype)
+    own = torch.Generator(device).manual_seed(0)  # the global generators' states are part of a checkpoint
+    a = torch.randn(side, side, device=device, generator=own).to(dtype)
     b, out, least = a.clone(), torch.empty_like(a), float("inf")
     for _ in range(repeats + 1):
         if device.type == "cuda":
