@@ -16,7 +16,7 @@ from mlcd_ds.partial_fc import PartialFC
 from mlcd_ds.topology import Topology
 
 IMAGES, CLASSES = 12, 37
-STEPS, EPS, SAMPLE_RATE = 3, 1e-3, 0.3
+STEPS, EPS, SAMPLE_RATE = 3, 1e-2, 0.3
 """Of the sampled run; eps far above rounding, so that AdamW's first steps do not blow it up."""
 TWO_HEADS, TWO_WEIGHTS = (CLASSES, 23), (1.0, 0.5)
 ENCODER = VitConfig(

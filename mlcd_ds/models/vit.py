@@ -350,10 +350,10 @@ class QueriesKeysValues(nn.Linear):
         B, T, W = x_BTW.shape
         if not class_only:
             return super().forward(x_BTW).view(B, T, 3, self.heads, W // self.heads).permute(2, 0, 3, 1, 4).unbind()
-        q_B1W = F.linear(x_BTW[:, :1], self.weight[:W], self.bias[:W])
+        q_BW = F.linear(x_BTW[:, 0], self.weight[:W], self.bias[:W])
         kv_BT2W = F.linear(x_BTW, self.weight[W:], self.bias[W:])
         return (
-            q_B1W.view(B, 1, self.heads, W // self.heads).transpose(1, 2),
+            q_BW.view(B, self.heads, 1, W // self.heads),
             *kv_BT2W.view(B, T, 2, self.heads, W // self.heads).permute(2, 0, 3, 1, 4).unbind(),
         )
 
