@@ -9,8 +9,9 @@ import torch
 from mlcd_ds.config import RunConfig, split_paths
 from mlcd_ds.contrastive import CHUNK_BYTES
 from mlcd_ds.ds_config import DeepSpeedSettings
+from mlcd_ds.models.recompute import Recompute, resolve_recompute
 from mlcd_ds.models.text import TextConfig, TextTransformer
-from mlcd_ds.models.vit import VisionTransformer, VitConfig
+from mlcd_ds.models.vit import Dropping, VisionTransformer, VitConfig
 from mlcd_ds.partial_fc import workspace_bytes
 from mlcd_ds.partition import ClassPartition
 from mlcd_ds.schedule import RunLength
@@ -19,6 +20,10 @@ ACTIVATIONS_PER_TOKEN = 16
 """Tensors as wide as the token that a block keeps for its backward: input, 2 norms, q, k, v, attention (2), residual,
 MLP hidden (4) and its activation (4), minus what is recomputed in place. With attention by
 scaled_dot_product_attention no [T, T] matrix is among them."""
+
+
+KEPT_PRODUCTS_PER_TOKEN = 10
+"""What selective checkpointing keeps of a block: its input, q, k, v, attention, its projection, MLP hidden (4)."""
 
 
 @dataclass(frozen=True)
@@ -64,10 +69,15 @@ def plan_memory(
     size = 2 if settings.precision == "bfloat16" else 4
     stage, ranks = settings.zero_stage, world_size
     master = 4 if size == 2 else 0
-    tokens = 1 + (encoder.image_size // encoder.patch_size) ** 2
-    activations = 0 if config.lock_image else _activations(settings, encoder.layers, tokens * encoder.width * size)
+    kept_patches = Dropping(0, patch_dropout=config.patch_dropout).kept_patches(encoder.grid**2)
+    tokens = 1 + encoder.registers + kept_patches
+    recompute = recompute_of(config, settings, encoder, text)
+    activations = 0
+    if not config.lock_image:
+        activations = _activations(recompute, encoder.layers) * settings.micro_batch * tokens * encoder.width * size
     if text is not None:
-        activations += _activations(settings, text.layers, text.context * text.width * size)
+        per_image = text.context * text.width * size
+        activations += _activations(recompute, text.layers) * settings.micro_batch * per_image
     heads = [_head_bytes(encoder, settings, config, classes, world_size) for classes in num_classes]
     weights = parameters * size // (ranks if stage == 3 else 1)
     optimizer = trained * (8 + master) // (ranks if stage >= 1 else 1)
@@ -83,6 +93,22 @@ def plan_memory(
         + max((workspace for _, _, workspace in heads), default=_contrast_bytes(encoder, settings, world_size)),
         host=weights * ("offload_param" in offloaded) + optimizer * ("offload_optimizer" in offloaded),
     )
+
+
+def recompute_of(
+    config: RunConfig, settings: DeepSpeedSettings, encoder: VitConfig, text: TextConfig | None
+) -> Recompute:
+    """Which blocks are computed again. Raises ConfigError as `resolve_recompute`."""
+    layers = max(encoder.layers, 0 if text is None else text.layers)
+    return resolve_recompute(config.checkpoint_layers, settings.json.get("activation_checkpointing"), layers)
+
+
+def _activations(recompute: Recompute, layers: int) -> int:
+    """Tensors as wide as the tokens that a tower keeps for its backward pass."""
+    again = min(recompute.blocks, layers)
+    kept_of_each = KEPT_PRODUCTS_PER_TOKEN if recompute.selective else 1
+    at_once = ACTIVATIONS_PER_TOKEN if again else 0  # the block that is being computed again
+    return again * kept_of_each + (layers - again) * ACTIVATIONS_PER_TOKEN + at_once
 
 
 def checkpoint_bytes(
@@ -101,12 +127,6 @@ def checkpoint_bytes(
     row = encoder.embed_dim * (8 if config.head_moments == "bfloat16" else 12) + 4
     parameters = count_parameters(encoder) + (0 if text is None else count_parameters(text))
     return parameters * (weights + 8) + sum(num_classes) * row
-
-
-def _activations(settings: DeepSpeedSettings, layers: int, bytes_per_image: int) -> int:
-    """Bytes that a tower keeps of a micro-batch for its backward pass."""
-    kept = layers + ACTIVATIONS_PER_TOKEN if settings.activation_checkpointing else layers * ACTIVATIONS_PER_TOKEN
-    return kept * settings.micro_batch * bytes_per_image
 
 
 def _contrast_bytes(encoder: VitConfig, settings: DeepSpeedSettings, world_size: int) -> int:
@@ -198,7 +218,8 @@ def startup_card(
         (
             "encoder",
             f"{config.model}, {encoder.image_size} px, {patches} patches, {parameters / 1e6:.1f}M parameters, "
-            f"embedding {encoder.embed_dim}, checkpointing {'on' if settings.activation_checkpointing else 'off'}",
+            f"embedding {encoder.embed_dim}, checkpointing {recompute_of(config, settings, encoder, text)}"
+            + _options(config),
         ),
         *(
             _head_lines(config, settings, num_classes, world_size, device)
@@ -261,6 +282,19 @@ def _text_lines(config: RunConfig, settings: DeepSpeedSettings, text: TextConfig
         ),
         ("objective", f"clip: {settings.global_batch:,} images against their captions{passes}; {locked}"),
     ]
+
+
+def _options(config: RunConfig) -> str:
+    """What of the encoder is not as its preset has it."""
+    parts = [f"{config.register_tokens} registers"] if config.register_tokens else []
+    parts += [
+        f"{name.replace('_', ' ')} {value:g}"
+        for name in ("drop_path", "patch_dropout")
+        if (value := getattr(config, name))
+    ]
+    parts += ["apex norms"] if config.norm == "apex" else []
+    parts += ["compiled block by block"] if config.compile else []
+    return "".join(f", {part}" for part in parts)
 
 
 def _draw(config: RunConfig) -> str:

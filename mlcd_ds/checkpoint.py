@@ -47,6 +47,7 @@ from mlcd_ds.topology import Topology
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+REGISTERS = "embeddings.registers"
 LEDGER = "ledger.json"
 HUGGING_FACE = "hf:"
 """Begins the name of an encoder that lies in a Hugging Face folder."""
@@ -530,7 +531,7 @@ def fit_weights(model: VisionTransformer, weights: dict[str, torch.Tensor], wher
     """Copies a state dict into `model`, and says what of it had to be adapted.
 
     Learned positions of another resolution are resized; without a projection (Hugging Face's MLCD has none) the model
-    keeps its own. Raises CheckpointError for any other difference. where: for messages.
+    keeps its own, as it does its registers. Raises CheckpointError for any other difference. where: for messages.
     """
     weights, own, adapted = dict(weights), model.state_dict(), []
     positions, wanted = weights.get("embeddings.positions"), own.get("embeddings.positions")
@@ -538,6 +539,9 @@ def fit_weights(model: VisionTransformer, weights: dict[str, torch.Tensor], wher
     if both and positions.shape[1] == wanted.shape[1] and len(positions) != len(wanted):
         weights["embeddings.positions"] = resize_positions(positions, model.config.grid)
         adapted.append(f"positions resized from {len(positions) - 1} to {len(wanted) - 1} patches")
+    if REGISTERS in own and REGISTERS not in weights:
+        weights[REGISTERS] = own[REGISTERS]
+        adapted.append("it has no registers: those keep their initial weights")
     if PROJECTION not in weights:
         weights[PROJECTION] = own[PROJECTION]
         adapted.append("it has no projection: that one keeps its initial weights")

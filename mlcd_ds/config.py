@@ -43,6 +43,27 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
 
+def _layers_of(value: object) -> object:
+    """all, selective, or a whole number from 0 on."""
+    if isinstance(value, str) and value.isdigit():
+        value = int(value)
+    is_number = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    if value not in (None, "all", "selective") and not is_number:
+        raise ValueError("must be all, selective, or the number of blocks")
+    return value
+
+
+def _range_of(value: object) -> object:
+    """10-15, or 10 for 10-10, as (10, 15)."""
+    if not isinstance(value, str):
+        return value
+    first, dash, last = value.partition("-")
+    numbers = (first, last if dash else first)
+    if not all(number.isdigit() for number in numbers) or not 1 <= int(numbers[0]) <= int(numbers[1]):
+        raise ValueError("must be steps like 10-15, counted from 1, the first not above the last")
+    return tuple(int(number) for number in numbers)
+
+
 class HeadConfig(Settings):
     """The class head (DESIGN section 1): objective, margin, sampling, and the optimizer of the centers."""
 
@@ -124,7 +145,35 @@ class HeadConfig(Settings):
         return self
 
 
-class RunConfig(HeadConfig):
+class EncoderOptions(Settings):
+    """How an encoder is trained beside what its preset says: what is left out at random, recomputed, compiled."""
+
+    register_tokens: int = Field(0, ge=0, description="learned tokens beside class token and patches; not exportable")
+    drop_path: Finite = Field(
+        0.0, ge=0, lt=1, description="stochastic depth: rate of the last block, falling linearly to 0 at the first"
+    )
+    patch_dropout: Finite = Field(0.0, ge=0, lt=1, description="share of an image's patches left out in training")
+    norm: Literal["torch", "apex"] = Field(
+        "torch", description="layer norms: torch's, or the fused ones of NVIDIA's apex"
+    )
+    checkpoint_layers: Annotated[str | int | None, BeforeValidator(_layers_of)] = Field(
+        None,
+        description="activation checkpointing: all, so many first blocks, or selective (keeps matrix products); none: all "
+        "where the JSON has the section activation_checkpointing",
+    )
+    compile: bool = Field(False, description="torch.compile for each block; the first start takes a minute more")
+    compile_cache: str | None = Field(
+        None, description="folder where compiled code stays for the next start; none: compile_cache in the run folder"
+    )
+
+    @model_validator(mode="after")
+    def _cache_needs_compile(self):
+        if self.compile_cache is not None and not self.compile:
+            raise ValueError(f"--compile_cache {self.compile_cache} only means something with --compile")
+        return self
+
+
+class RunConfig(HeadConfig, EncoderOptions):
     """mlcd_ds/train.py."""
 
     objective: Literal["mlcd", "mlc", "cd", "clip"] = Field(
@@ -190,6 +239,13 @@ class RunConfig(HeadConfig):
     )
     log_every_steps: int = Field(10, ge=1)
     histogram_every_steps: int = Field(100, ge=1, description="cosine histograms to TensorBoard (the paper's Fig. 3)")
+    profile_steps: Annotated[tuple[int, int] | None, BeforeValidator(_range_of)] = Field(
+        None,
+        description="steps to profile, like 10-15, counted from 1: traces in profile/ of the run folder, and a table",
+    )
+    peak_tflops: Finite | None = Field(
+        None, gt=0, description="TFLOP/s of a rank that MFU is a share of; none: of a large matrix product, measured"
+    )
     timeout_minutes: Finite = Field(10.0, gt=0, description="longest wait for another rank, and for data")
     start_timeout_minutes: Finite = Field(
         30.0,
@@ -875,6 +931,38 @@ class BenchDataConfig(Settings):
     small_images: int = Field(3000, ge=1, description="pictures of 32 x 32 to make")
     batch_size: int = Field(32, ge=1, description="of the whole loader")
     repeats: int = Field(5, ge=1, description="rounds; each times every contender once")
+    output: str | None = Field(None, description="JSON to write with all numbers")
+    seed: int = Field(0, ge=0, lt=2**31)
+
+
+class BenchStepConfig(Settings):
+    """tools/bench.py step."""
+
+    presets: str | None = Field(None, description="encoders, joined by commas; none: vit_l14 on a GPU, vit_ti on a CPU")
+    image_size: int | None = Field(None, ge=8, description="pixels; none: the preset's")
+    micro_batches: Numbers | None = Field(None, description="images a step, joined by commas; none: 256, on a CPU 32")
+    zero_stages: Numbers = Field((1,), description="joined by commas")
+    checkpointing: str = Field("none", description="none, all, selective, or a number of blocks, joined by commas")
+    compile: Literal["off", "on", "both"] = Field("off", description="torch.compile, as train.py's --compile")
+    compile_cache: str | None = Field(None, description="folder of compiled code; none: torch's own")
+    precision: Literal["float32", "bfloat16"] | None = Field(None, description="none: bfloat16 on a GPU")
+    classes: int | None = Field(None, ge=8, description="of the head; none: a million on a GPU, 10,000 on a CPU")
+    sample_rate: Finite = Field(0.1, gt=0, le=1, description="of the head")
+    labels_per_image: int = Field(8, ge=1, description="L, distinct")
+    peer: bool = Field(True, description="also transformers' CLIP encoder in the same engine (learned positions only)")
+    data: Literal["fake", "real"] = Field(
+        "fake", description="real: also the first setting's steps with images from tars"
+    )
+    shards: str | None = Field(None, description="tars for --data real; none: toy scenes made on the way")
+    labels: str | None = Field(None, description="their labels")
+    real_steps: int = Field(8, ge=1, description="steps in each turn of fake and real data")
+    workers: int = Field(4, ge=0, description="loader processes of --data real")
+    memory: bool = Field(False, description="measure peak memory on a CPU, each setting in a fresh process")
+    peak_tflops: Finite | None = Field(
+        None, gt=0, description="what MFU is a share of; none: a large product, in the run"
+    )
+    repeats: int = Field(7, ge=1, description="rounds; each times every setting once")
+    threads: int | None = Field(None, ge=1, description="none: the cores")
     output: str | None = Field(None, description="JSON to write with all numbers")
     seed: int = Field(0, ge=0, lt=2**31)
 

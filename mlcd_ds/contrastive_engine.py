@@ -21,6 +21,8 @@ from mlcd_ds.data.tokenizer import CaptionTokenizer
 from mlcd_ds.ds_config import DeepSpeedSettings
 from mlcd_ds.engine import Computed, TrainEngine
 from mlcd_ds.models.text import ImageTextModel
+from mlcd_ds.models.vit import Visit
+from mlcd_ds.profiling import BACKWARD, FORWARD, HEAD
 from mlcd_ds.topology import Topology
 
 IMAGE, TEXT = "image.", "text."
@@ -39,7 +41,7 @@ class ContrastiveEngine(TrainEngine):
         timeout_minutes: float,
     ):
         self.tokenizer, self.text_name = tokenizer, config.text_model
-        super().__init__(model, [], settings, config, topology, timeout_minutes)
+        super().__init__(model, [], settings, config, topology, timeout_minutes, options=config)
 
     def _compute(
         self,
@@ -52,17 +54,21 @@ class ContrastiveEngine(TrainEngine):
         micro_batches = batch.split(self.settings.micro_batch)
         several = len(micro_batches) > 1
         is_pair_B = (batch.labels_BL[:, 0] != NO_IMAGE).to(self.topology.device, non_blocking=True)
+        self.clock.begin(FORWARD)
         with torch.set_grad_enabled(not several):
-            outputs = [self._embed(micro) for micro in micro_batches]
+            outputs = [self._embed(micro, self._visit(step, i)) for i, micro in enumerate(micro_batches)]
         images_BE, texts_BE = (torch.cat([output[side].detach() for output in outputs]) for side in (0, 1))
+        self.clock.begin(HEAD)
         found = contrast(images_BE, texts_BE, outputs[0][2].detach(), is_pair_B, self.topology)
         sides = [found.d_images_bE, found.d_texts_bE]
         gradients = list(zip(*(side.split(self.settings.micro_batch) for side in sides), strict=True))
         for index, micro in enumerate(micro_batches):
-            output = self._embed(micro, outputs[index][0]) if several else outputs[index]
+            self.clock.begin(FORWARD)
+            output = self._embed(micro, self._visit(step, index), outputs[index][0]) if several else outputs[index]
             wanted = [*gradients[index], found.d_scale / len(micro_batches)]
             # Its gradient with respect to what the towers gave is `wanted`, once the engine has divided it.
             chained = sum((x * d_x).sum() for x, d_x in zip(output, wanted, strict=True) if x.requires_grad)
+            self.clock.begin(BACKWARD)
             self.engine.backward(chained * len(micro_batches))
             if index < len(micro_batches) - 1:
                 self.engine.step()
@@ -72,12 +78,17 @@ class ContrastiveEngine(TrainEngine):
         broken = [~torch.isfinite(output[side].detach()).all() for output in outputs for side in (0, 1)]
         return Computed(loss, round(stopping), broken, found.stats if collect_stats else {})
 
-    def _embed(self, micro: ImageLabelBatch, known_BE: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
-        """What ImageTextModel gives for a micro-batch. known_BE: its image embeddings, which a locked tower has made."""
+    def _embed(
+        self, micro: ImageLabelBatch, visit: tuple[Visit, ...], known_BE: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, ...]:
+        """What ImageTextModel gives for a micro-batch. known_BE: its image embeddings, which a locked tower has made.
+
+        visit: see TrainEngine._visit; a micro-batch that is embedded twice leaves out the same.
+        """
         device = self.topology.device
         tokens_BT = micro.labels_BL.to(device, non_blocking=True).clamp_min(0)  # rows without an image are any text
         images = known_BE if self.engine.module.locked and known_BE is not None else micro.images_BCHH
-        return self.engine(images.to(device, non_blocking=True), tokens_BT)
+        return self.engine(images.to(device, non_blocking=True), tokens_BT, *visit)
 
     def _save_model(self, folder: Path, model_name: str, weights: dict[str, torch.Tensor]) -> None:
         model = self.engine.module

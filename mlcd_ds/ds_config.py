@@ -216,7 +216,7 @@ def resolve_deepspeed_config(
     clipping = rules.resolve_clipping(config, defaults, notes)
     optimizer = rules.resolve_optimizer(config, device_type, defaults, notes)
     rules.resolve_scheduler(config, optimizer["lr"], total_steps, warmup_steps, defaults, notes)
-    rules.resolve_activation_checkpointing(config, notes)
+    rules.resolve_activation_checkpointing(config, device_type, notes)
     rules.resolve_monitors(config, output_dir, defaults, notes)
     rules.resolve_rest(config, defaults, notes)
     return DeepSpeedSettings(

@@ -305,7 +305,7 @@ def _resolve_peak(params: dict, lr: float, notes: list[str]) -> None:
         )
 
 
-def resolve_activation_checkpointing(config: dict, notes: list[str]) -> None:
+def resolve_activation_checkpointing(config: dict, device_type: str, notes: list[str]) -> None:
     block = config.get("activation_checkpointing")
     if block is None:
         return
@@ -315,6 +315,15 @@ def resolve_activation_checkpointing(config: dict, notes: list[str]) -> None:
         if block.get(key):
             block[key] = False
             notes.append(f"activation_checkpointing.{key} off: there is no model parallelism to split activations over")
+    if block.get("cpu_checkpointing") and device_type == "cpu":
+        # DeepSpeed would take the inputs for copies of themselves, empty them, and fail in the backward pass.
+        block["cpu_checkpointing"] = False
+        notes.append("activation_checkpointing.cpu_checkpointing off: activations are in host memory as it is")
+    if block.get("number_checkpoints"):
+        notes.append(
+            "activation_checkpointing.number_checkpoints only sizes contiguous buffers, which are off; --checkpoint_layers "
+            "says how many blocks are computed again"
+        )
     notes.append("activation checkpointing on: each block's activations are computed again in the backward pass")
 
 

@@ -26,15 +26,18 @@ from safetensors.torch import load_file
 from mlcd_ds import checkpoint, collectives, universal
 from mlcd_ds.batch import ImageLabelBatch, head_suffix
 from mlcd_ds.checkpoint import Checkpoint
-from mlcd_ds.config import HeadConfig
+from mlcd_ds.config import EncoderOptions, HeadConfig
 from mlcd_ds.ds_config import DeepSpeedSettings
 from mlcd_ds.errors import CheckpointError
 from mlcd_ds.feed import ImageFeed, Sent
 from mlcd_ds.files import plain_write_errors, save_tensors
-from mlcd_ds.models.vit import VisionTransformer, decay_groups
+from mlcd_ds.models.compiled import Recompilations, check_compiler, compile_blocks
+from mlcd_ds.models.recompute import Recompute, resolve_recompute, run_selectively
+from mlcd_ds.models.vit import Block, VisionTransformer, Visit, decay_groups
 from mlcd_ds.monitor import never_stopping
 from mlcd_ds.optim import GradientSum, RowAdamW, sharded_norms
 from mlcd_ds.partial_fc import PartialFC
+from mlcd_ds.profiling import BACKWARD, FORWARD, HEAD, OPTIMIZER, OTHER, PhaseClock
 from mlcd_ds.sampling import Draw, Marked, positions
 from mlcd_ds.sharded_loss import RowGradient
 from mlcd_ds.topology import Topology, set_timeout_of_every_group
@@ -60,7 +63,8 @@ class StepResult:
     rank: nothing has moved, on no rank. bad, bad_ranks: of a skipped step, what was no number first ("embeddings",
     "centers", "gradients") and where. stop_ranks: how many ranks have asked to stop. stats: the heads', averaged over
     the micro-batches by their images, empty unless asked for; those of the heads after the first end in "_1", "_2"
-    ... learning_rate, head_learning_rate: of this step.
+    ... learning_rate, head_learning_rate: of this step. recompilations: graphs that torch.compile has made since the first
+    step of this process, None where nothing is compiled.
     """
 
     loss: float
@@ -73,6 +77,7 @@ class StepResult:
     bad: str = ""
     bad_ranks: tuple[int, ...] = ()
     stop_ranks: int = 0
+    recompilations: int | None = None
 
 
 @dataclass(frozen=True)
@@ -111,8 +116,9 @@ class TrainEngine:
     """Encoder and heads, trained together: one `train_step` moves all or none.
 
     model: the encoder, taken over by DeepSpeed. heads: this rank's shard of each. settings: the resolved JSON. config: the
-    heads' weights and optimizer settings. topology must have been started. `_parameter_groups`, `_compute`,
-    `_save_model` and `_compare_model` are what another kind of training does otherwise.
+    heads' weights and optimizer settings. topology must have been started. options: what of the encoder is recomputed and
+    whether it is compiled; what it leaves out at random is its own (`Dropping`), told by the slots of the images.
+    `_parameter_groups`, `_compute`, `_save_model` and `_compare_model` are what another kind of training does otherwise.
     """
 
     def __init__(
@@ -123,6 +129,7 @@ class TrainEngine:
         config: HeadConfig,
         topology: Topology,
         timeout_minutes: float,
+        options: EncoderOptions | None = None,
     ):
         _quieten()
         # Else the first run on a CPU compiles a shared-memory extension, for which it needs g++ and up to a minute.
@@ -134,15 +141,22 @@ class TrainEngine:
         if topology.is_main:
             frozen = ((name, weight) for name, weight in model.named_parameters() if not weight.requires_grad)
             self._frozen = {name: weight.detach().cpu().clone() for name, weight in frozen}
+        self.clock = PhaseClock(topology.device)
+        options = options or EncoderOptions()
+        section = settings.json.get("activation_checkpointing")
+        recompute = resolve_recompute(options.checkpoint_layers, section, model.depth)
+        if options.compile:
+            check_compiler(topology.device.type)
         self.engine, *_ = deepspeed.initialize(
             model=model,
             model_parameters=self._parameter_groups(model),
-            config=settings.json,
+            config=_with_whole_blocks(model, settings) if options.compile or recompute.selective else settings.json,
             dist_init_required=False,
         )
-        if settings.activation_checkpointing:  # after initialize: the section is read with the engine's world size
-            deepspeed.checkpointing.configure(None, deepspeed_config=settings.json)
-            model.set_checkpointing(deepspeed.checkpointing.checkpoint)
+        self._set_recompute(model, recompute)
+        if options.compile:
+            compile_blocks(module for module in model.modules() if isinstance(module, Block))
+        self._recompilations = Recompilations() if options.compile else None
         set_timeout_of_every_group(timeout_minutes)
         decay = settings.weight_decay if config.head_weight_decay is None else config.head_weight_decay
         moments = {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.head_moments]
@@ -203,6 +217,7 @@ class TrainEngine:
         """
         self._own_gradient_is_bad.clear()
         computed = self._compute(batch, step, collect_stats, next_batch, stop_wanted)
+        self.clock.begin(OPTIMIZER)
         plain_norm = self._norm_without_zero()
         finite = all(math.isfinite(value) for value in (computed.loss, *computed.head_norm_values, plain_norm or 0.0))
         learning_rate = self.engine.get_lr()[0]
@@ -223,6 +238,7 @@ class TrainEngine:
             bad, bad_ranks = self._whose_fault(computed.broken, [gradient.values_SD for gradient in gradients])
         for head, gradient in zip(self.heads, gradients, strict=True):
             head.recycle(gradient)
+        self.clock.begin(OTHER)
         return StepResult(
             loss=computed.loss,
             grad_norm=norm,
@@ -234,6 +250,7 @@ class TrainEngine:
             bad=bad,
             bad_ranks=bad_ranks,
             stop_ranks=computed.stop_ranks,
+            recompilations=self._count_recompilations(step),
         )
 
     def _compute(
@@ -245,6 +262,7 @@ class TrainEngine:
         stop_wanted: Callable[[], bool],
     ) -> Computed:
         """Forward and backward passes of all micro-batches, up to the step itself. Arguments as for `train_step`."""
+        self.clock.begin(HEAD)
         micro_batches = batch.split(self.settings.micro_batch)
         marks, sizes = self._ahead or (None, [])
         if marks is None or marks.batch is not batch or marks.step != step:
@@ -262,14 +280,18 @@ class TrainEngine:
             images_BCHH = sent.take()
             if index < len(micro_batches) - 1:
                 sent = self._feed.send(micro_batches[index + 1].images_BCHH)
-            embeddings = self.engine(images_BCHH)
+            self.clock.begin(FORWARD)
+            embeddings = self.engine(images_BCHH, *self._visit(step, index))
+            self.clock.begin(HEAD)
             gathering = self.heads[0].gather(embeddings, self.settings.micro_batch)
             outs = [
                 head(gathering, draw, collect_stats=collect_stats)
                 for head, draw in zip(self.heads, draws[index], strict=True)
             ]
             loss = self._weighted([out.loss for out in outs]) * weights[index]
+            self.clock.begin(BACKWARD)
             self.engine.backward(loss)
+            self.clock.begin(HEAD)
             for head, total in zip(self.heads, sums, strict=True):
                 (gradient,) = head.take_gradients()
                 if not total.add(index, gradient):
@@ -311,6 +333,36 @@ class TrainEngine:
         if before is not None and before[0] is batch:
             return before[1]
         return self._feed.send(micro_batches[0].images_BCHH)
+
+    def _visit(self, step: int, index: int) -> tuple[Visit, ...]:
+        """The images of the `index`-th micro-batch of a step, for a model that leaves something out; () for another."""
+        if self.engine.module.dropping is None:
+            return ()
+        first_slot = self.topology.rank * self.settings.images_per_rank + index * self.settings.micro_batch
+        return (Visit(step, first_slot),)
+
+    def _set_recompute(self, model: VisionTransformer, recompute: Recompute) -> None:
+        if not recompute.blocks:
+            return
+        if recompute.selective:
+            model.set_checkpointing(run_selectively)
+            return
+        # After initialize: the section is read with the engine's world size.
+        deepspeed.checkpointing.configure(None, deepspeed_config=self.settings.json)
+        model.set_checkpointing(deepspeed.checkpointing.checkpoint, recompute.blocks)
+
+    def _count_recompilations(self, step: int) -> int | None:
+        if self._recompilations is None:
+            return None
+        new = self._recompilations.after_step()
+        if new:
+            print(
+                f"WARNING: rank {self.topology.rank}: {new} graphs were compiled anew in step {step + 1}, "
+                f"{self._recompilations.count} since the first: shapes, dtypes or gradient modes change from step to step. "
+                "TORCH_LOGS=recompiles says which; without --compile nothing waits for a compiler.",
+                flush=True,
+            )
+        return self._recompilations.count
 
     def _whose_fault(self, broken: list[torch.Tensor], own: list[torch.Tensor]) -> tuple[str, tuple[int, ...]]:
         """Of a bad step: what was no number first, and on which ranks. One small gather, on every rank.
@@ -597,6 +649,21 @@ class TrainEngine:
 
     def _rank_file(self, folder: Path) -> Path:
         return folder / "ranks" / checkpoint.rank_file(self.topology.rank)
+
+
+def _with_whole_blocks(model: VisionTransformer, settings: DeepSpeedSettings) -> dict:
+    """The JSON for blocks that are compiled, or recomputed in part: at ZeRO 3 their weights are gathered once, before them.
+
+    So no hook breaks a block's graph, or runs once more with its forward. Nor may DeepSpeed put a linear function of its
+    own for torch's, which adds biases in place; it is there so that no gathered weights are saved for the backward pass,
+    which such blocks do not do anyway.
+    """
+    if settings.zero_stage < 3:
+        return settings.json
+    deepspeed.utils.set_z3_leaf_modules(model, [Block])
+    return settings.json | {
+        "zero_optimization": settings.json["zero_optimization"] | {"memory_efficient_linear": False}
+    }
 
 
 @contextlib.contextmanager

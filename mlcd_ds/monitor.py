@@ -56,6 +56,7 @@ class Monitor:
         self._close_file = never_stopping(self._file.close, "metrics.jsonl")
         if tensorboard is not None:
             self._add_histogram = never_stopping(tensorboard.add_histogram_raw, "TensorBoard's log")
+            self._add_text = never_stopping(tensorboard.add_text, "TensorBoard's log")
             self._flush_tensorboard = never_stopping(tensorboard.flush, "TensorBoard's log")
         if tensorboard is not None:  # from scratch, too: an attempt may have died before its first checkpoint
             _purge_points_after(tensorboard, samples)
@@ -99,6 +100,18 @@ class Monitor:
             bucket_counts=list(counts),
             global_step=samples,
         )
+
+    def profile(self, samples: int, title: str, rows: list[dict[str, str]], seconds: dict[str, float]) -> None:
+        """A table of text to TensorBoard, and one event `Profile/NAME_ms` for each of `seconds`.
+
+        rows: lines of the table, each with the heads it has a cell for.
+        """
+        self.write_events([(f"Profile/{name.replace(' ', '_')}_ms", s * 1e3, samples) for name, s in seconds.items()])
+        if self.tensorboard is not None:
+            heads = list(dict.fromkeys(head for row in rows for head in row))
+            lines = [heads, ["---"] * len(heads), *([row.get(head, "") for head in heads] for row in rows)]
+            text = "\n".join(["| " + " | ".join(line) + " |" for line in lines])
+            self._add_text("Profile/steps", f"{title}\n\n{text}", samples)
 
     def sync(self) -> None:
         """Brings what was written to the disk: called with every checkpoint, so that no checkpoint is ahead of its log."""

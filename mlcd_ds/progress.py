@@ -24,7 +24,7 @@ class Progress:
     """Times the loop and reports its steps. Every rank calls it; rank 0, which has the monitor, prints and writes.
 
     total_steps, first_step: of the run and where it starts. global_batch: images. samples_per_epoch: images. watch: is told
-    of waits for data.
+    of waits for data. samples_per_second_at_peak: where MFU is 1.
     """
 
     def __init__(
@@ -37,9 +37,11 @@ class Progress:
         global_batch: int,
         samples_per_epoch: int,
         watch: Watch,
+        samples_per_second_at_peak: float,
     ):
         self.monitor, self.topology, self.watch = monitor, topology, watch
         self.total_steps, self.global_batch, self.samples_per_epoch = total_steps, global_batch, samples_per_epoch
+        self.samples_per_second_at_peak = samples_per_second_at_peak
         self._started = self._last_report = time.monotonic()
         self.first_step = self._last_step = first_step
         self._waited = 0.0
@@ -91,6 +93,8 @@ class Progress:
             **{f"head_grad_norm{head_suffix(head)}": norm for head, norm in enumerate(result.head_grad_norms)},
             "skipped_steps": skipped_steps,
             "samples_per_second": steps * self.global_batch / seconds,
+            "mfu": steps * self.global_batch / seconds / self.samples_per_second_at_peak,
+            **({} if result.recompilations is None else {"recompilations": result.recompilations}),
             "data_wait_fraction": waited / (seconds * ranks),
             "memory_gb": self._memory_gb(),
             "epoch": step * self.global_batch / self.samples_per_epoch,
@@ -116,6 +120,7 @@ class Progress:
             f"epoch {values['epoch']:.2f}",
             *(self._of_heads(values, heads) if heads else self._of_pairs(values)),
             f"{values['samples_per_second']:,.0f} img/s",
+            f"MFU {values['mfu']:.1%}",
             f"data wait {values['data_wait_fraction']:.0%}",
             f"{values['memory_gb']:.1f} GB",
             f"left {timedelta(seconds=round(left))}",

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mlcd_ds import errors
+from mlcd_ds.config import EncoderOptions
 from mlcd_ds.errors import CheckpointError, PeerError, Preempted, UserError
 from mlcd_ds.files import write_json
 
@@ -21,14 +22,15 @@ FREE_TO_CHANGE = frozenset(
     "resume workers prefetch save_every_steps keep_last keep_every log_every_steps histogram_every_steps "
     "timeout_minutes start_timeout_minutes shard_cache warn_data_wait_seconds max_bad_steps max_failed_saves "
     "max_skipped_fraction allow_pipe allow_missing_shards expect_world_size workspace_mb output_dir deepspeed_config "
-    "init_from centers shards labels world_size zero_stage allow_changed tokenizer test_shards dataset_name".split()
+    "init_from centers shards labels world_size zero_stage allow_changed tokenizer test_shards dataset_name "
+    "checkpoint_layers compile_cache profile_steps peak_tflops".split()
 )
 """Settings and facts that a resumed run may change: they do not enter the mathematics (init_from, centers: only the first
 start; workspace_mb: only the order of sums; shards, labels, tokenizer: where they lie, whose fingerprints are facts;
-world_size, zero_stage: the checkpoint is fitted to them)."""
+world_size, zero_stage: the checkpoint is fitted to them; checkpoint_layers: recomputed numbers are the same)."""
 
 NEVER_CHANGED = frozenset(
-    "model image_size num_classes precision global_batch text_model tokenizer_hash lock_image".split()
+    "model image_size register_tokens num_classes precision global_batch text_model tokenizer_hash lock_image".split()
 )
 """What --allow_changed cannot allow: weights, rows, moments would not fit, or a step would be another share of the data."""
 
@@ -172,11 +174,13 @@ class RunFolder:
 
 def _changes(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
     """{name: what it was and is} of all that enters the mathematics and differs."""
+    off = {name: field.default for name, field in EncoderOptions.model_fields.items()}
     changed = {
-        name: f"{name}: {before[part].get(name)!r} then, {value!r} now"
+        name: f"{name}: {then!r} then, {value!r} now"
         for part in ("settings", "facts")
         for name, value in now[part].items()
-        if before[part].get(name) != value and name not in FREE_TO_CHANGE
+        # A setting that the run was written without did not exist yet: it was off.
+        if (then := before[part].get(name, off.get(name))) != value and name not in FREE_TO_CHANGE
     }
     then, now = _leaves(before.get("deepspeed", {})), _leaves(now.get("deepspeed", {}))
     return changed | {

@@ -37,7 +37,7 @@ from mlcd_ds.topology import Topology
 from mlcd_ds.train import train
 
 CLASSES, POSITIVES, IMAGE_SIZE, SAVE_EVERY = 50, 8, 16, 2
-CHANGING = ("time", "samples_per_second", "data_wait_fraction", "memory_gb")
+CHANGING = ("time", "samples_per_second", "mfu", "data_wait_fraction", "memory_gb")
 """Of a line of metrics.jsonl: what two equal runs need not share."""
 
 SAVE_POINTS = (

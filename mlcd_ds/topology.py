@@ -103,6 +103,10 @@ class Topology:
             dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world_size, timeout=timeout)
         return self
 
+    def use_compile_cache(self, folder: str | Path) -> str:
+        """Lets torch.compile keep its code in `folder`, or where TORCHINDUCTOR_CACHE_DIR says; the folder that counts."""
+        return os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(folder).absolute()))
+
     def seed_torch(self, seed: int, step: int = 0) -> None:
         """Seeds torch's global generators, differently on each rank; torch alone would seed them from the clock.
 

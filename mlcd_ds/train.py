@@ -48,11 +48,13 @@ from mlcd_ds.errors import (
 )
 from mlcd_ds.files import write_json, write_text
 from mlcd_ds.machine import check_machine, needs_of
+from mlcd_ds.models import flops
 from mlcd_ds.models.text import ImageTextModel, TextConfig, TextTransformer, text_preset
-from mlcd_ds.models.vit import VisionTransformer, VitConfig, preset
+from mlcd_ds.models.vit import Dropping, VisionTransformer, VitConfig, norm_class, preset
 from mlcd_ds.monitor import Monitor, never_stopping
 from mlcd_ds.partial_fc import PartialFC
 from mlcd_ds.partition import ClassPartition
+from mlcd_ds.profiling import StepProfiler
 from mlcd_ds.progress import Progress
 from mlcd_ds.run_folder import RunFolder
 from mlcd_ds.schedule import RunLength, resolve_run_length
@@ -151,16 +153,22 @@ def train_in(run: RunFolder, config: RunConfig, raw: dict, topology: Topology, w
         global_batch=plan.settings.global_batch,
         samples_per_epoch=table.num_samples,
         watch=watch,
+        samples_per_second_at_peak=samples_per_second_at_peak(config, plan, topology),
+    )
+    profiler = StepProfiler(
+        config.profile_steps, run.path / "profile", topology, engine.clock, monitor, batch.global_batch
     )
     run.step = step
     bad_steps = BadSteps(config.max_bad_steps, store)
     saver = Saver(run, config, plan, store, engine, loader, monitor)
     watch.enter_loop()
-    batches = progress.timing_waits(loader.iterate(step, plan.length.total_steps, ahead=1))
+    arriving = loader.iterate(step, plan.length.total_steps, ahead=1)
+    batches = profiler.timing_data(progress.timing_waits(arriving))
     for images, next_images in itertools.pairwise(itertools.chain(batches, [None])):
         reported = is_due(step + 1, config.log_every_steps, plan.length) or step + 1 == 1
         histograms = is_due(step + 1, config.histogram_every_steps, plan.length)
         watch.does("computes", step)
+        profiler.before_step(step + 1)
         result = engine.train_step(
             images,
             step,
@@ -182,6 +190,7 @@ def train_in(run: RunFolder, config: RunConfig, raw: dict, topology: Topology, w
         if stops:
             raise stopped(step, saved, watch, store)
     loader.close()
+    profiler.close(step)
     if topology.is_main:
         monitor.close()
         run.status("done", step)
@@ -248,7 +257,8 @@ def plan_run(
 
     Raises ConfigError or DataError for what does not fit together.
     """
-    encoder = preset(config.model, config.image_size)
+    encoder = preset(config.model, config.image_size, config.register_tokens)
+    norm_class(config.norm)  # refused here where it is absent
     text = None
     if tokenizer is not None:
         text = text_preset(config.text_model, encoder.embed_dim, tokenizer.vocabulary, tokenizer.end_token)
@@ -430,8 +440,12 @@ def build_engine(
     found: the checkpoint that is about to be loaded, which makes --init_from and --centers superfluous.
     """
     topology.seed_torch(config.seed)
+    if config.compile:
+        folder = topology.use_compile_cache(config.compile_cache or Path(config.output_dir) / "compile_cache")
+        if topology.is_main:
+            print(f"compiled code is kept in {folder}", flush=True)
     from_scratch = found is None
-    model = VisionTransformer(plan.encoder, seed=config.seed)
+    model = VisionTransformer(plan.encoder, config.seed, config.norm, dropping_of(config))
     if config.init_from is not None and from_scratch:
         adapted = checkpoint.load_weights(model, config.init_from)
         if topology.is_main:
@@ -448,7 +462,38 @@ def build_engine(
         both = ImageTextModel(model, text, config.lock_image)
         return ContrastiveEngine(both, tokenizer, plan.settings, config, topology, longest_wait(config))
     heads = [build_head(config, plan, topology, from_scratch, index) for index in range(len(plan.labels))]
-    return TrainEngine(model, heads, plan.settings, config, topology, longest_wait(config))
+    return TrainEngine(model, heads, plan.settings, config, topology, longest_wait(config), config)
+
+
+def dropping_of(config: RunConfig) -> Dropping:
+    """What the image encoder leaves out at random."""
+    return Dropping(config.seed, config.drop_path, config.patch_dropout)
+
+
+def samples_per_second_at_peak(config: RunConfig, plan: RunPlan, topology: Topology) -> float:
+    """Images a second at which MFU is 1: all ranks' matrix product rate over the towers' FLOPs of an image.
+
+    The rate is --peak_tflops, else that of a large product in the run's precision, measured on all ranks at once. Of a
+    locked image tower the forward pass counts. The heads' products do not: theirs is another use of the time.
+    """
+    image = flops.total(plan.encoder, dropping_of(config))
+    work = image.forward if config.lock_image else image.flops
+    if plan.text is not None:
+        work += flops.text_total(plan.text).flops
+    if config.peak_tflops is not None:
+        rate, how = config.peak_tflops * 1e12 * topology.world_size, "--peak_tflops"
+    else:
+        collectives.barrier(topology)
+        own = flops.measured_matmul_rate(topology.device, getattr(torch, plan.settings.precision))
+        rate = collectives.sum_(torch.tensor([own], dtype=torch.float64, device=topology.device), topology).item()
+        how = f"a large {plan.settings.precision} product, measured"
+    if topology.is_main:
+        print(
+            f"MFU is the share of {rate / topology.world_size / 1e12:,.3g} TFLOP/s a rank ({how}); an image takes "
+            f"{work / 1e9:,.4g} GFLOP forward and backward",
+            flush=True,
+        )
+    return rate / work
 
 
 def build_head(config: RunConfig, plan: RunPlan, topology: Topology, from_scratch: bool, index: int) -> PartialFC:

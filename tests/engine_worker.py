@@ -8,7 +8,7 @@ import deepspeed
 import torch
 
 from mlcd_ds.batch import NO_IMAGE, ImageLabelBatch, head_suffix
-from mlcd_ds.config import DeepSpeedDefaults, HeadConfig
+from mlcd_ds.config import DeepSpeedDefaults, EncoderOptions, HeadConfig
 from mlcd_ds.ds_config import BatchSizes, resolve_deepspeed_config
 from mlcd_ds.engine import TrainEngine
 from mlcd_ds.models.vit import VisionTransformer, VitConfig
@@ -16,7 +16,7 @@ from mlcd_ds.partial_fc import PartialFC
 from mlcd_ds.topology import Topology
 
 IMAGES, CLASSES = 12, 37
-STEPS, EPS, SAMPLE_RATE = 3, 1e-3, 0.3
+STEPS, EPS, SAMPLE_RATE = 3, 1e-2, 0.3
 """Of the sampled run; eps far above rounding, so that AdamW's first steps do not blow it up."""
 TWO_HEADS, TWO_WEIGHTS = (CLASSES, 23), (1.0, 0.5)
 ENCODER = VitConfig(
@@ -47,9 +47,11 @@ def build(
     options: dict,
     classes=(CLASSES,),
     eps: float = 1e-8,
+    model: VisionTransformer | None = None,
+    encoder: EncoderOptions | None = None,
     **json,
 ) -> TrainEngine:
-    """json: more keys of the DeepSpeed JSON."""
+    """json: more keys of the DeepSpeed JSON. model: in place of ENCODER's. encoder: its options."""
     raw = json | {
         "train_batch_size": IMAGES,
         "gradient_accumulation_steps": accumulation,
@@ -72,7 +74,8 @@ def build(
         PartialFC(k, 8, topology, sample_rate=head_config.sample_rate, workspace_mb=1e-4, seed=1 + index)
         for index, k in enumerate(classes)
     ]
-    return TrainEngine(VisionTransformer(ENCODER, seed=1), heads, settings, head_config, topology, 1.0)
+    model = model or VisionTransformer(ENCODER, seed=1)
+    return TrainEngine(model, heads, settings, head_config, topology, 1.0, encoder)
 
 
 def captured_step(engine: TrainEngine, batch: ImageLabelBatch, step: int = 0) -> dict:

@@ -203,8 +203,8 @@ def test_launchers_may_add_local_rank_and_dashes_are_underscores():
 
 
 def test_letters_that_the_help_shows_work_and_others_are_refused():
-    assert parse("-r", "auto").resume == "auto"
-    assert parse("-r=auto").resume == "auto"
+    assert parse("-g", "float32").gather_precision == "float32"
+    assert parse("-g=float32").gather_precision == "float32"
     with pytest.raises(ConfigError, match="unexpected argument '-s'"):  # --seed, --shards, --steps...
         parse("-s", "7")
 

@@ -195,7 +195,7 @@ def test_a_killed_run_resumes_bit_for_bit(worked):
         assert (whole / file).read_bytes() == (again / file).read_bytes(), file
     engine = sorted(path.name for path in (whole / "engine").iterdir())
     assert engine == sorted(path.name for path in (again / "engine").iterdir())
-    timed = ("time", "samples_per_second", "data_wait_fraction", "memory_gb")
+    timed = ("time", "samples_per_second", "mfu", "data_wait_fraction", "memory_gb")
     kept = [
         [{name: v for name, v in line.items() if name not in timed} for line in metrics(worked / name)]
         for name in ("whole", "killed")

@@ -1,13 +1,16 @@
 """The main job end to end: it trains on two ranks, resumes bit for bit after a kill, and names what is wrong."""
 
+import gzip
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,8 +27,10 @@ from mlcd_ds.config import RunConfig
 from mlcd_ds.data.labels import LabelsInfo
 from mlcd_ds.data.tars import write_tar
 from mlcd_ds.files import sha256
-from mlcd_ds.models.vit import preset
+from mlcd_ds.models import flops
+from mlcd_ds.models.vit import PRESETS, Dropping, preset
 from mlcd_ds.partial_fc import random_rows
+from mlcd_ds.profiling import BACKWARD, COMMUNICATION, FORWARD, HEAD, OPTIMIZER, PHASES, mean_of_ranks
 from mlcd_ds.topology import Topology
 from mlcd_ds.train import RunPlan, build_head
 
@@ -69,6 +74,9 @@ def flags(data: Path, run: Path, **changes) -> list[str]:
         "histogram_every_steps": 3,
         "sample_rate": 0.3,
         "timeout_minutes": 1,
+        "drop_path": 0.1,
+        "patch_dropout": 0.1,
+        "profile_steps": "4-5",
     } | changes
     return [f"--{name}={value}" for name, value in values.items()]
 
@@ -129,7 +137,7 @@ def test_monitor_has_the_tags(whole_run):
     events.Reload()
     wanted = (
         "train_loss loss_positive loss_negative lr_encoder lr_head grad_norm head_grad_norm cosine_positive cosine_negative "
-        "samples_per_second data_wait_fraction memory_gb sampled_rows positive_rows skipped_steps"
+        "samples_per_second mfu data_wait_fraction memory_gb sampled_rows positive_rows skipped_steps"
     )
     for name in wanted.split():
         points = events.Scalars(f"Train/Samples/{name}")
@@ -142,8 +150,43 @@ def test_monitor_has_the_tags(whole_run):
         assert histograms[0].histogram_value.num > 0
 
 
+def test_profiled_steps_leave_a_trace_of_each_rank_and_a_table(whole_run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run, output = whole_run
+    profile = json.loads((run / "profile" / "steps.json").read_text())
+    assert (profile["first"], profile["last"]) == (4, 5)
+    for rank, seconds in enumerate(profile["seconds_of_ranks"]):
+        assert set(seconds) == {*PHASES, COMMUNICATION}
+        whole = sum(seconds[name] for name in PHASES)
+        assert min(seconds[name] for name in (FORWARD, HEAD, BACKWARD, OPTIMIZER)) > 0 < seconds[COMMUNICATION] < whole
+        events = json.loads(gzip.decompress((run / "profile" / f"trace_rank{rank}.json.gz").read_bytes()))[
+            "traceEvents"
+        ]
+        names = Counter(event.get("name") for event in events if event.get("cat") == "user_annotation")
+        assert names[FORWARD] == names[BACKWARD] == 2 and names[HEAD] > 2
+    assert "profile of steps 4-5, 2 ranks, a step" in output and "communication (within these)" in output
+    tensorboard = EventAccumulator(str(run / "tensorboard")).Reload()
+    (point,) = tensorboard.Scalars("Profile/encoder_forward_ms")
+    assert point.step == 5 * 24
+    assert point.value == pytest.approx(1e3 * mean_of_ranks(profile["seconds_of_ranks"])[FORWARD], rel=1e-5)
+    assert "Profile/steps/text_summary" in tensorboard.Tags()["tensors"]
+
+
+def test_mfu_is_the_share_of_the_measured_rate(whole_run):
+    """images/s x FLOPs of an image / (ranks x rate), with the rate that the run says it has measured."""
+    run, output = whole_run
+    rate, work = map(
+        float, re.search(r"MFU is the share of (\S+) TFLOP/s a rank .* takes (\S+) GFLOP", output).groups()
+    )
+    expected = flops.total(PRESETS["vit_toy"], Dropping(0, patch_dropout=0.1)).flops
+    assert work * 1e9 == pytest.approx(expected, rel=1e-3)
+    for line in metrics(run):
+        assert line["mfu"] == pytest.approx(line["samples_per_second"] * expected / (2 * rate * 1e12), rel=1e-2)
+
+
 def comparable(line: dict) -> dict:
-    changing = ("time", "samples_per_second", "data_wait_fraction", "memory_gb", "samples_decoded", "samples_skipped")
+    changing = "time samples_per_second mfu data_wait_fraction memory_gb samples_decoded samples_skipped".split()
     return {name: value for name, value in line.items() if name not in changing}
 
 

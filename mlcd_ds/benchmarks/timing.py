@@ -102,9 +102,8 @@ def _status_bytes(name: str) -> int:
 
 def command_line(name: str, config: Settings) -> str:
     """The command line of a sub-command with the flags that were given, without the path of its output."""
-    given = [
-        f"--{field} {getattr(config, field)}" for field in type(config).model_fields if field in config.model_fields_set
-    ]
+    values = {field: getattr(config, field) for field in type(config).model_fields if field in config.model_fields_set}
+    given = [f"--{field} {','.join(map(str, x)) if isinstance(x, tuple) else x}" for field, x in values.items()]
     return " ".join([f"python tools/bench.py {name}", *(flag for flag in given if not flag.startswith("--output "))])
 
 

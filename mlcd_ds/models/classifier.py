@@ -27,9 +27,19 @@ class Classifier(nn.Module):
             self.head.bias.zero_()
         encoder.projection.requires_grad_(False)
 
-    def set_checkpointing(self, runner: BlockRunner | None) -> None:
+    @property
+    def depth(self) -> int:
+        """See `VisionTransformer.depth`."""
+        return self.encoder.depth
+
+    @property
+    def dropping(self) -> None:
+        """Nothing is left out."""
+        return None
+
+    def set_checkpointing(self, runner: BlockRunner | None, blocks: int | None = None) -> None:
         """See `VisionTransformer.set_checkpointing`."""
-        self.encoder.set_checkpointing(runner)
+        self.encoder.set_checkpointing(runner, blocks)
 
     def first_weights(self) -> list[nn.Parameter]:
         """See `VisionTransformer.first_weights`."""

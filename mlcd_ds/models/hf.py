@@ -272,8 +272,10 @@ def write_folder(
 
     weights: our float32 state dict. card: README.md. dtype: of the tensors. Written beside `out`, read back and compared
     with `weights`, then renamed: a folder under its name is whole.
-    Raises CheckpointError where `out` exists (unless `force`), or what was read back differs.
+    Raises CheckpointError where `out` exists (unless `force`), or what was read back differs; ConfigError for an encoder
+    with register tokens.
     """
+    refuse_registers(config, ARCHITECTURES[kind_of(config)])
     rounded = {name: tensor.to(DTYPES[dtype]) for name, tensor in weights.items()}
 
     def fill(staging: Path) -> None:
@@ -286,6 +288,15 @@ def write_folder(
         compare(staging, read_folder(staging), (config, rounded))
 
     return publish(out, fill, force)
+
+
+def refuse_registers(config: VitConfig, architecture: str) -> None:
+    """Raises ConfigError for an encoder with register tokens."""
+    if config.registers:
+        raise ConfigError(
+            f"the encoder has {config.registers} register tokens, for which {architecture} has no place: it cannot be "
+            "exported. Our own tools read it as it is; encoders for export are trained with --register_tokens 0"
+        )
 
 
 def compare(staging: Path, read: tuple, written: tuple) -> None:

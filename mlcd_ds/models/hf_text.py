@@ -151,6 +151,7 @@ def write_pair(
             f"the tokenizer's end token has the id {LEGACY_END_TOKEN}, which transformers takes for a mark of old CLIP "
             "folders: such a text tower cannot be exported. Train with CLIP's tokenizer, or one of tools/train_tokenizer.py"
         )
+    hf.refuse_registers(image_config, "CLIPModel")
     kind = hf.DTYPES[dtype]
     rounded = [{name: tensor.to(kind) for name, tensor in weights.items()} for _, weights in (image, text)]
     scale = log_scale.reshape(()).to(kind)

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from mlcd_ds.errors import ConfigError
-from mlcd_ds.models.vit import Block, BlockRunner, TransformerConfig, VisionTransformer
+from mlcd_ds.models.vit import Block, BlockRunner, Dropping, TransformerConfig, VisionTransformer, Visit
 
 VOCABULARY = 49_408
 """Of CLIP's tokenizer."""
@@ -104,6 +104,7 @@ class TextTransformer(nn.Module):
             self.norm_post = nn.LayerNorm(config.width, eps=config.norm_eps)
             self.projection = nn.Linear(config.width, config.embed_dim, bias=False)
         self._run_block: BlockRunner | None = None
+        self._blocks_run = 0
         self.to_empty(device=device)
         if device.type != "meta":
             self.initialise(seed)
@@ -127,9 +128,13 @@ class TextTransformer(nn.Module):
         for parameter, std in [*stds, (self.projection.weight, narrow)]:
             nn.init.normal_(parameter, std=std, generator=generator)
 
-    def set_checkpointing(self, runner: BlockRunner | None) -> None:
-        """Runs each block through `runner(block, x_BTW)`, which may recompute it in backward; None: plainly."""
+    def set_checkpointing(self, runner: BlockRunner | None, blocks: int | None = None) -> None:
+        """Runs the first `blocks` blocks (None: all) through `runner(block, x_BTW)`, which may recompute them in backward.
+
+        runner None: plainly.
+        """
         self._run_block = runner
+        self._blocks_run = len(self.blocks) if blocks is None else blocks
 
     def forward(self, tokens_BT: torch.Tensor) -> torch.Tensor:
         """[B, E], not normalised. tokens_BT: int, each row with an end token; what stands behind it does not count.
@@ -137,8 +142,9 @@ class TextTransformer(nn.Module):
         A row without one is embedded at its first token: finite, and of no meaning.
         """
         x_BTW = self.embeddings(tokens_BT)
-        for block in self.blocks:
-            x_BTW = block(x_BTW) if self._run_block is None else self._run_block(block, x_BTW)
+        for index, block in enumerate(self.blocks):
+            is_run = self._run_block is not None and index < self._blocks_run
+            x_BTW = self._run_block(block, x_BTW) if is_run else block(x_BTW)
         ends_B = (tokens_BT == self.config.end_token).int().argmax(dim=1)
         x_BW = x_BTW[torch.arange(len(x_BTW), device=x_BTW.device), ends_B]
         return self.projection(self.norm_post(x_BW))
@@ -188,11 +194,21 @@ class ImageTextModel(nn.Module):
             self.image.eval()
         return self
 
-    def set_checkpointing(self, runner: BlockRunner | None) -> None:
-        """Of both towers, but not of a locked one, which keeps nothing for a backward pass."""
-        self.text.set_checkpointing(runner)
+    @property
+    def depth(self) -> int:
+        """Blocks of the deeper tower."""
+        return max(len(self.image.blocks), len(self.text.blocks))
+
+    @property
+    def dropping(self) -> Dropping | None:
+        """What the image tower leaves out, nothing where it is locked."""
+        return None if self.locked else self.image.dropping
+
+    def set_checkpointing(self, runner: BlockRunner | None, blocks: int | None = None) -> None:
+        """Of the first `blocks` blocks of both towers, but not of a locked one, which keeps nothing for a backward pass."""
+        self.text.set_checkpointing(runner, blocks)
         if not self.locked:
-            self.image.set_checkpointing(runner)
+            self.image.set_checkpointing(runner, blocks)
 
     def first_weights(self) -> list[nn.Parameter]:
         """The weights that the backward pass comes to last, of each tower that has one."""
@@ -200,14 +216,15 @@ class ImageTextModel(nn.Module):
         return words if self.locked else [*self.image.first_weights(), *words]
 
     def forward(
-        self, images_B3HH: torch.Tensor, tokens_BT: torch.Tensor
+        self, images_B3HH: torch.Tensor, tokens_BT: torch.Tensor, visit: Visit | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(image embeddings [B, E], text embeddings [B, E], neither normalised; scale of the logits [1]).
 
-        images_B3HH: or the image embeddings [B, E] themselves, where a locked tower has made them before.
+        images_B3HH: or the image embeddings [B, E] themselves, where a locked tower has made them before. visit: see
+        `VisionTransformer.forward_features`.
         """
         images_BE = images_B3HH
         if images_B3HH.dim() == 4:
             with torch.set_grad_enabled(torch.is_grad_enabled() and not self.locked):
-                images_BE = self.image(images_B3HH)
+                images_BE = self.image(images_B3HH, visit)
         return images_BE, self.text(tokens_BT), _ClippedExponential.apply(self.log_scale)

@@ -1,13 +1,20 @@
 """The image encoder: CLIP's pre-norm vision transformer (Radford et al. 2021), one table of presets.
 
 With `rope`, positions are two-dimensional rotary angles, as in the published MLCD ViT-bigG, instead of learned vectors.
+Only the class token leaves the encoder, so the last block computes queries, attention and MLP for it alone: the same
+numbers and a block less of most work (5 percent of L, 7 of B).
 
-Shapes: B images, H height = width in pixels, N patches, T = 1 + N tokens (class token first), W width, A attention
-heads, h = W / A head width, E embedding width.
+In training, drop path (Huang et al. 2016) and patch dropout (FLIP, Li et al. 2023) may leave out branches and patches. What
+is left out follows from a hash of (seed, step, slot in the global batch, layer or patch): torch's generators are not asked,
+the number of ranks does not enter, a recomputed or resumed step drops the same.
+
+Shapes: B images, H height = width in pixels, N patches (n of them kept), R registers, T = 1 + R + N tokens (class token,
+registers, patches), W width, A attention heads, h = W / A head width, E embedding width.
 """
 
 import difflib
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
@@ -18,6 +25,7 @@ from torch.nn import functional as F
 
 from mlcd_ds.config import Settings
 from mlcd_ds.errors import ConfigError
+from mlcd_ds.sampling import hash_
 
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -26,7 +34,10 @@ PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 ROPE_BASE = 10_000.0
 
 BlockRunner = Callable[..., torch.Tensor]
-"""`runner(block, *tensors)` returns `block(*tensors)`: what torch's and DeepSpeed's checkpoint functions do."""
+"""`runner(block, *inputs)` returns `block(*inputs)`: what torch's and DeepSpeed's checkpoint functions do."""
+
+_DROP_PATH, _PATCH_DROPOUT = 1 << 32, 2 << 32
+"""Added to seeds, which lie below: keeps these draws apart from each other and from the heads'."""
 
 
 class TransformerConfig(Settings):
@@ -47,6 +58,9 @@ class VitConfig(TransformerConfig):
     image_size: int = Field(ge=1, description="pixels")
     patch_size: int = Field(ge=1, description="pixels")
     rope: bool = Field(description="rotary 2D positions (MLCD bigG); false: learned ones (CLIP)")
+    registers: int = Field(
+        0, ge=0, description="R, register tokens (Darcet et al. 2024); encoders once had none to name"
+    )
 
     @model_validator(mode="after")
     def _fits(self):
@@ -67,9 +81,71 @@ class VitConfig(TransformerConfig):
         return self.image_size // self.patch_size
 
     @property
+    def tokens(self) -> int:
+        """T."""
+        return 1 + self.registers + self.grid**2
+
+    @property
     def head_width(self) -> int:
         """h."""
         return self.width // self.heads
+
+
+@dataclass(frozen=True)
+class Visit:
+    """Which images of a run a forward pass sees: the `first_slot`-th and following ones of the global batch of `step`."""
+
+    step: int
+    first_slot: int
+
+
+@dataclass(frozen=True)
+class Dropping:
+    """What training leaves out at random.
+
+    drop_path: share of the images that a residual branch of the last block is left out for, falling linearly to none at the
+    first block; what is kept is scaled up by as much. patch_dropout: share of an image's patches that are left out, the
+    same number of every image.
+    """
+
+    seed: int
+    drop_path: float = 0.0
+    patch_dropout: float = 0.0
+
+    @property
+    def is_on(self) -> bool:
+        """Whether anything is ever left out."""
+        return self.drop_path > 0 or self.patch_dropout > 0
+
+    def kept_patches(self, patches: int) -> int:
+        """n of N, at least one."""
+        return max(1, int(patches * (1 - self.patch_dropout)))
+
+    def patches(self, visit: Visit, images: int, patches: int, device: torch.device) -> torch.Tensor | None:
+        """int64 [B, n], the kept patches of each image in raster order; None where all are."""
+        kept = self.kept_patches(patches)
+        if kept == patches:
+            return None
+        numbers_BN = _slots(visit, images, device)[:, None] * patches + _numbers(patches, device)
+        ranks_BN = hash_(numbers_BN, self.seed + _PATCH_DROPOUT, visit.step)  # all different: no ties
+        return ranks_BN.argsort(dim=1)[:, :kept].sort(dim=1)[0]
+
+    def scales(self, visit: Visit, images: int, layers: int, device: torch.device) -> torch.Tensor | None:
+        """float32 [layers, 2, B]: what each block's two branches are multiplied by, 0 or 1 / (1 - its rate); or None."""
+        if not self.drop_path:
+            return None
+        numbers_LB = _slots(visit, images, device) * (2 * layers) + _numbers(2 * layers, device)[:, None]
+        hashes_LB = hash_(numbers_LB, self.seed + _DROP_PATH, visit.step).bitwise_and_(0x7FFFFFFF)
+        thresholds_L1, scales_L1 = _drop_rates(self.drop_path, layers, device)
+        return torch.where(hashes_LB < thresholds_L1, 0.0, scales_L1).view(layers, 2, images)
+
+
+def _slots(visit: Visit, images: int, device: torch.device) -> torch.Tensor:
+    return torch.arange(visit.first_slot, visit.first_slot + images, dtype=torch.int32, device=device)
+
+
+def _numbers(count: int, device: torch.device) -> torch.Tensor:
+    return torch.arange(count, dtype=torch.int32, device=device)
 
 
 def _clip_vit(
@@ -112,8 +188,8 @@ PRESETS: dict[str, VitConfig] = {
 }
 
 
-def preset(name: str, image_size: int | None = None) -> VitConfig:
-    """The preset `name`, at another image size (pixels) if one is given.
+def preset(name: str, image_size: int | None = None, registers: int = 0) -> VitConfig:
+    """The preset `name`, at another image size (pixels) if one is given, with so many register tokens.
 
     Raises ConfigError for an unknown name, or a size that the patch size does not divide.
     """
@@ -124,6 +200,7 @@ def preset(name: str, image_size: int | None = None) -> VitConfig:
     fields = PRESETS[name].model_dump()
     if image_size is not None:
         fields["image_size"] = image_size
+    fields["registers"] = registers
     try:
         return VitConfig(**fields)
     except ValidationError as error:
@@ -143,6 +220,12 @@ def _pixel_affine(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     return shift.float().view(3, 1, 1).to(device), scale.float().view(3, 1, 1).to(device)
 
 
+def normalised(images_B3HH: torch.Tensor) -> torch.Tensor:
+    """uint8 images to float32 ones, by CLIP's mean and deviation."""
+    shift, scale = _pixel_affine(images_B3HH.device)
+    return torch.addcmul(shift, images_B3HH.float(), scale)
+
+
 @lru_cache(maxsize=16)
 @torch.inference_mode(False)
 def _patch_angles(grid: int, head_width: int, device: torch.device) -> torch.Tensor:
@@ -155,8 +238,36 @@ def _patch_angles(grid: int, head_width: int, device: torch.device) -> torch.Ten
     return torch.cat([rows, columns], dim=-1).reshape(grid * grid, 2 * quarter).to(device)
 
 
+@lru_cache(maxsize=16)
+@torch.inference_mode(False)
+def _drop_rates(rate: float, layers: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """(int32 thresholds of 31-bit hashes, float32 scales of what is kept), [2 layers, 1] each: two branches a block."""
+    rates = [rate * (layer / (layers - 1) if layers > 1 else 1.0) for layer in range(layers) for _ in range(2)]
+    thresholds = torch.tensor([int(r * 2**31) for r in rates], dtype=torch.int32)
+    scales = torch.tensor([1 / (1 - r) for r in rates])
+    return thresholds[:, None].to(device), scales[:, None].to(device)
+
+
+def norm_class(kind: str) -> type[nn.Module]:
+    """The class of "torch" or "apex" layer norms; weights have the same names. Raises ConfigError where apex is absent."""
+    if kind == "torch":
+        return nn.LayerNorm
+    try:
+        from apex.normalization import FusedLayerNorm
+    except ImportError as error:
+        raise ConfigError(
+            f"--norm apex: NVIDIA's apex is not there ({error}). Leave --norm out for torch's layer norm (--compile fuses "
+            "that, too), or build apex from https://github.com/NVIDIA/apex with its CUDA extensions; `pip install apex` "
+            "fetches an unrelated package"
+        ) from None
+    return FusedLayerNorm
+
+
 def rotate(x_BATh: torch.Tensor, angles_Tr: torch.Tensor) -> torch.Tensor:
-    """Rotates the pair (x_i, x_{i + h/2}) of each token by its angle i (r = h/2), in float32; the input's dtype."""
+    """Rotates the pair (x_i, x_{i + h/2}) of each token by its angle i (r = h/2), in float32; the input's dtype.
+
+    The angles may have leading dimensions [B, 1].
+    """
     first, second = x_BATh.float().chunk(2, dim=-1)
     cos, sin = angles_Tr.cos(), angles_Tr.sin()
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x_BATh.dtype)
@@ -171,9 +282,9 @@ class QuickGELU(nn.Module):
 
 
 class Embeddings(nn.Module):
-    """Pixels to tokens: patches, the class token, learned positions.
+    """Pixels to tokens: patches, the class token, registers, learned positions (of all but the registers).
 
-    Class token and positions are parameters of this module, used in its own forward: ZeRO-3 gathers them just there.
+    All are parameters of this module, used in its own forward: ZeRO-3 gathers them just there.
     """
 
     def __init__(self, config: VitConfig):
@@ -182,36 +293,69 @@ class Embeddings(nn.Module):
         self.patch = nn.Conv2d(3, config.width, config.patch_size, stride=config.patch_size, bias=False)
         self.class_token = nn.Parameter(torch.empty(config.width))
         self.positions = None if config.rope else nn.Parameter(torch.empty(1 + config.grid**2, config.width))
+        self.registers = nn.Parameter(torch.empty(config.registers, config.width)) if config.registers else None
 
-    def forward(self, images_B3HH: torch.Tensor) -> torch.Tensor:
-        """uint8 images, or floating ones already normalised, to tokens_BTW in the weights' dtype."""
+    def forward(self, images_B3HH: torch.Tensor, kept_Bn: torch.Tensor | None = None) -> torch.Tensor:
+        """uint8 images, or floating ones already normalised, to tokens_BTW in the weights' dtype.
+
+        kept_Bn: int64, the patches that become tokens; None: all.
+        """
         if images_B3HH.shape[1:] != (3, self.image_size, self.image_size):
             raise ValueError(
                 f"images have shape {tuple(images_B3HH.shape)}; this encoder takes "
                 f"[B, 3, {self.image_size}, {self.image_size}]"
             )
-        pixels = images_B3HH
-        if not pixels.is_floating_point():
-            shift, scale = _pixel_affine(pixels.device)
-            pixels = torch.addcmul(shift, pixels.float(), scale)
+        pixels = images_B3HH if images_B3HH.is_floating_point() else normalised(images_B3HH)
         patches_BNW = self.patch(pixels.to(self.patch.weight.dtype)).flatten(2).transpose(1, 2)
-        class_B1W = self.class_token.expand(len(patches_BNW), 1, -1)
-        tokens_BTW = torch.cat([class_B1W, patches_BNW], dim=1)
-        return tokens_BTW if self.positions is None else tokens_BTW + self.positions
+        B, class_W = len(patches_BNW), self.class_token
+        if self.positions is not None:
+            class_W, patches_BNW = class_W + self.positions[0], patches_BNW + self.positions[1:]
+        if kept_Bn is not None:
+            patches_BNW = patches_BNW.gather(1, kept_Bn[..., None].expand(-1, -1, patches_BNW.shape[-1]))
+        before = [class_W.expand(B, 1, -1)]
+        if self.registers is not None:
+            before.append(self.registers.expand(B, -1, -1))
+        return torch.cat([*before, patches_BNW], dim=1)
 
 
 class TokenAngles(nn.Module):
-    """The rotary angles of all tokens; those of the class token, which has no place in the grid, are learned."""
+    """The rotary angles of all tokens.
+
+    Those of the class token, which has no place in the grid, are learned; registers, which have none either, are not turned.
+    """
 
     def __init__(self, config: VitConfig):
         super().__init__()
-        self.grid, self.head_width = config.grid, config.head_width
+        self.grid, self.head_width, self.registers = config.grid, config.head_width, config.registers
         self.class_angle = nn.Parameter(torch.empty(1, config.head_width // 2))
 
-    def forward(self) -> torch.Tensor:
-        """float32 [T, h/2]."""
-        patches = _patch_angles(self.grid, self.head_width, self.class_angle.device)
-        return torch.cat([self.class_angle.float(), patches])
+    def forward(self, kept_Bn: torch.Tensor | None = None) -> torch.Tensor:
+        """float32 [T, h/2]; [B, 1, T, h/2] of the patches kept_Bn alone."""
+        patches_Nr = _patch_angles(self.grid, self.head_width, self.class_angle.device)
+        before_r = torch.cat([self.class_angle.float(), patches_Nr.new_zeros(self.registers, patches_Nr.shape[1])])
+        if kept_Bn is None:
+            return torch.cat([before_r, patches_Nr])
+        return torch.cat([before_r.expand(len(kept_Bn), -1, -1), patches_Nr[kept_Bn]], dim=1)[:, None]
+
+
+class QueriesKeysValues(nn.Linear):
+    """One matrix for queries, keys and values."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__(width, 3 * width)
+        self.heads = heads
+
+    def forward(self, x_BTW: torch.Tensor, class_only: bool = False) -> tuple[torch.Tensor, ...]:
+        """[B, T, W] to queries, keys, values [B, A, T, h] each; class_only: queries of the first token alone."""
+        B, T, W = x_BTW.shape
+        if not class_only:
+            return super().forward(x_BTW).view(B, T, 3, self.heads, W // self.heads).permute(2, 0, 3, 1, 4).unbind()
+        q_BW = F.linear(x_BTW[:, 0], self.weight[:W], self.bias[:W])
+        kv_BT2W = F.linear(x_BTW, self.weight[W:], self.bias[W:])
+        return (
+            q_BW.view(B, self.heads, 1, W // self.heads),
+            *kv_BT2W.view(B, T, 2, self.heads, W // self.heads).permute(2, 0, 3, 1, 4).unbind(),
+        )
 
 
 class Attention(nn.Module):
@@ -222,57 +366,79 @@ class Attention(nn.Module):
 
     def __init__(self, config: TransformerConfig, causal: bool = False):
         super().__init__()
-        self.heads, self.causal = config.heads, causal
-        self.qkv = nn.Linear(config.width, 3 * config.width)
+        self.causal = causal
+        self.qkv = QueriesKeysValues(config.width, config.heads)
         self.out = nn.Linear(config.width, config.width)
 
-    def forward(self, x_BTW: torch.Tensor, angles_Tr: torch.Tensor | None) -> torch.Tensor:
-        """[B, T, W] to [B, T, W]."""
-        B, T, W = x_BTW.shape
-        q, k, v = self.qkv(x_BTW).view(B, T, 3, self.heads, W // self.heads).permute(2, 0, 3, 1, 4)
+    def forward(
+        self, x_BTW: torch.Tensor, angles_Tr: torch.Tensor | None = None, class_only: bool = False
+    ) -> torch.Tensor:
+        """[B, T, W] to [B, T, W]; class_only: to [B, 1, W], what the first token gets."""
+        q, k, v = self.qkv(x_BTW, class_only)
         if angles_Tr is not None:
-            q, k = rotate(q, angles_Tr), rotate(k, angles_Tr)
-        x_BATh = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
-        return self.out(x_BATh.transpose(1, 2).reshape(B, T, W))
+            q, k = rotate(q, angles_Tr[..., : q.shape[2], :]), rotate(k, angles_Tr)
+        return self.out(F.scaled_dot_product_attention(q, k, v, is_causal=self.causal).transpose(1, 2).flatten(2))
 
 
 class Block(nn.Module):
     """One pre-norm layer: x + attention(norm(x)), then x + mlp(norm(x)). config, causal: see `Attention`."""
 
-    def __init__(self, config: TransformerConfig, causal: bool = False):
+    def __init__(self, config: TransformerConfig, causal: bool = False, norm: type[nn.Module] = nn.LayerNorm):
         super().__init__()
-        self.norm1 = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.norm1 = norm(config.width, eps=config.norm_eps)
         self.attention = Attention(config, causal)
-        self.norm2 = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.norm2 = norm(config.width, eps=config.norm_eps)
         self.fc1 = nn.Linear(config.width, config.mlp_width)
         self.activation = nn.GELU() if config.activation == "gelu" else QuickGELU()
         self.fc2 = nn.Linear(config.mlp_width, config.width)
 
-    def forward(self, x_BTW: torch.Tensor, angles_Tr: torch.Tensor | None = None) -> torch.Tensor:
-        """[B, T, W] to [B, T, W]. angles_Tr: rotary angles, an input so that checkpointing sees their gradient."""
-        x_BTW = x_BTW + self.attention(self.norm1(x_BTW), angles_Tr)
-        return x_BTW + self.fc2(self.activation(self.fc1(self.norm2(x_BTW))))
+    def forward(
+        self,
+        x_BTW: torch.Tensor,
+        angles_Tr: torch.Tensor | None = None,
+        scales_2B: torch.Tensor | None = None,
+        class_only: bool = False,
+    ) -> torch.Tensor:
+        """[B, T, W] to [B, T, W]; class_only: to [B, 1, W], the first token alone.
+
+        angles_Tr: rotary angles, an input so that checkpointing sees their gradient. scales_2B: of the two branches.
+        """
+        attended_BtW = self.attention(self.norm1(x_BTW), angles_Tr, class_only)
+        x_BtW = (x_BTW[:, :1] if class_only else x_BTW) + _scaled(attended_BtW, scales_2B, 0)
+        return x_BtW + _scaled(self.fc2(self.activation(self.fc1(self.norm2(x_BtW)))), scales_2B, 1)
+
+
+def _scaled(branch_BTW: torch.Tensor, scales_2B: torch.Tensor | None, index: int) -> torch.Tensor:
+    """A residual branch times its images' factors, 0 where drop path leaves it out."""
+    if scales_2B is None:
+        return branch_BTW
+    return branch_BTW * scales_2B[index, :, None, None].to(branch_BTW.dtype)
 
 
 class VisionTransformer(nn.Module):
     """Images to embeddings.
 
     The initial weights are a function of (config, seed) alone, whatever the rank; without a seed torch's default
-    generator draws them. Under `torch.device("meta")` nothing is allocated or drawn.
+    generator draws them. Under `torch.device("meta")` nothing is allocated or drawn. norm: "torch" or "apex", see
+    `norm_class`. dropping: what a forward pass with a Visit leaves out.
     """
 
-    def __init__(self, config: VitConfig, seed: int | None = None):
+    def __init__(
+        self, config: VitConfig, seed: int | None = None, norm: str = "torch", dropping: Dropping | None = None
+    ):
         super().__init__()
-        self.config = config
+        self.config, self._norm = config, norm_class(norm)
+        self.dropping = dropping if dropping is not None and dropping.is_on else None
         device = torch.get_default_device()
         with torch.device("meta"):  # torch's own initial values would be drawn only to be thrown away
             self.embeddings = Embeddings(config)
             self.angles = TokenAngles(config) if config.rope else None
-            self.norm_pre = nn.LayerNorm(config.width, eps=config.norm_eps)
-            self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
-            self.norm_post = nn.LayerNorm(config.width, eps=config.norm_eps)
+            self.norm_pre = self._norm(config.width, eps=config.norm_eps)
+            self.blocks = nn.ModuleList(Block(config, norm=self._norm) for _ in range(config.layers))
+            self.norm_post = self._norm(config.width, eps=config.norm_eps)
             self.projection = nn.Linear(config.width, config.embed_dim, bias=False)
         self._run_block: BlockRunner | None = None
+        self._blocks_run = 0
         self.to_empty(device=device)
         if device.type != "meta":
             self.initialise(seed)
@@ -287,7 +453,7 @@ class VisionTransformer(nn.Module):
         # Residual branches add up: the last matrix of each is smaller by the root of their number.
         branch = narrow * (2 * config.layers) ** -0.5
         for module in self.modules():
-            if isinstance(module, nn.LayerNorm):
+            if isinstance(module, self._norm):
                 module.reset_parameters()
             elif isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
@@ -299,6 +465,8 @@ class VisionTransformer(nn.Module):
         normal(self.embeddings.class_token, narrow)
         if self.embeddings.positions is not None:
             normal(self.embeddings.positions, narrow)
+        if self.embeddings.registers is not None:
+            normal(self.embeddings.registers, narrow)
         if self.angles is not None:
             normal(self.angles.class_angle, (config.head_width // 2) ** -0.5)
         for block in self.blocks:
@@ -308,28 +476,53 @@ class VisionTransformer(nn.Module):
             normal(block.fc2.weight, branch)
         normal(self.projection.weight, narrow)
 
-    def set_checkpointing(self, runner: BlockRunner | None) -> None:
-        """Runs each block through `runner(block, *tensors)`, which may recompute it in backward; None: plainly.
+    def set_checkpointing(self, runner: BlockRunner | None, blocks: int | None = None) -> None:
+        """Runs the first `blocks` blocks (None: all) through `runner(block, *inputs)`; runner None: plainly.
 
-        The tensors are x_BTW and, with rotary positions, the angles.
+        A runner may recompute a block in backward. The inputs are x_BTW and, as far as there are any, angles, scales and
+        class_only, see `Block.forward`; tensors that blocks share are another object for each.
         """
         self._run_block = runner
+        self._blocks_run = len(self.blocks) if blocks is None else blocks
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks."""
+        return len(self.blocks)
 
     def first_weights(self) -> list[nn.Parameter]:
         """The weights that the backward pass comes to last."""
         return [self.embeddings.patch.weight]
 
-    def forward_features(self, images_B3HH: torch.Tensor) -> torch.Tensor:
-        """The class token after the last norm, [B, W]: what a linear probe reads. Images: see `Embeddings.forward`."""
-        x_BTW = self.norm_pre(self.embeddings(images_B3HH))
-        inputs = () if self.angles is None else (self.angles(),)
-        for block in self.blocks:
-            x_BTW = block(x_BTW, *inputs) if self._run_block is None else self._run_block(block, x_BTW, *inputs)
+    def forward_features(self, images_B3HH: torch.Tensor, visit: Visit | None = None) -> torch.Tensor:
+        """The class token after the last norm, [B, W]: what a linear probe reads. Images: see `Embeddings.forward`.
+
+        visit: in training, which images of the run these are; None: nothing is dropped.
+        """
+        kept_Bn = scales = None
+        if self.dropping is not None and visit is not None:
+            B, device, config = len(images_B3HH), images_B3HH.device, self.config
+            kept_Bn = self.dropping.patches(visit, B, config.grid**2, device)
+            scales = self.dropping.scales(visit, B, config.layers, device)
+        x_BTW = self.norm_pre(self.embeddings(images_B3HH, kept_Bn))
+        angles_Tr = None if self.angles is None else self.angles(kept_Bn)
+        for index, block in enumerate(self.blocks):
+            # A runner that moves its inputs off the device empties them: each block gets an alias of the angles. So their
+            # gradient is summed block by block, with a runner and without.
+            own_angles = None if angles_Tr is None else angles_Tr.view_as(angles_Tr)
+            own_scales = None if scales is None else scales[index]
+            # The class token alone leaves the last block.
+            inputs = (x_BTW, own_angles, own_scales, index == len(self.blocks) - 1)
+            is_run = self._run_block is not None and index < self._blocks_run
+            x_BTW = self._run_block(block, *inputs) if is_run else block(*inputs)
         return self.norm_post(x_BTW[:, 0])
 
-    def forward(self, images_B3HH: torch.Tensor) -> torch.Tensor:
-        """[B, E], not normalised. Images: uint8 [B, 3, H, H], or floats already normalised with CLIP's values."""
-        return self.projection(self.forward_features(images_B3HH))
+    def forward(self, images_B3HH: torch.Tensor, visit: Visit | None = None) -> torch.Tensor:
+        """[B, E], not normalised. Images: uint8 [B, 3, H, H], or floats already normalised with CLIP's values.
+
+        visit: see `forward_features`.
+        """
+        return self.projection(self.forward_features(images_B3HH, visit))
 
 
 def resize_positions(positions_TW: torch.Tensor, grid: int) -> torch.Tensor:
