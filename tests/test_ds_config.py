@@ -533,13 +533,15 @@ def test_activation_checkpointing_acts_by_its_presence():
     assert not resolve(minimal()).activation_checkpointing
     assert resolve(minimal(activation_checkpointing={})).activation_checkpointing
     copied = {"partition_activations": True, "contiguous_memory_optimization": True, "cpu_checkpointing": True}
-    settings = resolve(minimal(activation_checkpointing=copied))
-    assert settings.json["activation_checkpointing"] == {
-        "partition_activations": False,
-        "contiguous_memory_optimization": False,
-        "cpu_checkpointing": True,
-    }
-    assert sum("no model parallelism" in note for note in settings.notes) == 2
+    for device, waits_on_the_host in (("cuda", True), ("cpu", False)):
+        settings = resolve(minimal(activation_checkpointing=copied), device=device)
+        assert settings.json["activation_checkpointing"] == {
+            "partition_activations": False,
+            "contiguous_memory_optimization": False,
+            "cpu_checkpointing": waits_on_the_host,
+        }
+        assert sum("no model parallelism" in note for note in settings.notes) == 2
+        assert any("in host memory as it is" in note for note in settings.notes) != waits_on_the_host
 
 
 def test_logs_go_to_the_run_folder_unless_told_otherwise():
