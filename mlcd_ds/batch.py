@@ -25,7 +25,8 @@ class ImageLabelBatch:
 
     images_BCHH: uint8 [B, 3, H, H], RGB. Rows without an image are zero.
     labels_BL: int64 [B, L], nearest center first, NO_LABEL where an image has fewer, NO_IMAGE in rows without an image.
-    With H heads [B, H*L]: head h owns the columns h*L to (h+1)*L.
+    With H heads [B, H*L]: head h owns the columns h*L to (h+1)*L. Of a run on captions: the tokens of each image's caption,
+    NO_IMAGE in rows without an image.
     keys: the B sample keys, "" in rows without an image.
     """
 

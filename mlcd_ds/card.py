@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import torch
 
 from mlcd_ds.config import RunConfig, split_paths
+from mlcd_ds.contrastive import CHUNK_BYTES
 from mlcd_ds.ds_config import DeepSpeedSettings
+from mlcd_ds.models.text import TextConfig, TextTransformer
 from mlcd_ds.models.vit import VisionTransformer, VitConfig
 from mlcd_ds.partial_fc import workspace_bytes
 from mlcd_ds.partition import ClassPartition
@@ -37,44 +39,63 @@ class MemoryPlan:
         return self.weights + self.gradients + self.optimizer + self.activations + self.head + self.head_step
 
 
-def count_parameters(encoder: VitConfig) -> int:
-    """Parameters of an encoder, without allocating them."""
+def count_parameters(tower: VitConfig | TextConfig) -> int:
+    """Parameters of an encoder or a text tower, without allocating them."""
     with torch.device("meta"):
-        return sum(parameter.numel() for parameter in VisionTransformer(encoder).parameters())
+        model = VisionTransformer(tower) if isinstance(tower, VitConfig) else TextTransformer(tower)
+        return sum(parameter.numel() for parameter in model.parameters())
 
 
 def plan_memory(
-    encoder: VitConfig, settings: DeepSpeedSettings, config: RunConfig, num_classes: Sequence[int], world_size: int
+    encoder: VitConfig,
+    settings: DeepSpeedSettings,
+    config: RunConfig,
+    num_classes: Sequence[int],
+    world_size: int,
+    text: TextConfig | None = None,
 ) -> MemoryPlan:
     """What one rank will need, by the arithmetic of ZeRO (Rajbhandari et al. 2020, section 5) and of the heads.
 
-    num_classes: of each head.
+    num_classes: of each head. text: the text tower of a run on captions, which has no heads.
     """
-    parameters = count_parameters(encoder)
+    of_image, of_text = count_parameters(encoder), 0 if text is None else count_parameters(text)
+    parameters = of_image + of_text
+    trained = of_text if config.lock_image else parameters
     size = 2 if settings.precision == "bfloat16" else 4
     stage, ranks = settings.zero_stage, world_size
     master = 4 if size == 2 else 0
     tokens = 1 + (encoder.image_size // encoder.patch_size) ** 2
-    block = settings.micro_batch * tokens * encoder.width * size
-    kept = (
-        encoder.layers + ACTIVATIONS_PER_TOKEN
-        if settings.activation_checkpointing
-        else (encoder.layers * ACTIVATIONS_PER_TOKEN)
-    )
+    activations = 0 if config.lock_image else _activations(settings, encoder.layers, tokens * encoder.width * size)
+    if text is not None:
+        activations += _activations(settings, text.layers, text.context * text.width * size)
     heads = [_head_bytes(encoder, settings, config, classes, world_size) for classes in num_classes]
     weights = parameters * size // (ranks if stage == 3 else 1)
-    optimizer = parameters * (8 + master) // (ranks if stage >= 1 else 1)
+    optimizer = trained * (8 + master) // (ranks if stage >= 1 else 1)
     offloaded = {key for key in ("offload_param", "offload_optimizer") if key in settings.json["zero_optimization"]}
     return MemoryPlan(
         weights=0 if "offload_param" in offloaded else weights,
-        gradients=parameters * 4 // (ranks if stage >= 2 else 1),
+        gradients=trained * 4 // (ranks if stage >= 2 else 1),
         optimizer=0 if "offload_optimizer" in offloaded else optimizer,
-        activations=kept * block,
+        activations=activations,
         head=sum(centers for centers, _, _ in heads),
         # The heads' gradients live until the step; a workspace only until its head is done.
-        head_step=sum(step for _, step, _ in heads) + max(workspace for _, _, workspace in heads),
+        head_step=sum(step for _, step, _ in heads)
+        + max((workspace for _, _, workspace in heads), default=_contrast_bytes(encoder, settings, world_size)),
         host=weights * ("offload_param" in offloaded) + optimizer * ("offload_optimizer" in offloaded),
     )
+
+
+def _activations(settings: DeepSpeedSettings, layers: int, bytes_per_image: int) -> int:
+    """Bytes that a tower keeps of a micro-batch for its backward pass."""
+    kept = layers + ACTIVATIONS_PER_TOKEN if settings.activation_checkpointing else layers * ACTIVATIONS_PER_TOKEN
+    return kept * settings.micro_batch * bytes_per_image
+
+
+def _contrast_bytes(encoder: VitConfig, settings: DeepSpeedSettings, world_size: int) -> int:
+    """Bytes of the contrastive loss: both sides' embeddings of all ranks, two chunks of logits, own gradients."""
+    own = settings.global_batch // world_size
+    logits = min(CHUNK_BYTES, own * settings.global_batch * 4)
+    return (2 * settings.global_batch + 6 * own) * encoder.embed_dim * 4 + 2 * logits
 
 
 def _head_bytes(
@@ -131,13 +152,14 @@ def startup_card(
     world_size: int,
     device: str,
     unused: Sequence[str] = (),
+    text: TextConfig | None = None,
 ) -> str:
     """The card as text.
 
     num_classes: of each head, in the order of --labels. unused: what of the tars takes no part in the run
-    (ShardTable.unused).
+    (ShardTable.unused). text: the text tower of a run on captions.
     """
-    memory = plan_memory(encoder, settings, config, num_classes, world_size)
+    memory = plan_memory(encoder, settings, config, num_classes, world_size, text)
     parameters = count_parameters(encoder)
     patches = (encoder.image_size // encoder.patch_size) ** 2
     rows = [
@@ -152,19 +174,25 @@ def startup_card(
         ("length", f"{length.total_steps:,} steps = {length.samples:,} samples = {length.epochs:.4g} epochs"),
         (
             "learning rate",
-            f"{settings.learning_rate:g}, {length.warmup_steps:,} steps of warm-up; centers x {config.head_lr_scale:g}",
+            f"{settings.learning_rate:g}, {length.warmup_steps:,} steps of warm-up"
+            + (f"; centers x {config.head_lr_scale:g}" if text is None else ""),
         ),
         (
             "encoder",
             f"{config.model}, {encoder.image_size} px, {patches} patches, {parameters / 1e6:.1f}M parameters, "
             f"embedding {encoder.embed_dim}, checkpointing {'on' if settings.activation_checkpointing else 'off'}",
         ),
-        *_head_lines(config, settings, num_classes, world_size, device),
+        *(
+            _head_lines(config, settings, num_classes, world_size, device)
+            if text is None
+            else _text_lines(config, settings, text)
+        ),
         (
             "memory a rank",
             f"{_gb(memory.total)} (estimate): weights {_gb(memory.weights)}, gradients {_gb(memory.gradients)}, optimizer "
-            f"{_gb(memory.optimizer)}, activations {_gb(memory.activations)}, centers with moments {_gb(memory.head)}, "
-            f"head's step {_gb(memory.head_step)}"
+            f"{_gb(memory.optimizer)}, activations {_gb(memory.activations)}, "
+            + (f"centers with moments {_gb(memory.head)}, head's step " if text is None else "contrastive loss ")
+            + _gb(memory.head_step)
             + (f"; beside it {_gb(memory.host)} of host memory" if memory.host else ""),
         ),
         ("output", config.output_dir),
@@ -198,6 +226,19 @@ def _head_lines(
         sampled = sampled_rows(config, images, classes, world_size)
         counts.append(f"{rows:,} centers, about {sampled:,} sampled a micro-step")
     return [*lines, ("rows a rank", "; ".join(counts))]
+
+
+def _text_lines(config: RunConfig, settings: DeepSpeedSettings, text: TextConfig) -> list[tuple[str, str]]:
+    locked = f"the image tower stays as {config.init_from} has it (LiT)" if config.lock_image else "both towers learn"
+    passes = ", each image and text embedded twice" if settings.accumulation > 1 else ""
+    return [
+        (
+            "text tower",
+            f"{config.text_model}, {text.context} tokens of {text.vocabulary:,}, {count_parameters(text) / 1e6:.1f}M "
+            f"parameters, embedding {text.embed_dim}",
+        ),
+        ("objective", f"clip: {settings.global_batch:,} images against their captions{passes}; {locked}"),
+    ]
 
 
 def _draw(config: RunConfig) -> str:

@@ -10,6 +10,7 @@
             head_1/, head_2/ ...    the same of the other heads, where there are several
             ranks/rank_00000.safetensors       random number generators
             encoder/encoder.safetensors, encoder.json   the encoder alone, float32, for every tool that reads it
+        text/text.safetensors, text.json, tokenizer.json   of a run on captions: the text tower with the logits' scale
 
 A checkpoint is written as step_N.tmp by all ranks, hashed, given its manifest, synced, renamed; then `latest` follows.
 Whatever dies before the rename leaves a .tmp folder that nobody reads and the next save removes. What cannot be written on
@@ -32,10 +33,13 @@ from safetensors.torch import load_file
 
 from mlcd_ds import collectives
 from mlcd_ds.batch import head_suffix
+from mlcd_ds.data import tokenizer as tokenizers
+from mlcd_ds.data.tokenizer import CaptionTokenizer
 from mlcd_ds.errors import CheckpointError, NewerFormatError, SaveError
 from mlcd_ds.files import save_tensors, sha256, sync_file, sync_folder, write_json, write_text
-from mlcd_ds.models import hf
+from mlcd_ds.models import hf, hf_text
 from mlcd_ds.models.hf import PROJECTION
+from mlcd_ds.models.text import TextConfig, TextTransformer
 from mlcd_ds.models.vit import VisionTransformer, VitConfig, resize_positions
 from mlcd_ds.topology import Topology
 
@@ -370,6 +374,60 @@ def save_encoder(folder: Path, name: str, config: VitConfig, weights: dict[str, 
     )
 
 
+def save_text(
+    folder: Path, name: str, config: TextConfig, weights: dict[str, torch.Tensor], tokenizer: CaptionTokenizer
+) -> None:
+    """Writes the text tower of a run on captions. weights: float32 state dict, and `log_scale` [1]. The JSON comes last."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_tensors(folder / "text.safetensors", weights)
+    write_text(folder / tokenizers.FILE, tokenizer.text)
+    write_json(folder / "text.json", {"format_version": FORMAT_VERSION, "model": name, "config": config.model_dump()})
+
+
+@dataclass(frozen=True)
+class TextTower:
+    """A trained text tower. name: of its preset. log_scale: [1], logits are cosines times its exponential."""
+
+    name: str
+    model: TextTransformer
+    log_scale: torch.Tensor
+    tokenizer: CaptionTokenizer
+
+
+def load_text(path: str | Path) -> TextTower:
+    """The text tower that lies beside the encoder under `path` (see `find_encoder`, or hf:FOLDER), float32 on the CPU.
+
+    Raises CheckpointError where there is none, or files are missing or do not fit each other.
+    """
+    if str(path).startswith(HUGGING_FACE):
+        folder = Path(str(path).removeprefix(HUGGING_FACE))
+        config, weights, log_scale = hf_text.read_text(folder)
+        name, tokenizer = folder.name, CaptionTokenizer.load(folder)
+    else:
+        encoder = find_encoder(path)
+        folder = next((f / "text" for f in (encoder, encoder.parent) if (f / "text" / "text.json").is_file()), None)
+        if folder is None:
+            raise CheckpointError(
+                f"{path} has no text tower: its run was trained on labels. Train one on captions: train.py --objective clip "
+                f"--init_from {path} --lock_image"
+            )
+        try:
+            described = json.loads((folder / "text.json").read_text())
+            name, config = described["model"], TextConfig(**described["config"])
+            weights = load_file(folder / "text.safetensors")
+            log_scale = weights.pop(hf_text.SCALE)
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"the text tower in {folder} cannot be read: {error}") from None
+        tokenizer = CaptionTokenizer.load(folder)
+    model = TextTransformer(config, seed=0)
+    own = model.state_dict()
+    differing = [name for name in own if name not in weights or weights[name].shape != own[name].shape]
+    if differing or len(weights) != len(own):
+        raise CheckpointError(f"{folder}: the text tower's tensors do not fit its config ({_few(differing)})")
+    model.load_state_dict(weights)
+    return TextTower(name, model.eval(), log_scale, tokenizer)
+
+
 def find_encoder(path: str | Path) -> Path:
     """The encoder folder of a run folder (its newest checkpoint's), of a checkpoint folder, or `path` itself.
 
@@ -458,14 +516,14 @@ def fit_weights(model: VisionTransformer, weights: dict[str, torch.Tensor], wher
     return adapted
 
 
-def compare_encoder(weights: dict[str, torch.Tensor], folder: Path) -> None:
-    """Raises CheckpointError where float32 `weights` are not, bit for bit, those of an encoder folder."""
-    saved = load_file(folder / "encoder.safetensors")
+def compare_weights(weights: dict[str, torch.Tensor], file: Path) -> None:
+    """Raises CheckpointError where float32 `weights` are not, bit for bit, those in a file of a checkpoint."""
+    saved = load_file(file)
     differing = [name for name in weights if name not in saved or not torch.equal(weights[name], saved[name])]
     if differing:
         raise CheckpointError(
-            f"the encoder that DeepSpeed made of {folder.parent} is not the one that lies in {folder}: {len(differing)} "
-            f"tensors differ ({_few(differing)}). Resume with the number of ranks that it was written by, and report this."
+            f"what DeepSpeed made of {file.parents[1]} is not what lies in {file}: {len(differing)} tensors "
+            f" differ ({_few(differing)}). Resume with the number of ranks that it was written by, and report this."
         )
 
 

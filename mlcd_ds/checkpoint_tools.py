@@ -96,6 +96,8 @@ def reshard(config: ReshardConfig, to_universal: Callable[[Path, Path], None]) -
         shutil.rmtree(scratch)
         state["engine_format"] = UNIVERSAL
     shutil.copytree(found.path / "encoder", staging / "encoder", dirs_exist_ok=True)
+    if (found.path / "text").is_dir():
+        shutil.copytree(found.path / "text", staging / "text")
     for head, partition in zip(heads, partitions, strict=True):
         for shard in tqdm(range(config.world_size), desc=head, unit="shard"):
             rows = read_rows(found.path / head, partition.start(shard), partition.stop(shard))
@@ -126,6 +128,9 @@ def consolidate(config: ConsolidateConfig) -> None:
         shutil.rmtree(staging)  # of a process that died over it
     shutil.copytree(found.path / "encoder", staging)
     written = []
+    if (found.path / "text").is_dir():
+        shutil.copytree(found.path / "text", staging / "text")
+        written.append("text/")
     for folder in sorted(found.path.glob("head*")):
         num_classes, _ = rows_of(folder)
         centers = read_rows(folder, 0, num_classes, only=("centers",))["centers"]
@@ -133,7 +138,7 @@ def consolidate(config: ConsolidateConfig) -> None:
         save_tensors(staging / name, {"centers": centers}, {"step": str(found.step), "num_classes": str(num_classes)})
         written.append(f"{name} {list(centers.shape)}")
     staging.rename(target)
-    print(f"{target}: encoder.safetensors, {', '.join(written)} of {found.path.name}")
+    print(f"{target}: {', '.join(['encoder.safetensors', *written])} of {found.path.name}")
 
 
 def find_checkpoints(path: Path) -> list[Path]:

@@ -198,3 +198,37 @@ def on_main_for_long(topology: Topology, function: Callable[..., T], *arguments)
     if error is not None:
         raise error
     return result
+
+
+def all_for_long(topology: Topology, function: Callable[..., T], *arguments) -> list[T]:
+    """`function(*arguments)` on every rank: all results, in rank order, on every rank, however long each one takes.
+
+    The work, which must not communicate, is done in a thread; meanwhile the ranks exchange a word every second. The first
+    error of any rank is raised on all at once: a UserError as it is, another as a RuntimeError on the other ranks.
+    """
+    if not topology.is_distributed:
+        return [function(*arguments)]
+    outcome: list[tuple[T | None, Exception | None]] = []
+
+    def work() -> None:
+        try:
+            outcome.append((function(*arguments), None))
+        except Exception as raised:
+            outcome.append((None, raised))
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    while True:
+        thread.join(1.0)
+        told = None
+        if outcome:
+            result, error = outcome[0]
+            plain = error is None or isinstance(error, UserError)
+            said = RuntimeError(f"rank {topology.rank}: {type(error).__name__}: {error}")
+            told = result, error if plain else said
+        everyone = gather_objects(told, topology)
+        for _, error in filter(None, everyone):
+            if error is not None:
+                raise outcome[0][1] if outcome and outcome[0][1] is not None else error
+        if all(everyone):
+            return [result for result, _ in everyone]

@@ -7,7 +7,17 @@ that `--deepspeed_config` names; `ds_config.py` reads it.
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 
 def _finite(value: float) -> float:
@@ -117,12 +127,25 @@ class HeadConfig(Settings):
 class RunConfig(HeadConfig):
     """mlcd_ds/train.py."""
 
+    objective: Literal["mlcd", "mlc", "cd", "clip"] = Field(
+        "mlcd",
+        description="mlcd (eq. 5), mlc (eq. 4), cd (eq. 3, nearest center alone), or clip (eq. 1): images against the "
+        "captions in the tars, without labels",
+    )
+    tokenizer: str | None = Field(
+        None, description="clip: tokenizer.json, or a transformers tokenizer folder; tools/train_tokenizer.py makes one"
+    )
+    text_model: str = Field("text_b", description="clip: text tower preset (text_b, text_l: CLIP's; text_toy)")
+    lock_image: bool = Field(False, description="clip: keep the image tower of --init_from as it is (LiT)")
+
     deepspeed_config: str = Field(
         description="DeepSpeed JSON (ds_configs/): batch, precision, ZeRO, optimizer, schedule"
     )
     shards: str = Field(description="image tars: brace expansion, glob, text file of paths, '::' joins several")
     labels: str = Field(
-        description="folder of label shards, written by tools/assign_labels.py; '::' joins several, with a head for each"
+        "",
+        description="folder of label shards, written by tools/assign_labels.py; '::' joins several, with a head for each; "
+        "needed, but for clip",
     )
     output_dir: str = Field(description="the run folder")
     model: str = Field("vit_b32", description="encoder preset")
@@ -170,9 +193,50 @@ class RunConfig(HeadConfig):
     device: Literal["cpu", "cuda"] | None = Field(None, description="with --dry_run: what to plan for; none: as here")
     expect_world_size: int | None = Field(None, ge=1, description="refuse to start with another number of ranks")
 
+    @property
+    def labels_folders(self) -> tuple[str, ...]:
+        """The folders of --labels, one per head; none where captions are trained on."""
+        return split_paths(self.labels) if self.labels else ()
+
+    @property
+    def on_captions(self) -> bool:
+        """Whether images are paired with captions rather than with labels."""
+        return self.objective == "clip"
+
+    @field_validator("labels", mode="after")
+    @classmethod
+    def _needed(cls, value: str, info: ValidationInfo):
+        if not value and info.data.get("objective") != "clip":
+            raise PydanticCustomError("missing", "Field required")
+        return value
+
+    @model_validator(mode="after")
+    def _captions_or_labels(self):
+        defaults = {name: field.default for name, field in type(self).model_fields.items()}
+        given = [name for name, value in self if value != defaults[name]]
+        if self.on_captions:
+            idle = [name for name in ("labels", "centers", *HeadConfig.model_fields) if name in given]
+            idle = [f"--{name}" for name in idle if name != "objective"]
+            if idle:
+                raise ValueError(
+                    f"--objective clip learns from the captions in the tars and has no class head: {', '.join(idle)} "
+                    "would do nothing. Leave out, or choose another objective"
+                )
+            if self.tokenizer is None:
+                raise ValueError(
+                    "--objective clip needs --tokenizer: a tokenizer.json or a transformers tokenizer folder, or train one "
+                    "on the captions: python tools/train_tokenizer.py --shards TARS --output tokenizer.json"
+                )
+            if self.lock_image and self.init_from is None:
+                raise ValueError("--lock_image keeps the image tower of --init_from: name a run, or hf:FOLDER, there")
+            return self
+        if idle := [f"--{name}" for name in ("tokenizer", "text_model", "lock_image") if name in given]:
+            raise ValueError(f"{', '.join(idle)} is for --objective clip: add that, or leave it out")
+        return self
+
     @model_validator(mode="after")
     def _one_of_each_per_head(self):
-        folders = split_paths(self.labels)
+        folders = self.labels_folders
         centers = None if self.centers is None else split_paths(self.centers)
         if not all(folders):
             raise ValueError(f"--labels {self.labels!r} names an empty folder: write FOLDER or FOLDER::FOLDER")
@@ -247,6 +311,17 @@ class IndexShardsConfig(Settings):
     timeout_minutes: Finite = Field(60.0, gt=0, description="longest wait for another rank")
 
 
+class TokenizerConfig(Settings):
+    """tools/train_tokenizer.py."""
+
+    shards: str = Field(description="tars with captions: KEY.txt, or KEY.json with a caption")
+    output: str = Field(description="JSON file to write, for train.py's --tokenizer")
+    vocab_size: int = Field(8192, ge=3, description="tokens at most, special ones included (CLIP: 49,408)")
+    max_captions: int | None = Field(None, ge=1, description="captions to learn from at most; none: all")
+    shard_cache: str | None = Field(None, description="folder for remote tars; needed for URLs")
+    force: bool = Field(False, description="replace output where it exists")
+
+
 class FeaturesConfig(Settings):
     """tools/extract_features.py."""
 
@@ -302,6 +377,12 @@ class ClusterConfig(Settings):
     )
     coarse: int | None = Field(None, ge=1, description="with --two_level: coarse clusters; none: the root of k")
     refinements: int = Field(1, ge=0, description="with --two_level: iterations over all centers at the end")
+    probes: int = Field(
+        16,
+        ge=0,
+        description="with --two_level: nearest coarse clusters whose centers those look into; 0: all centers, each "
+        "iteration at the price of a flat one",
+    )
     seed: int = Field(0, ge=0)
     timeout_minutes: Finite = Field(60.0, gt=0, description="longest wait for another rank")
     dry_run: bool = Field(False, description="print memory, bytes, FLOPs and hours, and stop")
@@ -331,7 +412,7 @@ class ClusterConfig(Settings):
     @model_validator(mode="after")
     def _levels(self):
         if not self.two_level:
-            for name in ("coarse", "refinements"):
+            for name in ("coarse", "refinements", "probes"):
                 if getattr(self, name) != type(self).model_fields[name].default:
                     raise ValueError(f"--{name} {getattr(self, name)} is for --two_level: add that, or leave it out")
         elif self.coarse is not None and self.coarse > self.k:
@@ -413,28 +494,74 @@ class ConsolidateConfig(CheckpointPathConfig):
     output_dir: str = Field(description="folder to make, with encoder.safetensors and centers.safetensors")
 
 
-class ProbeConfig(Settings):
-    """tools/linear_probe.py."""
+class EvaluationConfig(Settings):
+    """What tools that evaluate frozen features have in common."""
 
     model: str = Field(
         description="run:PATH, untrained:RUN_PATH, features:TRAIN+TEST, hf:FOLDER (CLIP, MLCD), builtin:FILE.npz"
     )
-    train_shards: str = Field(description="tars whose KEY.json or KEY.cls names the true classes")
-    test_shards: str = Field(description="tars to report on")
+    train_shards: str | None = Field(
+        None, description="tars whose KEY.json, .cls or .npy names the true classes; needed without --root"
+    )
+    test_shards: str | None = Field(None, description="tars to report on")
+    root: str | None = Field(
+        None, description="folder of evaluation sets in CLIP_benchmark's layout, in place of shards"
+    )
+    datasets: str = Field("all", description="with --root: names joined by commas, or all: CLIP's 27")
+    dataset_name: str | None = Field(None, description="what results call --test_shards; none: the shards")
     output: str | None = Field(None, description="JSON to write; one that is newer than all inputs is kept")
+    output_dir: str | None = Field(None, description="folder for a JSON per set, each kept like --output")
+    cache: str | None = Field(
+        None, description="folder for features, found again by hashes of weights and tars; needed with many ranks"
+    )
     classes_key: str = Field("classes", description="field of KEY.json with the list of true classes")
     batch_size: int = Field(256, ge=1, description="images per forward pass")
     workers: int = Field(1, ge=1, description="decoding threads")
+    precision: Literal["float32", "bfloat16"] = Field("float32", description="of the encoder's products")
+    max_skipped_fraction: Finite = Field(0.01, ge=0, le=1, description="stop above this share of unusable images")
+    max_pixels: int = Field(50_000_000, ge=1)
+    shard_cache: str | None = Field(None, description="folder for remote tars; needed for URLs")
+    timeout_minutes: Finite = Field(60.0, gt=0, description="longest wait for another rank")
+
+    @model_validator(mode="after")
+    def _one_place(self):
+        shards = [f"--{name}" for name in ("train_shards", "test_shards") if getattr(self, name) is not None]
+        if self.root is not None and shards:
+            raise ValueError(f"--root and {' and '.join(shards)} both name images: give one of them")
+        if len(shards) == 1:
+            raise ValueError(f"{shards[0]} alone: --train_shards and --test_shards go together")
+        if self.root is not None and self.output is not None:
+            raise ValueError("--output is one file, --root may hold many sets: give --output_dir FOLDER")
+        if self.root is not None and self.model.startswith("features:"):
+            raise ValueError("--model features:TRAIN+TEST goes with --train_shards and --test_shards, not with --root")
+        return self
+
+
+class ProbeConfig(EvaluationConfig):
+    """tools/linear_probe.py."""
+
+    metric: Literal[
+        "auto",
+        "accuracy",
+        "mean_per_class",
+        "mean_average_precision",
+        "11_point_mean_average_precision",
+        "top1_top5",
+        "roc_auc",
+    ] = Field(
+        "auto",
+        description="what to report and pick lambda by; auto: as the paper does for its 27 sets, for others accuracy where "
+        "every image has one class, else mean_average_precision",
+    )
     max_iterations: int = Field(1000, ge=1, description="L-BFGS iterations")
     tolerance: Finite = Field(1e-6, gt=0, description="root of the loss per image that may be left to gain")
-    validation_fraction: Finite = Field(0.2, gt=0, lt=1, description="share of the training images that picks lambda")
+    validation_fraction: Finite = Field(
+        0.2, gt=0, lt=1, description="share of the training images that picks lambda where the set has no val/"
+    )
     lambda_min: Finite = Field(1e-6, gt=0, description="smallest lambda of the sweep (CLIP's range)")
     lambda_max: Finite = Field(1e6, gt=0, description="largest lambda of the sweep")
     lambda_coarse: int = Field(7, ge=1, description="log-spaced lambdas tried first")
     lambda_halvings: int = Field(4, ge=0, description="times the spacing is halved round the best: 4 gives 8 a decade")
-    max_skipped_fraction: Finite = Field(0.01, ge=0, le=1, description="stop above this share of unusable images")
-    max_pixels: int = Field(50_000_000, ge=1)
-    shard_cache: str | None = Field(None, description="folder for remote tars; needed for URLs")
     seed: int = Field(0, ge=0, description="of the validation split and of untrained weights")
 
     @model_validator(mode="after")
@@ -442,6 +569,15 @@ class ProbeConfig(Settings):
         if self.lambda_min > self.lambda_max:
             raise ValueError(f"--lambda_min {self.lambda_min} is above --lambda_max {self.lambda_max}")
         return self
+
+
+class KnnConfig(EvaluationConfig):
+    """tools/knn.py."""
+
+    k: str = Field("10,20,100,200", description="neighbours that vote, several joined by commas")
+    temperature: Finite = Field(0.07, gt=0, description="a neighbour of cosine c has exp(c / temperature) votes")
+    block_rows: int = Field(16_384, ge=1, description="training features that are compared at a time")
+    seed: int = Field(0, ge=0, description="of untrained weights")
 
 
 class ExportConfig(Settings):

@@ -1,4 +1,5 @@
 """DeepSpeed's engine around the encoder, the class heads beside it, as one step. The only file that imports deepspeed.
+contrastive_engine.py has the same around two towers that are trained on captions.
 
 Why a head is not in the engine: the engine would broadcast rank 0's centers over everybody's shards and average their
 gradients. The head's loss is the mean over the global batch on every rank; `engine.backward(loss)` divides it by the
@@ -74,6 +75,23 @@ class StepResult:
 
 
 @dataclass(frozen=True)
+class Computed:
+    """What a step has computed before it is known whether it may be taken.
+
+    loss, head_norm_values, stop_ranks: on the host, the same on every rank. head_norms: the same on the device. gradients:
+    of this rank's rows, per head. broken: of each micro-batch, whether its embeddings were no numbers. stats: StepResult's.
+    """
+
+    loss: float
+    stop_ranks: int
+    broken: list[torch.Tensor]
+    stats: dict[str, torch.Tensor]
+    gradients: Sequence[RowGradient] = ()
+    head_norms: torch.Tensor | Sequence[torch.Tensor] = ()
+    head_norm_values: Sequence[float] = ()
+
+
+@dataclass(frozen=True)
 class _Marks:
     """The classes of a step's A micro-batches and H heads, before the host knows how many there are.
 
@@ -92,7 +110,8 @@ class TrainEngine:
     """Encoder and heads, trained together: one `train_step` moves all or none.
 
     model: the encoder, taken over by DeepSpeed. heads: this rank's shard of each. settings: the resolved JSON. config: the
-    heads' weights and optimizer settings. topology must have been started.
+    heads' weights and optimizer settings. topology must have been started. `_compute`, `_save_model` and `_compare_model`
+    are what another kind of training does otherwise.
     """
 
     def __init__(
@@ -141,7 +160,8 @@ class TrainEngine:
         self._own_gradient_is_bad: list[torch.Tensor] = []
         self._write_error: Exception | None = None
         self._make_writes_patient()
-        model.embeddings.patch.weight.register_hook(self._note_own_gradient)
+        for weight in model.first_weights():
+            weight.register_hook(self._note_own_gradient)
 
     @property
     def monitor_events(self):
@@ -169,6 +189,50 @@ class TrainEngine:
         waiting for that. stop_wanted: asked late in the step; the answers of all ranks are summed by the all-reduce that
         sums the heads' norms, and come to the host with the loss.
         """
+        self._own_gradient_is_bad.clear()
+        computed = self._compute(batch, step, collect_stats, next_batch, stop_wanted)
+        plain_norm = self._norm_without_zero()
+        finite = all(math.isfinite(value) for value in (computed.loss, *computed.head_norm_values, plain_norm or 0.0))
+        learning_rate = self.engine.get_lr()[0]
+        with contextlib.nullcontext() if finite else self._overflowing():
+            self.engine.step()
+        applied = bool(self.engine.was_step_applied())
+        norm = self.engine.get_global_grad_norm() if plain_norm is None else plain_norm
+        norm = math.nan if norm is None else float(norm)  # before the heads' steps are queued: the host may wait for it
+        bad, bad_ranks = "", ()
+        gradients = computed.gradients
+        if applied:
+            for optimizer, gradient, head_norm in zip(
+                self.head_optimizers, gradients, computed.head_norms, strict=True
+            ):
+                self._step_head(optimizer, gradient, head_norm, learning_rate * self.config.head_lr_scale, step)
+        else:
+            self.skipped_steps += 1
+            bad, bad_ranks = self._whose_fault(computed.broken, [gradient.values_SD for gradient in gradients])
+        for head, gradient in zip(self.heads, gradients, strict=True):
+            head.recycle(gradient)
+        return StepResult(
+            loss=computed.loss,
+            grad_norm=norm,
+            head_grad_norms=tuple(computed.head_norm_values),
+            learning_rate=learning_rate,
+            head_learning_rate=learning_rate * self.config.head_lr_scale,
+            applied=applied,
+            stats=computed.stats,
+            bad=bad,
+            bad_ranks=bad_ranks,
+            stop_ranks=computed.stop_ranks,
+        )
+
+    def _compute(
+        self,
+        batch: ImageLabelBatch,
+        step: int,
+        collect_stats: bool,
+        next_batch: ImageLabelBatch | None,
+        stop_wanted: Callable[[], bool],
+    ) -> Computed:
+        """Forward and backward passes of all micro-batches, up to the step itself. Arguments as for `train_step`."""
         micro_batches = batch.split(self.settings.micro_batch)
         marks, sizes = self._ahead or (None, [])
         if marks is None or marks.batch is not batch or marks.step != step:
@@ -180,7 +244,6 @@ class TrainEngine:
         del marks
         for head in self.heads:
             head.take_gradients()  # of a step that was interrupted between its head and its encoder
-        self._own_gradient_is_bad.clear()
         losses, stats, broken = [], [], []
         for index, micro in enumerate(micro_batches):
             embeddings = self.engine(micro.images_BCHH.to(self.topology.device, non_blocking=True))
@@ -213,34 +276,14 @@ class TrainEngine:
         head_norm_values = rest[: len(head_norms)]
         if ahead is not None:
             self._ahead = ahead, [int(size) for size in rest[len(head_norms) :]]
-        plain_norm = self._norm_without_zero()
-        finite = all(math.isfinite(value) for value in (loss, *head_norm_values, plain_norm or 0.0))
-        learning_rate = self.engine.get_lr()[0]
-        with contextlib.nullcontext() if finite else self._overflowing():
-            self.engine.step()
-        applied = bool(self.engine.was_step_applied())
-        norm = self.engine.get_global_grad_norm() if plain_norm is None else plain_norm
-        norm = math.nan if norm is None else float(norm)  # before the heads' steps are queued: the host may wait for it
-        bad, bad_ranks = "", ()
-        if applied:
-            for optimizer, gradient, head_norm in zip(self.head_optimizers, gradients, head_norms, strict=True):
-                self._step_head(optimizer, gradient, head_norm, learning_rate * self.config.head_lr_scale, step)
-        else:
-            self.skipped_steps += 1
-            bad, bad_ranks = self._whose_fault(broken, own)
-        for head, gradient in zip(self.heads, gradients, strict=True):
-            head.recycle(gradient)
-        return StepResult(
+        return Computed(
             loss=loss,
-            grad_norm=norm,
-            head_grad_norms=tuple(head_norm_values),
-            learning_rate=learning_rate,
-            head_learning_rate=learning_rate * self.config.head_lr_scale,
-            applied=applied,
-            stats=_averaged(stats, weights) if collect_stats else {},
-            bad=bad,
-            bad_ranks=bad_ranks,
             stop_ranks=round(stopping),
+            broken=broken,
+            stats=_averaged(stats, weights) if collect_stats else {},
+            gradients=gradients,
+            head_norms=head_norms,
+            head_norm_values=head_norm_values,
         )
 
     def _whose_fault(self, broken: list[torch.Tensor], own: list[torch.Tensor]) -> tuple[str, tuple[int, ...]]:
@@ -251,11 +294,12 @@ class TrainEngine:
         """
         gradients = [*self._own_gradient_is_bad, *(~torch.isfinite(values).all() for values in own)]
         signs = {
-            "embeddings": torch.stack(broken).any(),
-            "centers": torch.stack([~torch.isfinite(head.centers.detach()).all() for head in self.heads]).any(),
-            "gradients": torch.stack(gradients).any(),
+            "embeddings": broken,
+            "centers": [~torch.isfinite(head.centers.detach()).all() for head in self.heads],
+            "gradients": gradients,
         }
-        of_ranks = collectives.gather_objects({what: sign.item() for what, sign in signs.items()}, self.topology)
+        found = {what: any(sign.item() for sign in several) for what, several in signs.items()}
+        of_ranks = collectives.gather_objects(found, self.topology)
         for what in signs:
             if ranks := tuple(rank for rank, found in enumerate(of_ranks) if found[what]):
                 return what, ranks
@@ -390,10 +434,12 @@ class TrainEngine:
         monitor.write_events = never_stopping(monitor.write_events, "a log of DeepSpeed's monitors")
 
     def encoder_weights(self) -> dict[str, torch.Tensor]:
-        """The encoder's float32 weights on the CPU, whole, whatever the ZeRO stage. Every rank must call it."""
+        """The trained float32 weights on the CPU, whole, whatever the ZeRO stage. Every rank must call it."""
         partitioned = self.settings.zero_stage == 3 or self.settings.precision != "float32"
         weights = {}
         for name, parameter in self.engine.module.named_parameters():
+            if not parameter.requires_grad:
+                continue
             full = deepspeed.utils.safe_get_full_fp32_param(parameter) if partitioned else None
             weights[name] = (parameter if full is None else full).detach().float().cpu()
         return weights
@@ -422,7 +468,11 @@ class TrainEngine:
             random_states["cuda"] = torch.cuda.get_rng_state()
         save_tensors(self._rank_file(folder), random_states)
         if self.topology.is_main:
-            checkpoint.save_encoder(folder / "encoder", model_name, self.engine.module.config, weights)
+            self._save_model(folder, model_name, weights)
+
+    def _save_model(self, folder: Path, model_name: str, weights: dict[str, torch.Tensor]) -> None:
+        """Writes what tools read of a checkpoint, on rank 0. weights: `encoder_weights`."""
+        checkpoint.save_encoder(folder / "encoder", model_name, self.engine.module.config, weights)
 
     def load(self, found: Checkpoint, seed: int) -> None:
         """Goes on from a checkpoint, whatever number of ranks and ZeRO stage it was written by.
@@ -503,7 +553,11 @@ class TrainEngine:
     def _compare_encoder(self, folder: Path) -> None:
         """Holds the encoder, after a conversion, to the one that lies beside it in the checkpoint. Every rank calls it."""
         weights = self.encoder_weights()
-        collectives.on_main(self.topology, checkpoint.compare_encoder, weights, folder / "encoder")
+        collectives.on_main(self.topology, self._compare_model, weights, folder)
+
+    def _compare_model(self, weights: dict[str, torch.Tensor], folder: Path) -> None:
+        """Raises CheckpointError where `encoder_weights` are not those that `_save_model` has written."""
+        checkpoint.compare_weights(weights, folder / "encoder" / "encoder.safetensors")
 
     def _head_rows(self, folder: Path) -> list[tuple[Path, PartialFC, dict[str, torch.Tensor]]]:
         """(its folder in a checkpoint, the head, its rows by name) of each head."""

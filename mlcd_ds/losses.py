@@ -11,6 +11,8 @@ sampled negatives, s_j = S cos_j for a negative, s_i = S phi(cos_i) for a positi
 With Q = sum_i exp(-s_i) and N = sum_j exp(s_j), mlcd is log(1+Q) + log(1+N) and mlc is log(1+QN): two sums per image
 are all that shards have to exchange.
 
+    clip (eq. 1)   the contrastive loss of images and texts, see `clip_loss`
+
 Shapes: G images, K classes, L labels an image.
 """
 
@@ -18,6 +20,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+from torch.nn import functional as F
 
 from mlcd_ds.batch import NO_LABEL
 from mlcd_ds.errors import ConfigError
@@ -151,6 +154,25 @@ def lengths(rows_nD: torch.Tensor, out: torch.Tensor | None = None) -> torch.Ten
     norm_n = torch.linalg.vector_norm(rows_nD, dim=1, out=out)
     is_zero_n = norm_n <= NORM_FLOOR
     return norm_n.masked_fill(is_zero_n, math.inf) if out is None else norm_n.masked_fill_(is_zero_n, math.inf)
+
+
+def clip_loss(
+    images_GE: torch.Tensor, texts_GE: torch.Tensor, scale: torch.Tensor, is_pair_G: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The contrastive loss in both directions, mean over all pairs, by autograd: the definition of contrastive.py.
+
+    CLIP's (Radford et al. 2021, figure 3), which is ConVIRT's (Zhang et al. 2020, eq. 2-4), and eq. 1 of the MLCD paper:
+    softmax cross entropy of each image among all texts, and of each text among all images, halved. images_GE, texts_GE:
+    floating [G, E], of any length; normalised here. scale: of the cosines. is_pair_G: bool, the rows that count; None: all.
+    Needs memory for [G, G]: a definition for tests, not for training.
+    """
+    if is_pair_G is not None:
+        images_GE, texts_GE = images_GE[is_pair_G], texts_GE[is_pair_G]
+    u_GE = images_GE / lengths(images_GE)[:, None]
+    v_GE = texts_GE / lengths(texts_GE)[:, None]
+    logits_GG = scale * (u_GE @ v_GE.T)
+    own_G = torch.arange(len(logits_GG), device=logits_GG.device)
+    return (F.cross_entropy(logits_GG, own_G) + F.cross_entropy(logits_GG.T, own_G)) / 2
 
 
 @dataclass(frozen=True)

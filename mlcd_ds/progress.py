@@ -87,7 +87,7 @@ class Progress:
             "train_loss": result.loss,
             **{name: float(value) for name, value in stats.items()},
             "lr_encoder": result.learning_rate,  # not "lr": DeepSpeed writes that tag itself, one step ahead
-            "lr_head": result.head_learning_rate,
+            **({"lr_head": result.head_learning_rate} if result.head_grad_norms else {}),
             "grad_norm": result.grad_norm,
             **{f"head_grad_norm{head_suffix(head)}": norm for head, norm in enumerate(result.head_grad_norms)},
             "skipped_steps": skipped_steps,
@@ -112,17 +112,10 @@ class Progress:
     def _console_line(self, step: int, values: dict, heads: int) -> str:
         done = step - self._first_step
         left = (time.monotonic() - self._started) / done * (self.total_steps - step)
-        # A head's loss is the sum of its two parts; train_loss is that of all heads, weighted.
-        others = [values[f"loss_positive_{i}"] + values[f"loss_negative_{i}"] for i in range(1, heads)]
         parts = [
             f"step {step}/{self.total_steps}",
             f"epoch {values['epoch']:.2f}",
-            f"loss {values['train_loss']:.3f} (pos {values['loss_positive']:.3f} neg {values['loss_negative']:.3f})",
-            *[f"head {i} loss {loss:.3f}" for i, loss in enumerate(others, start=1)],
-            f"cos pos {values['cosine_positive']:.3f} neg {values['cosine_negative']:.3f}",
-            f"lr {values['lr_encoder']:.2e}",
-            f"grad {values['grad_norm']:.2f} head {values['head_grad_norm']:.2f}",
-            f"rows {values['sampled_rows']:.0f} ({values['positive_rows']:.0f} pos)",
+            *(self._of_heads(values, heads) if heads else self._of_pairs(values)),
             f"{values['samples_per_second']:,.0f} img/s",
             f"data wait {values['data_wait_fraction']:.0%}",
             f"{values['memory_gb']:.1f} GB",
@@ -131,6 +124,31 @@ class Progress:
         if values["skipped_steps"] or values["samples_skipped"]:
             parts.append(f"skipped {values['skipped_steps']} steps, {values['samples_skipped']} images")
         return " | ".join(parts)
+
+    @staticmethod
+    def _of_heads(values: dict, heads: int) -> list[str]:
+        # A head's loss is the sum of its two parts; train_loss is that of all heads, weighted.
+        others = [values[f"loss_positive_{i}"] + values[f"loss_negative_{i}"] for i in range(1, heads)]
+        return [
+            f"loss {values['train_loss']:.3f} (pos {values['loss_positive']:.3f} neg {values['loss_negative']:.3f})",
+            *[f"head {i} loss {loss:.3f}" for i, loss in enumerate(others, start=1)],
+            f"cos pos {values['cosine_positive']:.3f} neg {values['cosine_negative']:.3f}",
+            f"lr {values['lr_encoder']:.2e}",
+            f"grad {values['grad_norm']:.2f} head {values['head_grad_norm']:.2f}",
+            f"rows {values['sampled_rows']:.0f} ({values['positive_rows']:.0f} pos)",
+        ]
+
+    @staticmethod
+    def _of_pairs(values: dict) -> list[str]:
+        """Of a run on captions."""
+        return [
+            f"loss {values['train_loss']:.3f}",
+            f"cos pos {values['cosine_positive']:.3f}",
+            f"right {values['accuracy_image_to_text']:.1%} of images {values['accuracy_text_to_image']:.1%} of texts",
+            f"scale {values['logit_scale']:.1f}",
+            f"lr {values['lr_encoder']:.2e}",
+            f"grad {values['grad_norm']:.2f}",
+        ]
 
     def _memory_gb(self) -> float:
         """Peak of this process: of the GPU's memory, or of resident memory on CPUs."""

@@ -21,13 +21,15 @@ FREE_TO_CHANGE = frozenset(
     "resume workers prefetch save_every_steps keep_last keep_every log_every_steps histogram_every_steps "
     "timeout_minutes shard_cache warn_data_wait_seconds max_bad_steps max_failed_saves max_skipped_fraction "
     "expect_world_size workspace_mb output_dir deepspeed_config init_from centers shards labels "
-    "world_size zero_stage allow_changed".split()
+    "world_size zero_stage allow_changed tokenizer".split()
 )
 """Settings and facts that a resumed run may change: they do not enter the mathematics (init_from, centers: only the first
-start; workspace_mb: only the order of sums; shards, labels: where the data lies, whose fingerprints are facts; world_size,
-zero_stage: the checkpoint is fitted to them)."""
+start; workspace_mb: only the order of sums; shards, labels, tokenizer: where they lie, whose fingerprints are facts;
+world_size, zero_stage: the checkpoint is fitted to them)."""
 
-NEVER_CHANGED = frozenset("model image_size num_classes precision global_batch".split())
+NEVER_CHANGED = frozenset(
+    "model image_size num_classes precision global_batch text_model tokenizer_hash lock_image".split()
+)
 """What --allow_changed cannot allow: weights, rows, moments would not fit, or a step would be another share of the data."""
 
 JSON_FREE_TO_CHANGE = frozenset(

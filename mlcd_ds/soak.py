@@ -358,10 +358,11 @@ def kills(config: KillsConfig) -> dict[str, object]:
     result = {**done, "trouble": trouble, "seconds": round(time.monotonic() - started), "seed": config.seed}
     if config.output is not None:
         write_json(Path(config.output), result)
-    by_kind = ", ".join(f"{count} {name}" for name, count in sorted(done.items()) if name not in ("kills", "runs"))
-    print(
-        f"{done['kills']} kills ({by_kind}); {done['runs']} runs ended as their undisturbed twins, {len(trouble)} not"
-    )
+    kinds = {name: count for name, count in sorted(done.items()) if name not in ("kills", "runs", "after the end")}
+    by_kind = ", ".join(f"{count} {name}" for name, count in kinds.items())
+    late = f"; {done['after the end']} more hit a run that was done" if done["after the end"] else ""
+    said = f"{done['runs']} runs ended as their undisturbed twins, {len(trouble)} not"
+    print(f"{done['kills']} kills ({by_kind}){late}; {said}")
     if trouble:
         raise SoakError("; ".join(trouble[:5]))
     return result
@@ -390,7 +391,10 @@ def _kill_case(case: Case, config: KillsConfig, generator, folder: Path, done: C
         ranks = ForkedRanks(arguments, config.ranks, logs, kill.arm if kill else lambda rank: None)
         killed = _disturb(ranks, kill) if kill else ranks.wait(600) and False
         codes = [ranks.codes.get(rank) for rank in range(config.ranks)]
-        if killed:
+        if killed and _is_done(run):
+            done["after the end"] += 1  # rank 0 had published the last step and left: nothing to be lost, not a kill
+            ranks.kill()
+        elif killed:
             left -= 1
             done["kills"] += 1
             print(f"kill {done['kills']}/{config.kills}: {case.name}, {kill}", flush=True)
@@ -415,6 +419,11 @@ def _kill_case(case: Case, config: KillsConfig, generator, folder: Path, done: C
         trouble.append(f"{case.name}: differs in {sorted(wrong)[:4]} after {'; '.join(story)}")
     else:
         done["runs"] += 1
+
+
+def _is_done(run: Path) -> bool:
+    path = run / "status.json"
+    return path.exists() and json.loads(path.read_text())["state"] == "done"
 
 
 def _disturb(ranks: ForkedRanks, kill: Kill) -> bool:

@@ -1,7 +1,9 @@
-"""Trains an encoder on cluster labels.
+"""Trains an encoder on cluster labels, or on captions.
 
 deepspeed [--hostfile hosts] mlcd_ds/train.py --deepspeed_config ds_configs/vit_l14_8gpu.json \\
     --shards 'data/{00000..00099}.tar' --labels labels/ --model vit_l14 --output_dir run/
+deepspeed [--hostfile hosts] mlcd_ds/train.py --deepspeed_config ds_configs/vit_l14_8gpu.json --objective clip \\
+    --shards 'data/{00000..00099}.tar' --tokenizer clip/ --model vit_l14 --init_from run/ --lock_image --output_dir lit/
 """
 
 import contextlib
@@ -21,11 +23,14 @@ from mlcd_ds import checkpoint, cli, collectives
 from mlcd_ds.card import head_precisions, startup_card
 from mlcd_ds.checkpoint import Checkpoint, CheckpointStore
 from mlcd_ds.config import DeepSpeedDefaults, RunConfig, split_paths
+from mlcd_ds.contrastive_engine import ContrastiveEngine
 from mlcd_ds.data.centers import Centers, load_center_rows
 from mlcd_ds.data.labels import LabelsInfo, check_label_folder
 from mlcd_ds.data.loader import ImageLabelLoader, build_shard_table
 from mlcd_ds.data.plan import EpochPlan
-from mlcd_ds.data.tars import expand_shards, shard_name
+from mlcd_ds.data.tar_index import find_index
+from mlcd_ds.data.tars import expand_shards, local_shard, shard_name
+from mlcd_ds.data.tokenizer import CaptionTokenizer
 from mlcd_ds.ds_config import BatchSizes, DeepSpeedSettings, load_deepspeed_config, resolve_deepspeed_config
 from mlcd_ds.engine import StepResult, TrainEngine
 from mlcd_ds.errors import (
@@ -38,6 +43,7 @@ from mlcd_ds.errors import (
     SaveError,
 )
 from mlcd_ds.files import write_json
+from mlcd_ds.models.text import ImageTextModel, TextConfig, TextTransformer, text_preset
 from mlcd_ds.models.vit import VisionTransformer, VitConfig, preset
 from mlcd_ds.monitor import Monitor, never_stopping
 from mlcd_ds.partial_fc import PartialFC
@@ -50,7 +56,7 @@ from mlcd_ds.watch import Watch
 
 
 def train(config: RunConfig) -> None:
-    """Trains an encoder on cluster labels: DeepSpeed's engine around the encoder, the class head sharded beside it.
+    """Trains an encoder: DeepSpeed's engine around it, and the class head sharded beside it; or a text tower with it.
 
     Start it with the launcher, `deepspeed [--hostfile hosts] mlcd_ds/train.py ...`; --dry_run needs none.
     """
@@ -100,14 +106,17 @@ def train_in(run: RunFolder, config: RunConfig, raw: dict, topology: Topology, w
     shards = collectives.on_main(topology, expand_shards, config.shards)
     table = build_shard_table(
         shards,
-        split_paths(config.labels),
+        config.labels_folders,
         config.num_positives,
         config.max_skipped_fraction,
         config.shard_cache,
         topology,
+        config.on_captions,
     )
+    tokenizer = collectives.on_main(topology, load_tokenizer, config)
     order = EpochPlan(config.seed, table.counts, batch.global_batch, config.shuffle_window)
-    plan = plan_run(config, raw, batch, topology, table.num_samples, len(shards), table.labels_infos, table.unused())
+    labels, unused = table.labels_infos, table.unused()
+    plan = plan_run(config, raw, batch, topology, table.num_samples, len(shards), labels, unused, tokenizer)
     if topology.is_main:
         print(plan.card, flush=True)
     collectives.on_main(topology, check_start, config, plan, run)
@@ -118,8 +127,10 @@ def train_in(run: RunFolder, config: RunConfig, raw: dict, topology: Topology, w
 
     store = CheckpointStore(run.path, topology, config.keep_last, len(table.labels_infos), config.keep_every)
     found = store.find() if config.resume == "auto" else None
-    loader = ImageLabelLoader(config, table, order, plan.encoder.image_size, topology, run.path / "skipped")
-    engine = build_engine(config, plan, topology, from_scratch=found is None)
+    context = 0 if plan.text is None else plan.text.context
+    skipped = run.path / "skipped"
+    loader = ImageLabelLoader(config, table, order, plan.encoder.image_size, topology, skipped, tokenizer, context)
+    engine = build_engine(config, plan, topology, tokenizer, found)
     step = 0 if found is None else resume(found, config.seed, plan, engine, topology)
     monitor = open_monitor(run, engine, step, plan, topology)
     progress = Progress(
@@ -166,7 +177,10 @@ def train_in(run: RunFolder, config: RunConfig, raw: dict, topology: Topology, w
 
 @dataclass(frozen=True)
 class RunPlan:
-    """Everything about a run that follows from flags, JSON and data before anything is built. labels: of each head."""
+    """Everything about a run that follows from flags, JSON and data before anything is built.
+
+    labels: of each head. text, tokenizer_hash: of a run on captions, which has no heads.
+    """
 
     settings: DeepSpeedSettings
     encoder: VitConfig
@@ -174,6 +188,8 @@ class RunPlan:
     labels: tuple[LabelsInfo, ...]
     world_size: int
     card: str
+    text: TextConfig | None = None
+    tokenizer_hash: str | None = None
 
     def record(self, config: RunConfig, data: str, order: str) -> dict:
         """What config.json holds. data, order: fingerprints of the samples and of their order."""
@@ -186,19 +202,21 @@ class RunPlan:
             "world_size": self.world_size,
             "zero_stage": self.settings.zero_stage,
             "precision": self.settings.precision,
+            **({} if self.text is None else {"tokenizer_hash": self.tokenizer_hash}),
         }
         return {
             "settings": config.model_dump(),
             "facts": facts,
             "encoder": self.encoder.model_dump(),
+            **({} if self.text is None else {"text": self.text.model_dump()}),
             "deepspeed": self.settings.json,
             "torch": torch.__version__,
         }
 
     def _of_labels(self, name: str):
-        """A field of the labels; a list, one for each head, where there are several."""
+        """A field of the labels; a list, one for each head, where there are several; None where there is none."""
         values = [getattr(info, name) for info in self.labels]
-        return values if len(values) > 1 else values[0]
+        return values if len(values) > 1 else next(iter(values), None)
 
 
 def plan_run(
@@ -210,12 +228,17 @@ def plan_run(
     num_shards: int,
     labels: tuple[LabelsInfo, ...],
     unused: Sequence[str] = (),
+    tokenizer: CaptionTokenizer | None = None,
 ) -> RunPlan:
-    """Resolves what the run is. raw: the DeepSpeed JSON. labels: of each head. unused: see `startup_card`.
+    """Resolves what the run is. raw: the DeepSpeed JSON. labels: of each head. unused: see `startup_card`. tokenizer: of a
+    run on captions.
 
     Raises ConfigError or DataError for what does not fit together.
     """
     encoder = preset(config.model, config.image_size)
+    text = None
+    if tokenizer is not None:
+        text = text_preset(config.text_model, encoder.embed_dim, tokenizer.vocabulary, tokenizer.end_token)
     length = resolve_run_length(config, samples_per_epoch=num_samples, global_batch=batch.global_batch)
     settings = resolve_deepspeed_config(
         raw,
@@ -240,12 +263,20 @@ def plan_run(
         world_size=topology.world_size,
         device=topology.device.type,
         unused=unused,
+        text=text,
     )
-    return RunPlan(settings, encoder, length, labels, topology.world_size, card)
+    tokenizer_hash = None if tokenizer is None else tokenizer.hash
+    return RunPlan(settings, encoder, length, labels, topology.world_size, card, text, tokenizer_hash)
+
+
+def load_tokenizer(config: RunConfig) -> CaptionTokenizer | None:
+    """The tokenizer of a run on captions; None for one on labels."""
+    return None if config.tokenizer is None else CaptionTokenizer.load(config.tokenizer)
 
 
 def dry_run(config: RunConfig, topology: Topology) -> None:
-    """Prints the card for --world_size ranks; reads the labels' footers only, and starts nothing."""
+    """Prints the card for --world_size ranks; reads the labels' footers only (of tars with captions, their headers), and
+    starts nothing."""
     world_size = config.world_size or config.expect_world_size or topology.world_size
     if config.expect_world_size not in (None, world_size):
         raise ConfigError(f"--world_size {world_size} contradicts --expect_world_size {config.expect_world_size}")
@@ -253,12 +284,14 @@ def dry_run(config: RunConfig, topology: Topology) -> None:
     planned = Topology(0, world_size, 0, topology.local_world_size, device)
     shards = expand_shards(config.shards)
     names = [shard_name(shard) for shard in shards]
-    found = [check_label_folder(folder, names, config.num_positives) for folder in split_paths(config.labels)]
-    labels, images = tuple(info for info, _ in found), max(sum(rows) for _, rows in found)
+    found = [check_label_folder(folder, names, config.num_positives) for folder in config.labels_folders]
+    labels, images = tuple(info for info, _ in found), max((sum(rows) for _, rows in found), default=0)
+    if config.on_captions:
+        images = sum(len(find_index(local_shard(shard, config.shard_cache)).index.keys) for shard in shards)
     raw = load_deepspeed_config(config.deepspeed_config)
     kept = RunFolder(config.output_dir).global_batch() if config.resume == "auto" else None
     batch = BatchSizes.resolve(raw, world_size, kept)
-    plan = plan_run(config, raw, batch, planned, images, len(shards), labels)
+    plan = plan_run(config, raw, batch, planned, images, len(shards), labels, tokenizer=load_tokenizer(config))
     check_start(config, plan)
     if topology.is_main:
         print(plan.card)
@@ -286,7 +319,7 @@ def check_start(config: RunConfig, plan: RunPlan, run: RunFolder | None = None) 
         checkpoint.find_encoder(config.init_from)
     if config.centers is None:
         return
-    for path, folder, info in zip(split_paths(config.centers), split_paths(config.labels), plan.labels, strict=True):
+    for path, folder, info in zip(split_paths(config.centers), config.labels_folders, plan.labels, strict=True):
         centers = Centers.load(path)
         if centers.hash != info.centers_hash:  # row i must be class i
             raise DataError(
@@ -305,17 +338,35 @@ def check_launch(config: RunConfig, topology: Topology) -> None:
         )
 
 
-def build_engine(config: RunConfig, plan: RunPlan, topology: Topology, from_scratch: bool) -> TrainEngine:
-    """Encoder, this rank's part of each head, and the engine that steps them.
+def build_engine(
+    config: RunConfig,
+    plan: RunPlan,
+    topology: Topology,
+    tokenizer: CaptionTokenizer | None,
+    found: Checkpoint | None,
+) -> TrainEngine:
+    """Encoder, this rank's part of each head (or the text tower), and the engine that steps them.
 
-    from_scratch: False where a checkpoint is about to be loaded, which makes --init_from and --centers superfluous.
+    found: the checkpoint that is about to be loaded, which makes --init_from and --centers superfluous.
     """
     topology.seed_torch(config.seed)
+    from_scratch = found is None
     model = VisionTransformer(plan.encoder, seed=config.seed)
     if config.init_from is not None and from_scratch:
         adapted = checkpoint.load_weights(model, config.init_from)
         if topology.is_main:
             print("; ".join([f"encoder weights from {config.init_from}", *adapted]), flush=True)
+        if config.lock_image and any("no projection" in text for text in adapted):
+            raise ConfigError(
+                f"--lock_image would keep a random projection: {config.init_from} has none. Give a model with one (a run, "
+                "CLIP), or train without --lock_image"
+            )
+    if plan.text is not None:
+        if config.lock_image and not from_scratch:
+            checkpoint.load_weights(model, found.path)  # the engine restores what is trained
+        text = TextTransformer(plan.text, seed=config.seed + 1)
+        both = ImageTextModel(model, text, config.lock_image)
+        return ContrastiveEngine(both, tokenizer, plan.settings, config, topology, config.timeout_minutes)
     heads = [build_head(config, plan, topology, from_scratch, index) for index in range(len(plan.labels))]
     return TrainEngine(model, heads, plan.settings, config, topology, config.timeout_minutes)
 

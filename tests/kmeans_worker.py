@@ -28,8 +28,12 @@ def main(features: Path, cases: Path, output: Path) -> None:
         if "resume" in case:
             history = tuple(Iteration(**iteration) for iteration in case.pop("history"))
             resume = KMeansState(np.load(case.pop("resume")), history)
-        kind = TwoLevelKMeans if case.pop("two_level", False) else SphericalKMeans
-        result = kind(**case, topology=topology).fit(FeatureFolder(features), lambda _: None, resume, keep)
+        levels = {name: case.pop(name) for name in ("coarse", "refinements", "probes") if name in case}
+        two_level = case.pop("two_level", False)
+        clustering = SphericalKMeans(**case, topology=topology)
+        if two_level:
+            clustering = TwoLevelKMeans(clustering, **levels)
+        result = clustering.fit(FeatureFolder(features), lambda _: None, resume, keep)
         found = {
             "centers": result.centers_kd,
             "sizes": result.sizes_k,

@@ -130,6 +130,10 @@ def test_search_grows_finer_round_the_best():
 # --- from tars to a result
 
 
+def mAP(result) -> float:
+    return result.metrics["lp_mean_average_precision"]
+
+
 def write_shards(folder: Path, split: str, count: int, classes=lambda i: [i % 3], broken: int = 0) -> str:
     """Pictures of which class c is mostly of colour c."""
     samples = []
@@ -151,6 +155,7 @@ def tiny(tmp_path) -> dict:
         "model": f"run:{tmp_path / 'run'}",
         "train_shards": write_shards(tmp_path, "train", 60),
         "test_shards": write_shards(tmp_path, "test", 20),
+        "metric": "mean_average_precision",  # its classes exclude each other, which would be accuracy
         "batch_size": 16,
     }
 
@@ -178,10 +183,10 @@ def test_features_are_those_before_the_projection_in_tar_order(tiny):
 
 def test_trained_untrained_and_stored_features(tiny, tmp_path):
     run = probe(ProbeConfig(**tiny), CPU)
-    assert run["mAP"] > 0.9  # the classes are colours
-    assert (run["n_train"], run["n_test"], run["feature_dim"]) == (60, 20, 16)
+    assert mAP(run) > 0.9  # the classes are colours
+    assert tuple(run.details[name] for name in ("n_train", "n_test", "feature_dim")) == (60, 20, 16)
     twin = probe(ProbeConfig(**tiny | {"model": tiny["model"].replace("run:", "untrained:"), "seed": 3}), CPU)
-    assert twin["mAP"] == pytest.approx(run["mAP"])  # the "trained" weights are initial ones of seed 3
+    assert mAP(twin) == pytest.approx(mAP(run))  # the "trained" weights are initial ones of seed 3
     for split in ("train", "test"):  # stored in another order than the tars': joined by key
         found = read_features(ProbeConfig(**tiny), split, CPU)
         keys = [f"{i:09d}" for i in range(len(found.classes))]
@@ -194,15 +199,15 @@ def test_trained_untrained_and_stored_features(tiny, tmp_path):
             pq.write_table(table, folder / f"metadata/metadata_0000{shard}.parquet")
     spec = f"features:{tmp_path / 'features/train'}+{tmp_path / 'features/test'}"
     stored = probe(ProbeConfig(**tiny | {"model": spec}), CPU)
-    assert stored["mAP"] == pytest.approx(run["mAP"], abs=0.02)
+    assert mAP(stored) == pytest.approx(mAP(run), abs=0.02)
     # and a folder that lacks keys
     table = pq.read_table(folder / "metadata/metadata_00000.parquet").to_pydict()
     pq.write_table(pa.table({"key": ["x", *table["key"][1:]]}), folder / "metadata/metadata_00000.parquet")
     with pytest.raises(DataError, match=r"1 of 20 test images cannot be used \(1 without a feature\)"):
         probe(ProbeConfig(**tiny | {"model": spec}), CPU)
-    assert probe(ProbeConfig(**tiny | {"model": spec, "max_skipped_fraction": 0.1}), CPU)["skipped"]["test"] == {
-        "without a feature": 1
-    }
+    assert probe(ProbeConfig(**tiny | {"model": spec, "max_skipped_fraction": 0.1}), CPU).details["skipped"][
+        "test"
+    ] == {"without a feature": 1}
 
 
 def test_a_clip_and_a_patch_dictionary_can_be_probed(tiny, tmp_path):
@@ -219,19 +224,20 @@ def test_a_clip_and_a_patch_dictionary_can_be_probed(tiny, tmp_path):
         assert found.features.shape == (60, dim), model
         assert np.isfinite(found.features).all()
         result = probe(ProbeConfig(**tiny | {"model": model}), CPU)
-        assert result["model"] == model
-        assert result["mAP"] > 0.6, model  # the classes are colours; chance is 0.33
+        assert result.pretrained == model
+        assert mAP(result) > 0.6, model  # the classes are colours; chance is 0.33
     stored = np.concatenate([np.load(file) for file in sorted((folder / "img_emb").glob("*.npy"))])
     np.testing.assert_allclose(found.features, stored, atol=2e-3)
 
 
 def test_classes_missing_on_one_side_are_stated(tiny, tmp_path):
     tiny |= {"test_shards": write_shards(tmp_path, "test", 20, lambda i: [i % 2] if i else [7])}
-    result = probe(ProbeConfig(**tiny), CPU)
+    found = probe(ProbeConfig(**tiny), CPU)
+    result = found.details
     assert result["classes_without_test_image"] == [2] and result["per_class_AP"]["2"] is None
     assert result["classes_without_train_image"] == [7] and result["per_class_AP"]["7"] == pytest.approx(1 / 20)
     known = [ap for ap in result["per_class_AP"].values() if ap is not None]
-    assert len(known) == 3 and result["mAP"] == pytest.approx(np.mean(known))
+    assert len(known) == 3 and mAP(found) == pytest.approx(np.mean(known))
 
 
 def test_broken_images_are_counted_and_too_many_are_fatal(tiny, tmp_path):
@@ -241,7 +247,7 @@ def test_broken_images_are_counted_and_too_many_are_fatal(tiny, tmp_path):
     ):
         probe(ProbeConfig(**tiny), CPU)
     result = probe(ProbeConfig(**tiny | {"max_skipped_fraction": 0.1}), CPU)
-    assert result["n_train"] == 57 and result["skipped"]["train"] == {"not_an_image": 3}
+    assert result.details["n_train"] == 57 and result.details["skipped"]["train"] == {"not_an_image": 3}
 
 
 def test_class_files_and_wrong_classes(tiny, tmp_path):
@@ -281,13 +287,16 @@ def test_the_door_writes_a_result_keeps_it_and_the_table_shows_it(tiny, tmp_path
     first = door("linear_probe.py", *flags, "--output", "out/probe.json")
     assert first.returncode == 0, first.stderr
     result = json.loads((tmp_path / "out/probe.json").read_text())
-    assert f"mAP {result['mAP']:.4f} on 20 test images" in first.stdout and len(first.stdout.splitlines()) == 1
+    score = result["metrics"]["lp_mean_average_precision"]
+    assert (
+        f"mean_average_precision {score:.4f} on 20 test images" in first.stdout and len(first.stdout.splitlines()) == 1
+    )
     again = door("linear_probe.py", *flags, "--output", "out/probe.json")
     assert "kept" in again.stdout
     newer = (tmp_path / "out/probe.json").stat().st_mtime + 10
     os.utime(tmp_path / "run/checkpoints/step_000000001/encoder/encoder.safetensors", (newer, newer))
     assert "kept" not in door("linear_probe.py", *flags, "--output", "out/probe.json").stdout
     table = door("results_table.py", "--results", "tiny run=out/probe.json")
-    assert table.returncode == 0 and "tiny run" in table.stdout and f"{result['mAP']:.3f}" in table.stdout
+    assert table.returncode == 0 and "tiny run" in table.stdout and f"{score:.3f}" in table.stdout
     wrong = door("results_table.py", "--results", "tiny run=out/none.json")
     assert wrong.returncode == 3 and "out/none.json" in wrong.stderr

@@ -1,6 +1,7 @@
 """Two-level k-means: even coarse clusters, exact shares of the centers, the same at any number of ranks and after a kill."""
 
 import json
+from dataclasses import astuple
 
 import faiss
 import numpy as np
@@ -18,8 +19,9 @@ from mlcd_ds.data.centers import Centers
 from mlcd_ds.errors import ConfigError, DataError
 
 
-def fit(features, k, iterations=6, seed=0, limit=10**6, keep=None, resume=None, **settings):
-    return TwoLevelKMeans(k, iterations, limit, seed, **settings).fit(features, lambda _: None, resume, keep)
+def fit(features, k, iterations=6, seed=0, limit=10**6, keep=None, resume=None, **levels):
+    flat = SphericalKMeans(k, iterations, limit, seed)
+    return TwoLevelKMeans(flat, **levels).fit(features, lambda _: None, resume, keep)
 
 
 def phases(result):
@@ -63,7 +65,7 @@ def test_coarse_clusters_are_even_and_centers_are_shared_by_size(tmp_path):
     assert sizes.max() <= 1.2 * CAP * 1000 < plain.sizes_k.max()
     np.testing.assert_allclose(given, sizes * 200 / 12_000, atol=1)
     # What the first fine iteration started from: features of the own coarse cluster, all different.
-    model = TwoLevelKMeans(200, 6, 10**6, 0, coarse=12)
+    model = TwoLevelKMeans(SphericalKMeans(200, 6, 10**6, 0), coarse=12)
     coarse = [state for state in states if state.history[-1].phase == "coarse"][-1]
     start = model.second.begin(features, model.first, coarse)
     _, found = index_of(coarse.centers_kd).search(start.centers_kd, 1)
@@ -160,6 +162,7 @@ def test_ranks_do_not_matter(tmp_path):
         common | {"k": 50, "max_points_per_center": 20},
         common | {"k": 61, "max_points_per_center": 10**6, "coarse": 9, "init": str(tmp_path / "start.npy")},
         common | {"k": 61, "max_points_per_center": 10**6, "coarse": 20, "refinements": 2, "backend": "torch"},
+        common | {"k": 61, "max_points_per_center": 10**6, "coarse": 20, "refinements": 2, "probes": 3},
     ]
     cluster_on_ranks(tmp_path, cases)
 
@@ -168,14 +171,16 @@ def test_killed_in_each_phase_it_goes_on_at_another_number_of_ranks(tmp_path, mo
     """Killed after the second coarse, the second fine and the first global iteration; and the last state begins nothing."""
     features = write_features(tmp_path / "f", np.array_split(mixture(n=2000), 3))
     monkeypatch.setattr(kmeans, "BLOCK_ROWS", 170)  # the worker's
-    settings = {"k": 50, "iterations": 8, "max_points_per_center": 10**6, "seed": 1, "refinements": 2}
-    whole = TwoLevelKMeans(**settings).fit(features, lambda _: None)
+    settings = {"k": 50, "iterations": 8, "max_points_per_center": 10**6, "seed": 1}
+    levels = {"refinements": 2, "probes": 3}
+    clustering = TwoLevelKMeans(SphericalKMeans(**settings), **levels)
+    whole = clustering.fit(features, lambda _: None)
     assert phases(whole)[-6:] == ["fine"] * 4 + ["global"] * 2
     fine = phases(whole).index("fine")
     assert fine == 8
     store = tmp_path / "store"
     for world_size, last in ((2, 2), (1, fine + 2), (3, fine + 5), (2, None)):
-        case = settings | {"two_level": True, "store": str(store), "killed_after": last}
+        case = settings | levels | {"two_level": True, "store": str(store), "killed_after": last}
         (tmp_path / "cases.json").write_text(json.dumps([case]))
         arguments = [ROOT / "tests" / "kmeans_worker.py", tmp_path / "f", tmp_path / "cases.json", tmp_path]
         ended = run_script(world_size, arguments)
@@ -188,8 +193,9 @@ def test_killed_in_each_phase_it_goes_on_at_another_number_of_ranks(tmp_path, mo
     np.testing.assert_allclose(found["centers"], whole.centers_kd, atol=2e-5)
     np.testing.assert_allclose(found["objective"], [entry.objective for entry in whole.history], rtol=1e-6)
     state = IterationStore(store, {"case": 0}).load()
-    again = TwoLevelKMeans(**settings).fit(features, lambda _: None, state)
+    again = clustering.fit(features, lambda _: None, state)
     assert np.array_equal(again.centers_kd, state.centers_kd) and again.sizes_k is None
+    assert astuple(again.check) == pytest.approx(astuple(whole.check), rel=1e-6)
 
 
 def test_a_damaged_file_beside_the_centers_is_found(tmp_path):
@@ -225,6 +231,7 @@ def test_tool_prints_the_objective_before_and_after(tmp_path):
     [
         (["--coarse=4"], "--coarse 4 is for --two_level"),
         (["--refinements=2"], "--refinements 2 is for --two_level"),
+        (["--probes=8"], "--probes 8 is for --two_level"),
         (["--two_level", "--coarse=21"], "--coarse 21 is more than --k 20"),
     ],
 )

@@ -70,6 +70,7 @@ def tell_plan(config: ClusterConfig, topology: Topology) -> None:
         device="cuda" if config.gpus else topology.device.type,
         coarse=(config.coarse or round(config.k**0.5)) if config.two_level else None,
         refinements=config.refinements,
+        probes=config.probes,
         blocks=len(features.names) if features else 0,
     )
     given = {
@@ -121,6 +122,7 @@ def description(config: ClusterConfig, features: FeatureFolder, dropped: int | N
         "two_level": config.two_level or None,  # what is None may as well be missing
         "coarse": config.coarse,
         "refinements": config.refinements if config.two_level else None,
+        "probes": config.probes if config.two_level else None,
         **({"nprobe": config.nprobe} if config.assign == "ivf" else {}),
         **({} if dropped is None else {"dropped_rows": dropped}),
     }
@@ -150,8 +152,7 @@ def run(config: ClusterConfig, features: FeatureFolder, topology: Topology, stor
             f"using a uniform sample of {limit:,} of the {features.num_features:,} features "
             f"(--max_points_per_center {config.max_points_per_center})"
         )
-    levels = {"coarse": config.coarse, "refinements": config.refinements} if config.two_level else {}
-    kmeans = (TwoLevelKMeans if config.two_level else SphericalKMeans)(
+    kmeans = SphericalKMeans(
         config.k,
         config.iterations,
         config.max_points_per_center,
@@ -161,8 +162,9 @@ def run(config: ClusterConfig, features: FeatureFolder, topology: Topology, stor
         backend=config.assign,
         nprobe=config.nprobe,
         stop_below=config.stop_below,
-        **levels,
     )
+    if config.two_level:
+        kmeans = TwoLevelKMeans(kmeans, config.coarse, config.refinements, config.probes)
     done = len(resume.history) if resume else 0
     if topology.is_main and done:
         print(f"going on after iteration {done} of {kmeans.total_iterations}")
@@ -190,6 +192,7 @@ def publish(config: ClusterConfig, features: FeatureFolder, made_from: dict, res
         "objective": [iteration.objective for iteration in result.history],
         "reseeded": [iteration.empty for iteration in result.history],
         "history": [asdict(iteration) for iteration in result.history],
+        **({} if result.check is None else {"search_check": asdict(result.check)}),
     }
     sizes = ""
     if result.sizes_k is not None:  # a run killed after its last iteration has not counted again
@@ -202,6 +205,12 @@ def publish(config: ClusterConfig, features: FeatureFolder, made_from: dict, res
     save_centers(Path(config.output_dir), result.centers_kd, made_from | json.loads(json.dumps(facts)))
     if config.two_level:
         print(refined(result))
+    if result.check is not None:
+        check = result.check
+        print(
+            f"the search that is not exact, on {check.features:,} random features and these centers: it finds the nearest of "
+            f"{check.found:.1%}; mean cosine {check.approximate:.4f} to what it finds, {check.exact:.4f} to the nearest"
+        )
     print(
         f"{config.output_dir}: {config.k} centers of {result.num_used} features; mean cosine to the nearest "
         f"{last.objective:.4f} (first iteration {first.objective:.4f}){sizes}; {last.empty} empty in the last of "

@@ -4,6 +4,7 @@ Shapes: n images of a shard, k centers, d dimensions, l labels an image.
 """
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -12,8 +13,9 @@ from tqdm import tqdm
 
 from mlcd_ds import collectives
 from mlcd_ds.batch import NO_LABEL
+from mlcd_ds.clustering.ahead import ahead
 from mlcd_ds.clustering.features import FeatureFolder
-from mlcd_ds.clustering.nearest import index_of
+from mlcd_ds.clustering.nearest import Nearest, index_of
 from mlcd_ds.clustering.progress import FolderProgress
 from mlcd_ds.clustering.regroup import PieceStore, pieces_of, tar_of
 from mlcd_ds.config import AssignConfig
@@ -117,11 +119,13 @@ def _by_file(
     index = index_of(centers.array, config.assign, topology.device, config.nprobe) if todo else None
     files = {label_path("", name).name: name for name in features.names}
     rows = dict(zip(features.names, features.rows, strict=True))
+    names = [features.names[i] for i in todo]
+    batches = _batches(features, [(name, 0, rows[name]) for name in names], config)
     with FolderProgress(
         "labels", topology, Path(config.output_dir), files, rows.__getitem__, features.num_features
     ) as progress:
-        for name in (features.names[i] for i in todo):
-            cosine_nl, label_nl, dropped = _search(features, name, 0, rows[name], index, config, progress)
+        for name in names:
+            cosine_nl, label_nl, dropped = _search(batches, rows[name], index, config, progress)
             write_label_shard(
                 label_path(config.output_dir, name),
                 features.keys(name),
@@ -164,14 +168,13 @@ def _by_key(
     index = index_of(centers.array, config.assign, topology.device, config.nprobe) if todo else None
     rows_of = {piece.file_name: piece.stop - piece.start for piece in pieces}
     files = {name: name for name in rows_of}
+    batches = _batches(features, [(piece.name, piece.start, piece.stop) for piece in todo], config)
     with FolderProgress(
         "labels", topology, store.folder, files, rows_of.__getitem__, features.num_features
     ) as progress:
         for piece in todo:
             keys = features.stored_keys(piece.name, piece.start, piece.stop)
-            cosine_nl, label_nl, dropped = _search(
-                features, piece.name, piece.start, piece.stop, index, config, progress
-            )
+            cosine_nl, label_nl, dropped = _search(batches, piece.stop - piece.start, index, config, progress)
             store.write(piece, keys, label_nl, cosine_nl.astype(np.float16), dropped)
             progress.finish()
             sums.count(cosine_nl, label_nl, dropped)
@@ -299,29 +302,45 @@ def _is_finished(folder: str, name: str, info: LabelsInfo, rows: int) -> bool:
     return found_rows == rows
 
 
+def _batches(
+    features: FeatureFolder, ranges: list[tuple[str, int, int]], config: AssignConfig
+) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+    """(unit rows float32 [b, d], whether each can be used [b] or None for all) of (features file, start, stop) after each
+    other, never of two in one, read ahead."""
+
+    def read(name: str, low: int, high: int) -> tuple[np.ndarray, np.ndarray | None]:
+        if config.drop_bad_rows:
+            return features.usable_rows(name, low, high)
+        return features.unit_rows(name, low, high), None
+
+    step = config.batch_size
+    items = ((name, low, min(low + step, stop)) for name, start, stop in ranges for low in range(start, stop, step))
+    return ahead(read, items)
+
+
 def _search(
-    features: FeatureFolder, name: str, start: int, stop: int, index, config: AssignConfig, progress: FolderProgress
+    batches: Iterator[tuple[np.ndarray, np.ndarray | None]],
+    rows: int,
+    index: Nearest,
+    config: AssignConfig,
+    progress: FolderProgress,
 ) -> tuple[np.ndarray, np.ndarray, int]:
-    """(cosines float32 [n, l], labels int32 [n, l], rows dropped) of rows start..stop of a features file, nearest first.
+    """(cosines float32 [n, l], labels int32 [n, l], rows dropped) of the next n rows of `batches`, nearest first.
 
     NO_LABEL with cosine 0 stands for centers below the threshold, and for all of a dropped row.
     """
-    cosines = np.zeros((stop - start, config.top), np.float32)
-    labels = np.zeros((stop - start, config.top), np.int32)
-    dropped = 0
-    for low in range(start, stop, config.batch_size):
-        high = min(low + config.batch_size, stop)
-        own = slice(low - start, high - start)
-        usable = None
-        if config.drop_bad_rows:
-            unit_bd, usable = features.usable_rows(name, low, high)
-        else:
-            unit_bd = features.unit_rows(name, low, high)
+    cosines = np.zeros((rows, config.top), np.float32)
+    labels = np.zeros((rows, config.top), np.int32)
+    dropped = low = 0
+    while low < rows:
+        unit_bd, usable = next(batches)
+        own = slice(low, low + len(unit_bd))
         cosines[own], labels[own] = index.search(unit_bd, config.top)
         if usable is not None and not usable.all():
             cosines[own][~usable], labels[own][~usable] = 0, NO_LABEL
             dropped += int((~usable).sum())
-        progress.add(high - low)
+        low += len(unit_bd)
+        progress.add(len(unit_bd))
     if config.threshold is not None:
         below = cosines < config.threshold
         cosines[below], labels[below] = 0, NO_LABEL

@@ -7,8 +7,9 @@ Shapes: n features in use, k centers, d dimensions, b features of a block, W ran
 """
 
 import heapq
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 
 from mlcd_ds import collectives
+from mlcd_ds.clustering.ahead import ahead
 from mlcd_ds.clustering.features import FeatureFolder
 from mlcd_ds.clustering.nearest import index_of
 from mlcd_ds.errors import ConfigError, DataError
@@ -26,6 +28,9 @@ BLOCK_ROWS = 65_536
 
 SPLIT = 1 / 1024
 """Relative push, up and down by turns over the dimensions, that tells the halves of a split cluster apart (faiss's)."""
+
+CHECKED = 4096
+"""Random features whose nearest centers are looked for exactly where the search is approximate: known to about a percent of them."""
 
 PLUS_PLUS_ROWS = 20
 PLUS_PLUS_MOST_CENTERS = 20_000
@@ -63,16 +68,29 @@ class KMeansState:
 
 
 @dataclass(frozen=True)
+class SearchCheck:
+    """What an approximate search misses, of random features. features: how many. found: share of them whose nearest center
+    it found. exact, approximate: their mean cosine to the nearest center, and to the one found."""
+
+    features: int
+    found: float
+    exact: float
+    approximate: float
+
+
+@dataclass(frozen=True)
 class KMeansResult:
     """centers_kd: float32, unit rows. history: of all iterations. num_used: n.
 
     sizes_k: int64, features nearest to each center in the last iteration; None where none was left to be made.
+    check: of these centers; None where the search is exact.
     """
 
     centers_kd: np.ndarray
     history: tuple[Iteration, ...]
     sizes_k: np.ndarray | None
     num_used: int
+    check: SearchCheck | None = None
 
 
 @dataclass(frozen=True)
@@ -139,7 +157,26 @@ class SphericalKMeans:
             return resume or KMeansState(self.initial(features), ())
 
         state, sizes_k = self.iterate(features, parts, num_used, start, tell, keep)
-        return KMeansResult(state.centers_kd, state.history, sizes_k, num_used)
+        return KMeansResult(state.centers_kd, state.history, sizes_k, num_used, self.check(features, state))
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the search finds the nearest center always."""
+        return self.backend != "ivf"
+
+    def check(self, features: FeatureFolder, state: KMeansState) -> SearchCheck | None:
+        """The search among the state's centers against the exact one; None for an exact search. Every rank must call it."""
+        if self.is_exact:
+            return None
+        blocks, counts, _ = self.share(features)
+        number = min(CHECKED, int(counts.sum()))
+        rows_nd = self._draw(features, blocks, counts, number, purpose=7)
+        own_bd = np.ascontiguousarray(rows_nd[self.topology.rank :: self.topology.world_size])
+        cosine_b, found_b = self._searcher(state)(0, own_bd)
+        exact = "torch" if self.backend == "torch" else "faiss"
+        best_b1, nearest_b1 = index_of(state.centers_kd, exact, self.topology.device).search(own_bd, 1)
+        sums = [float((found_b == nearest_b1[:, 0]).sum()), best_b1.sum(dtype=float), cosine_b.sum(dtype=float)]
+        return SearchCheck(number, *(self._sum(torch.tensor(sums, dtype=torch.float64)) / number).tolist())
 
     def iterate(
         self,
@@ -290,9 +327,8 @@ class SphericalKMeans:
         padded = -(-self.k // self.topology.world_size) * self.topology.world_size
         sums_kd = torch.zeros(padded, features.dim, device=self.topology.device)
         sizes_k = np.zeros(self.k, np.int64)
-        total, moved, nearest, out = 0.0, 0, [], buffer(features, parts)
-        for number, part in enumerate(parts):
-            block_bd = read(features, part, out)
+        total, moved, nearest = 0.0, 0, []
+        for number, block_bd in enumerate(read_all(features, parts)):
             cosine_b, nearest_b = search(number, block_bd)
             total += float(cosine_b.sum(dtype=np.float64))
             sums_kd.index_add_(
@@ -332,10 +368,11 @@ def read(features: FeatureFolder, part: Part, out: np.ndarray | None = None) -> 
     return features.unit_rows(block.name, start, stop, rows, out)
 
 
-def buffer(features: FeatureFolder, parts: list[Part]) -> np.ndarray:
-    """What `read` can write any of these blocks to."""
+def read_all(features: FeatureFolder, parts: list[Part]) -> Iterator[np.ndarray]:
+    """What `read` gives for each, the next one read ahead. A block is overwritten once the one after the next is asked for."""
     most = max((part[0].stop - part[0].start if part[1] is None else len(part[1]) for part in parts), default=0)
-    return np.empty((most, features.dim), np.float32)
+    two = np.empty((min(2, len(parts)), most, features.dim), np.float32)
+    return ahead(read, zip(itertools.repeat(features), parts, itertools.cycle(two)))
 
 
 def _blocks(features: FeatureFolder) -> list[Block]:

@@ -165,16 +165,24 @@ class GroupedSearch:
 
     def search_several(self, features_bd: np.ndarray, groups_bp: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The same among the centers of p groups for each feature, in any order; int [b, p]."""
-        best_b, ids_b = np.full(len(features_bd), -np.inf, np.float32), np.zeros(len(features_bd), np.int64)
-        for groups_b in groups_bp.T:
-            usable_b = np.flatnonzero(self.first_g[groups_b + 1] > self.first_g[groups_b])
-            order_b = usable_b[np.argsort(groups_b[usable_b], kind="stable")]
-            cosine_b, found_b = self.search(
-                features_bd[order_b], np.bincount(groups_b[order_b], minlength=len(self.first_g) - 1)
-            )
-            better = cosine_b > best_b[order_b]
-            best_b[order_b[better]], ids_b[order_b[better]] = cosine_b[better], found_b[better]
-        return best_b, ids_b
+        b, p = groups_bp.shape
+        rows_bd = torch.from_numpy(features_bd).to(self.centers_kd.device)
+        groups = groups_bp.ravel().astype(np.int16 if len(self.first_g) <= 2**15 else np.int32)  # sorted by radix: fast
+        order = np.argsort(groups, kind="stable")
+        stops_g = np.cumsum(np.bincount(groups, minlength=len(self.first_g) - 1))
+        best, ids = np.full(b * p, -np.inf, np.float32), np.zeros(b * p, np.int64)
+        for group in np.flatnonzero(np.diff(stops_g, prepend=0)):
+            first, end, stop = int(self.first_g[group]), int(self.first_g[group + 1]), int(stops_g[group])
+            if first == end:
+                continue
+            own_td = self.centers_kd[first:end]
+            for low in range(int(stops_g[group - 1]) if group else 0, stop, TILE_FEATURES):
+                pairs = order[low : min(low + TILE_FEATURES, stop)]
+                own_rows = torch.from_numpy(pairs // p).to(rows_bd.device)
+                cosine, at = _best(rows_bd.index_select(0, own_rows) @ own_td.T)
+                best[pairs], ids[pairs] = cosine.cpu().numpy(), at.cpu().numpy() + first
+        at_b1 = best.reshape(b, p).argmax(axis=1)[:, None]
+        return tuple(np.take_along_axis(found.reshape(b, p), at_b1, 1)[:, 0] for found in (best, ids))
 
 
 def _best(scores_bt: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,7 +1,8 @@
 """What a clustering will take, before it is started: FLOPs, bytes and memory by arithmetic, hours from measured rates.
 
-Nothing overlaps in an iteration of `kmeans`: a block is read, made into unit rows, searched, added up; then sums are
-reduced, centers gathered and kept. So the seconds of its parts are added.
+In an iteration of `kmeans` a block is searched and added up while a thread reads the next one and makes it into unit rows; then
+sums are reduced, centers gathered and kept. On a GPU the longer of both counts; on CPUs the thread takes its core from the
+search, so that only the disk is hidden.
 
 Shapes: n features in use, k centers, d dimensions, W ranks, K coarse clusters of a two-level clustering.
 """
@@ -19,17 +20,17 @@ import torch
 
 from mlcd_ds import collectives
 from mlcd_ds.benchmarks.timing import in_processes, time_once
-from mlcd_ds.clustering.features import FeatureFolder, to_unit_rows
+from mlcd_ds.clustering.features import CACHED_ROWS, FeatureFolder, to_unit_rows
 from mlcd_ds.clustering.kmeans import BLOCK_ROWS
 from mlcd_ds.clustering.nearest import CENTERS_PER_LIST, TILE_CENTERS, TILE_FEATURES, index_of
+from mlcd_ds.clustering.two_level import COARSE_POINTS, PROBES, levels_iterations
 from mlcd_ds.topology import Topology
 
 FEATURE_BYTES = 2
 """Of a value on the disk: float16."""
 PAGE = 4096
-COARSE_POINTS, COARSE_MORE_ITERATIONS, COARSE_CAP = 1024, 20, 1.25
-"""Of a two-level clustering: features per coarse cluster that its first level looks at, iterations that even out their
-sizes, and the most a coarse cluster is meant to have of its even share."""
+UNEVEN = 1.1
+"""Products inside coarse clusters over those of even ones, the mean square of their shares: 1.06 was measured."""
 BOOKS_BYTES = 150
 """Of a center: sizes, flags, and the heap that splits large clusters."""
 FAISS_GPU_SCRATCH = 1_536 << 20
@@ -59,6 +60,7 @@ class Job:
     device: str
     coarse: int | None = None
     refinements: int = 1
+    probes: int = 16
     blocks: int = 0
 
     @property
@@ -92,7 +94,7 @@ class Pass:
 class Rates:
     """Of one rank: FLOP/s of the search, bytes per second of the rest. sources: of each, given or measured how.
 
-    prepare: float16 features made float32 unit rows and added to their centers' sums. disk: read. link: sent in collectives.
+    search: and adding up to sums. prepare: float16 features made float32 unit rows. disk: read. link: sent in collectives.
     """
 
     search: float
@@ -136,17 +138,18 @@ def passes(job: Job) -> list[Pass]:
     K = job.coarse
     sample, coarse_bytes = min(job.num_features, COARSE_POINTS * K), 4 * K * d
     blocks = max(job.blocks, -(-job.num_features // BLOCK_ROWS))
-    inside = search_flops(n, job.k / K, d) * COARSE_CAP
+    inside = search_flops(n, job.k / K, d) * UNEVEN
+    fine, narrow = levels_iterations(job.iterations)
+    several = search_flops(n, K, d) + job.probes * inside if 0 < job.probes < K else exact
     coarse_read = read_bytes(job.num_features, sample, d) / W
     coarse_flops, coarse_sent = search_flops(sample, K, d), summed_bytes(coarse_bytes, W)
     return [
-        Pass(
-            "coarse iterations", job.iterations + COARSE_MORE_ITERATIONS, sample, coarse_flops, coarse_read, coarse_sent
-        ),
+        Pass("coarse iterations", job.iterations, sample, coarse_flops, coarse_read, coarse_sent),
         Pass("features to coarse clusters", 1, n, search_flops(n, K, d), read, summed_bytes(8 * blocks * K, W)),
         Pass("centers drawn inside them", 1, n, 0, read, sent),
-        Pass("iterations inside them", job.iterations, n, inside, read, sent, job.centers_bytes),
-        Pass("iterations over all centers", job.refinements, n, exact, read, sent, job.centers_bytes),
+        Pass("iterations inside them", narrow, n, inside, read, sent, job.centers_bytes),
+        Pass(f"inside {PROBES} of them", fine - narrow, n, min(PROBES, K) * inside, read, sent, job.centers_bytes),
+        Pass("iterations over all centers", job.refinements, n, several, read, sent, job.centers_bytes),
     ]
 
 
@@ -168,6 +171,14 @@ def seconds(one: Pass, job: Job, rates: Rates) -> dict[str, float]:
     }
 
 
+def whole_seconds(parts: dict[str, float], device: str) -> float:
+    """Of a pass, of whose parts (see `seconds`) some go on at the same time."""
+    alone = parts["network"] + parts["keeping"]
+    if device == "cpu":
+        return parts["preparing"] + max(parts["search"], parts["disk"]) + alone
+    return max(parts["search"], parts["preparing"] + parts["disk"]) + alone
+
+
 def kmeans_memory(job: Job, block_rows: int = BLOCK_ROWS) -> tuple[dict[str, int], dict[str, int]]:
     """(on the device, on the host): bytes of one rank by part at its peak, without the interpreter and its libraries.
 
@@ -184,7 +195,7 @@ def kmeans_memory(job: Job, block_rows: int = BLOCK_ROWS) -> tuple[dict[str, int
     if job.coarse is not None:
         books["books"] += 16 * job.coarse * max(job.blocks, -(-job.num_features // BLOCK_ROWS))
     if job.device == "cpu":
-        searching = {"faiss": C, "ivf": inverted, "torch": 4 * scores}[job.backend] + block
+        searching = {"faiss": C, "ivf": inverted, "torch": 4 * scores}[job.backend] + 2 * block
         # gloo reduces a copy of the sums and hands over the rank's part; the search is over by then.
         reducing = C + C // W if W > 1 else 0
         what = {"the search": searching} if searching >= reducing else {"copies while summing": reducing}
@@ -196,7 +207,7 @@ def kmeans_memory(job: Job, block_rows: int = BLOCK_ROWS) -> tuple[dict[str, int
         "the search" if searching >= reducing else "own sums": max(searching, reducing),
         "block": block,
     }
-    host = {"centers": C, "new centers": C, "blocks": 2 * block} | books
+    host = {"centers": C, "new centers": C, "blocks": 3 * block} | books
     if job.backend == "ivf":
         host["the search"] = inverted
     return device, host
@@ -251,7 +262,13 @@ def _search_rate(job: Job, topology: Topology) -> tuple[float, str]:
     index = index_of(centers, job.backend, topology.device, job.nprobe)
     rows = 256 if topology.device.type == "cpu" else 16_384
     block, _ = to_unit_rows(_random_rows(rows, job.dim))
-    taken = _repeat(lambda: index.search(block, 1))
+    sums = torch.zeros(k, job.dim, device=topology.device)
+
+    def search_and_add() -> None:
+        nearest = torch.from_numpy(index.search(block, 1)[1][:, 0])
+        sums.index_add_(0, nearest.to(sums.device), torch.from_numpy(block).to(sums.device))
+
+    taken = _repeat(search_and_add)
     rate = search_flops(rows, k, job.dim, job.backend, job.nprobe) / taken
     return rate, f"measured: {job.backend}, {rows:,} features against {k:,} centers on this {topology.device.type}"
 
@@ -259,10 +276,14 @@ def _search_rate(job: Job, topology: Topology) -> tuple[float, str]:
 def _prepare_rate(job: Job) -> tuple[float, str]:
     rows = min(BLOCK_ROWS, max(256, (32 << 20) // (FEATURE_BYTES * job.dim)))
     block = _random_rows(rows, job.dim)
-    nearest = torch.from_numpy(np.random.default_rng(1).integers(0, min(job.k, MEASURED_CPU_CENTERS), rows))
-    sums = torch.zeros(int(nearest.max()) + 1, job.dim)
-    taken = _repeat(lambda: sums.index_add_(0, nearest, torch.from_numpy(to_unit_rows(block)[0])))
-    return block.nbytes / taken, "measured: float16 rows made unit rows and added up on this CPU"
+    unit = np.empty((rows, job.dim), np.float32)
+
+    def prepare() -> None:
+        for first in range(0, rows, CACHED_ROWS):
+            part = slice(first, first + CACHED_ROWS)
+            to_unit_rows(block[part], unit[part])
+
+    return block.nbytes / _repeat(prepare), "measured: float16 rows made unit rows on this CPU"
 
 
 def _disk_rate(features: FeatureFolder | None, folder: Path | None) -> tuple[float, str]:
@@ -360,15 +381,20 @@ def card(job: Job, rates: Rates, measured_on: str) -> str:
     total = 0.0
     todo = passes(job)
     for one in todo:
-        taken = sum(seconds(one, job, rates).values())
+        taken = whole_seconds(seconds(one, job, rates), job.device)
         total += taken * one.times
         lines.append(_row(one, taken))
     lines.append(f"{'total':76}{total / 3600:>10.4g}")
     parts = seconds(todo[-1], job, rates)
-    shares = ", ".join(f"{name} {value / sum(parts.values()):.1%}" for name, value in parts.items() if value)
-    lines.append(f"of an iteration over all centers: {shares}")
+    shares = ", ".join(f"{name} {value:.3g} s" for name, value in parts.items() if value)
+    hidden = (
+        "the disk behind the search"
+        if job.device == "cpu"
+        else "preparing and disk behind the search, or it behind them"
+    )
+    lines.append(f"an iteration over all centers: {shares}; {hidden}")
     labels = label_pass(job)
-    lines.append(_row(labels, sum(seconds(labels, job, rates).values())) + "   (afterwards)")
+    lines.append(_row(labels, whole_seconds(seconds(labels, job, rates), job.device)) + "   (afterwards)")
     lines += ["", "memory of a rank, beside the interpreter and its libraries"]
     for place, sizes in zip(("GPU", "host"), kmeans_memory(job), strict=True):
         if sizes:

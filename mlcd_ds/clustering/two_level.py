@@ -1,7 +1,8 @@
 """Two-level spherical k-means: coarse clusters of even size, k-means inside each, then iterations over all centers.
 
 An iteration over all centers takes n k d products; one inside K coarse clusters of n / K features and k / K centers each
-takes n k d / K. So does the whole first level, and what remains is close to the one or few global iterations at the end.
+takes n k d / K. So does one of the first level, which sees 1024 K features alone. The iterations over all centers at the end
+look into those of a feature's 16 nearest coarse clusters: 16 n k d / K.
 
 Every phase is an iteration of `kmeans` with another search: every rank streams its share of the features, block by block; a
 feature's candidates are the centers of its coarse cluster (a block's rows are read in the order of these); the sums are
@@ -32,8 +33,8 @@ from mlcd_ds.clustering.kmeans import (
     KMeansState,
     Part,
     SphericalKMeans,
-    buffer,
     read,
+    read_all,
     split_largest,
 )
 from mlcd_ds.clustering.nearest import GroupedSearch, index_of
@@ -58,48 +59,33 @@ COARSE, FINE, GLOBAL = "coarse", "fine", "global"
 
 
 class TwoLevelKMeans:
-    """`SphericalKMeans` in a fraction of its time.
+    """What `flat` would do, in a fraction of its time.
 
-    k, max_points_per_center, seed, topology, backend, nprobe, stop_below: as there. iterations: of the first level; of the
-    second at most half as many, for more gain nothing.
-    coarse: K; None for the root of k. refinements: iterations over all centers at the end. init: how the coarse clusters
-    begin. Raises ConfigError for more coarse clusters than centers.
+    flat.iterations: of the first level; of the second at most half as many, for more gain nothing. flat.init: how the coarse
+    clusters begin. coarse: K; None for the root of k. refinements: iterations over all centers at the end. probes: coarse
+    clusters, a feature's nearest ones, whose centers these look into; 0, or K and more: they look at all centers, by
+    flat.backend. Raises ConfigError for more coarse clusters than centers.
     """
 
-    def __init__(
-        self,
-        k: int,
-        iterations: int,
-        max_points_per_center: int,
-        seed: int,
-        topology: Topology | None = None,
-        init: str = "random",
-        backend: str = "faiss",
-        nprobe: int = 16,
-        stop_below: float = 0.0,
-        coarse: int | None = None,
-        refinements: int = 1,
-    ):
-        root = max(1, round(math.sqrt(k)))
+    def __init__(self, flat: SphericalKMeans, coarse: int | None = None, refinements: int = 1, probes: int = 16):
+        root = max(1, round(math.sqrt(flat.k)))
         self.coarse = root if coarse is None else coarse
-        if self.coarse > k:
-            raise ConfigError(f"--coarse {self.coarse} is more than --k {k}: use about {root}, its root")
-        common = {"topology": topology, "nprobe": nprobe}
+        if self.coarse > flat.k:
+            raise ConfigError(f"--coarse {self.coarse} is more than --k {flat.k}: use about {root}, its root")
+        few = "torch" if flat.backend == "torch" else "faiss"  # so few centers need no inverted file
+        common = {"topology": flat.topology, "nprobe": flat.nprobe}
         self.first = _Balanced(
-            self.coarse,
-            iterations,
-            COARSE_POINTS,
-            seed,
-            init=init,
-            backend="torch" if backend == "torch" else "faiss",  # so few centers need no inverted file
-            **common,
+            self.coarse, flat.iterations, COARSE_POINTS, flat.seed, init=flat.init, backend=few, **common
         )
-        self.second = _Grouped(
-            k, math.ceil(iterations / 2), max_points_per_center, seed, stop_below=stop_below, **common
-        )
-        self.third = SphericalKMeans(
-            k, refinements, max_points_per_center, seed, backend=backend, stop_below=stop_below, **common
-        )
+        own = {"max_points_per_center": flat.max_points_per_center, "seed": flat.seed, "stop_below": flat.stop_below}
+        fine, narrow = levels_iterations(flat.iterations)
+        self.second = _Grouped(flat.k, fine, **own, **common)
+        self.second.narrow = narrow
+        if 0 < probes < self.coarse:
+            self.third = _Probed(flat.k, refinements, **own, **common, backend=few)
+            self.third.probes = probes
+        else:
+            self.third = SphericalKMeans(flat.k, refinements, **own, **common, backend=flat.backend)
         self.total_iterations = sum(phase.iterations for phase in (self.first, self.second, self.third))
 
     def fit(
@@ -112,7 +98,7 @@ class TwoLevelKMeans:
         """See `SphericalKMeans.fit`. The history goes through all phases, whose names its iterations carry.
 
         The objective of the first phases is the mean cosine to the center of a feature's own coarse cluster, and to the
-        nearest one inside it; only that of the last phase is to the nearest of all.
+        nearest one inside it; only that of the last phase is to the nearest of all, or of all that it looks into.
         """
         _, counts, parts = self.second.share(features)
         num_used = int(counts.sum())
@@ -130,15 +116,24 @@ class TwoLevelKMeans:
             inside = self.second.parts
             state, sizes_k = _phase(FINE, self.second, features, inside, num_used, state, tell, keep)
             self.second.forget()
+        if isinstance(self.third, _Probed):
+            self.third.first_K = state.aside["first"]
+        else:
             state = replace(state, aside={})
         if self.refinements:
             state, sizes_k = _phase(GLOBAL, self.third, features, parts, num_used, state, tell, keep)
-        return KMeansResult(state.centers_kd, state.history, sizes_k, num_used)
+        return KMeansResult(state.centers_kd, state.history, sizes_k, num_used, self.third.check(features, state))
 
     @property
     def refinements(self) -> int:
         """Iterations over all centers."""
         return self.third.iterations
+
+
+def levels_iterations(iterations: int) -> tuple[int, int]:
+    """(of the second level, those among them with one coarse cluster a feature) for `iterations` of the first."""
+    fine = math.ceil(iterations / 2)
+    return fine, fine - math.ceil(PROBED_SHARE * fine)
 
 
 def _phase(
@@ -200,13 +195,46 @@ def given_up(sizes_k: np.ndarray) -> np.ndarray:
     return given_k
 
 
-class _Grouped(SphericalKMeans):
+class _InGroups(SphericalKMeans):
+    """Centers that lie side by side with those of their coarse cluster, and are searched for by it."""
+
+    first_K: np.ndarray
+    """Coarse cluster g has the centers first_K[g] .. first_K[g + 1]: int64 [K + 1]."""
+
+    def _settle(self, centers_kd: np.ndarray, sizes_k: np.ndarray, lost_k: np.ndarray) -> int:
+        empty = 0
+        idle = np.flatnonzero((sizes_k == 0) | lost_k)
+        for group in np.unique(np.searchsorted(self.first_K, idle, side="right") - 1):
+            own = slice(self.first_K[group], self.first_K[group + 1])
+            empty += split_largest(centers_kd[own], sizes_k[own], lost_k[own])
+        return empty
+
+
+class _Probed(_InGroups):
+    """The last level: a feature's candidates are the centers of its `probes` nearest coarse clusters.
+
+    At probes / K of the products of a search among all: with one such iteration over all centers, a clustering of 20
+    iterations could never take less than a twentieth of flat's time.
+    """
+
+    probes: int
+    is_exact = False
+
+    def _searcher(self, state: KMeansState):
+        coarse = index_of(state.aside["coarse"], self.backend, self.topology.device)
+        index = GroupedSearch(state.centers_kd, state.aside["first"], self.topology.device)
+        return lambda _, block_bd: index.search_several(block_bd, coarse.search(block_bd, self.probes)[1])
+
+
+class _Grouped(_InGroups):
     """The second level: a feature's candidates are the centers of its coarse cluster, which lie side by side.
 
     In the last iterations they are those of its PROBES nearest coarse clusters: at PROBES / K of the price of a global
     iteration, features near a border move to the other side.
     """
 
+    narrow: int
+    """Iterations with one coarse cluster a feature."""
     parts: list[Part]
     """This rank's part, the rows of each block in the order of their coarse clusters (int32)."""
     counts: list[np.ndarray]
@@ -245,12 +273,12 @@ class _Grouped(SphericalKMeans):
         self, features: FeatureFolder, parts: list[Part], coarse: _Balanced, centers_Kd: np.ndarray
     ) -> None:
         index = index_of(centers_Kd, coarse.backend, self.topology.device)
-        out, kind, wanted = buffer(features, parts), np.int16 if coarse.k <= 2**15 else np.int32, min(PROBES, coarse.k)
+        kind, wanted = np.int16 if coarse.k <= 2**15 else np.int32, min(PROBES, coarse.k)
         self.forget()
 
         def find() -> tuple:
-            for block, rows in parts:
-                probes_bp = index.search(read(features, (block, rows), out), wanted)[1].astype(kind)
+            for (block, rows), block_bd in zip(parts, read_all(features, parts), strict=True):
+                probes_bp = index.search(block_bd, wanted)[1].astype(kind)
                 rows = np.arange(block.start, block.stop) if rows is None else rows
                 order_b = np.argsort(probes_bp[:, 0], kind="stable")
                 self.parts.append((block, rows[order_b].astype(np.int32)))
@@ -293,25 +321,12 @@ class _Grouped(SphericalKMeans):
 
     def _searcher(self, state: KMeansState):
         index = GroupedSearch(state.centers_kd, self.first_K, self.topology.device)
-        if len(state.history) >= self._narrow:
+        if len(state.history) >= self.narrow:
             return lambda number, block_bd: index.search_several(block_bd, self.probes[number])
         return lambda number, block_bd: index.search(block_bd, self.counts[number])
 
-    @property
-    def _narrow(self) -> int:
-        """Iterations with one coarse cluster a feature."""
-        return self.iterations - math.ceil(PROBED_SHARE * self.iterations)
-
     def _is_settled(self, state: KMeansState) -> bool:
-        return len(state.history) > self._narrow and super()._is_settled(state)
-
-    def _settle(self, centers_kd: np.ndarray, sizes_k: np.ndarray, lost_k: np.ndarray) -> int:
-        empty = 0
-        idle = np.flatnonzero((sizes_k == 0) | lost_k)
-        for group in np.unique(np.searchsorted(self.first_K, idle, side="right") - 1):
-            own = slice(self.first_K[group], self.first_K[group + 1])
-            empty += split_largest(centers_kd[own], sizes_k[own], lost_k[own])
-        return empty
+        return len(state.history) > self.narrow and super()._is_settled(state)
 
 
 def centers_per_group(sizes_K: np.ndarray, k: int) -> np.ndarray:

@@ -1,7 +1,7 @@
-"""Tars and labels to batches: `ImageLabelLoader`.
+"""Tars and labels, or the captions in them, to batches: `ImageLabelLoader`.
 
-Shapes: B images of this rank and step, u images of one piece of work of a loader process, L labels an image, H height
-and width in pixels.
+Shapes: B images of this rank and step, u images of one piece of work of a loader process, L labels (or tokens) an image,
+H height and width in pixels.
 """
 
 import atexit
@@ -21,10 +21,12 @@ from torch.utils.data import DataLoader, Dataset
 from mlcd_ds.batch import NO_IMAGE, ImageLabelBatch
 from mlcd_ds.collectives import gather_objects, sum_
 from mlcd_ds.config import RunConfig
+from mlcd_ds.data.captions import CAPTION_PROBLEMS, CaptionError
 from mlcd_ds.data.decode import IMAGE_PROBLEMS, ImageError
 from mlcd_ds.data.labels import draw_positives
 from mlcd_ds.data.plan import EpochPlan, augmentation_generator, positives_generator
-from mlcd_ds.data.shards import ShardReader, ShardTable, build_shard_table
+from mlcd_ds.data.shards import ShardContents, ShardReader, ShardTable, build_shard_table
+from mlcd_ds.data.tokenizer import CaptionTokenizer
 from mlcd_ds.data.transforms import decode_random_resized_crop
 from mlcd_ds.errors import ConfigError, DataError, UserError
 from mlcd_ds.files import write_json
@@ -41,7 +43,7 @@ MIN_SAMPLES_TO_JUDGE = 1000
 MAX_NAMES = 1000
 """Skipped samples that the ledger of a rank names; all are counted."""
 
-SKIP_REASONS = (*IMAGE_PROBLEMS, "no_label")
+SKIP_REASONS = (*IMAGE_PROBLEMS, "no_label", *CAPTION_PROBLEMS)
 """Why a sample may be skipped."""
 
 
@@ -49,8 +51,8 @@ SKIP_REASONS = (*IMAGE_PROBLEMS, "no_label")
 class Ledger:
     """What became of every sample of this rank: decoded + skipped = read, exactly, in all and for each shard.
 
-    decoded_of, skipped_of: per shard (its number in the table). skipped: reason -> number; reasons are ImageError's and
-    "no_label". names: the first MAX_NAMES skipped samples, as "shard/key: reason: details".
+    decoded_of, skipped_of: per shard (its number in the table). skipped: reason -> number; reasons are ImageError's,
+    CaptionError's and "no_label". names: the first MAX_NAMES skipped samples, as "shard/key: reason: details".
     """
 
     decoded_of: Counter = field(default_factory=Counter)
@@ -138,11 +140,22 @@ class _Piece:
 class _Pieces(Dataset):
     """Work of the loader processes: item step * pieces + i is piece i of that step."""
 
-    def __init__(self, config: RunConfig, table: ShardTable, plan: EpochPlan, image_size: int, start: int, stop: int):
+    def __init__(
+        self,
+        config: RunConfig,
+        table: ShardTable,
+        plan: EpochPlan,
+        image_size: int,
+        start: int,
+        stop: int,
+        tokenizer: CaptionTokenizer | None,
+        context: int,
+    ):
+        self.tokenizer, self.context = tokenizer, context
         self.config, self.table, self.plan, self.image_size = config, table, plan, image_size
         self.start, self.stop = start, stop
         self.pieces = math.ceil((stop - start) / IMAGES_PER_PIECE)
-        self._labels_per_row = len(table.labels_infos) * config.labels_per_visit
+        self._labels_per_row = context if table.captions else len(table.labels_infos) * config.labels_per_visit
         self._reader: ShardReader | None = None
 
     def __getitem__(self, item: int) -> _Piece:
@@ -169,24 +182,28 @@ class _Pieces(Dataset):
             piece.shards.append(shard)
             key = contents.key(index)
             try:
-                if not contents.labelled[index]:
-                    raise ImageError("no_label", "a label file lacks its key")
+                labels = self._labels(contents, epoch, shard, index)
                 data = self._reader.image_bytes(contents, index)
                 generator = augmentation_generator(self.plan.seed, epoch, shard, index)
                 crop = decode_random_resized_crop(
                     data, self.config.max_pixels, size, self.config.crop_scale_min, self.config.flip, generator
                 )
-            except ImageError as error:
+            except (ImageError, CaptionError) as error:
                 name = f"{self.table.names[shard]}/{key}: {error.reason}: {error}"
                 piece.skipped.append(Skipped(shard, error.reason, name))
                 continue
             images_uCHH[row] = crop.transpose(2, 0, 1)
-            labels_uL[row] = self._labels(contents.labels[index], epoch, shard, index)
+            labels_uL[row] = labels
             piece.keys[row] = key
         return piece
 
-    def _labels(self, labels: np.ndarray, epoch: int, shard: int, index: int) -> np.ndarray:
-        """What of an image's labels, those of all heads, takes part in this visit."""
+    def _labels(self, contents: ShardContents, epoch: int, shard: int, index: int) -> np.ndarray:
+        """What of an image's labels, those of all heads, takes part in this visit; or the tokens of its caption."""
+        if self.table.captions:
+            return self.tokenizer.encode(self._reader.caption(contents, index), self.context)
+        if not contents.labelled[index]:
+            raise ImageError("no_label", "a label file lacks its key")
+        labels = contents.labels[index]
         if self.config.positives_drawn is None:
             return labels
         generator = positives_generator(self.plan.seed, epoch, shard, index)
@@ -244,8 +261,9 @@ class ImageLabelLoader:
     config: `workers` processes read `prefetch` pieces of at most IMAGES_PER_PIECE images ahead, each; also crop, flip,
     labels a visit, size and skip limits. table: from `build_shard_table`. plan: made of the table's counts; its global
     batch is split evenly over `topology`'s ranks, consecutive slots to each. image_size: H. Batches are in pinned memory
-    when `topology.device` is a GPU. `ledger` counts what came out of `iterate` and what was skipped; skipped_folder: where
-    the names of the skipped are written, see `SkippedNames`, and at the end `by_shard.json`, the sums of every tar.
+    when `topology.device` is a GPU. tokenizer, context: of a run on captions, whose tokens then stand in the labels' place.
+    `ledger` counts what came out of `iterate` and what was skipped; skipped_folder: where the names of the skipped are
+    written, see `SkippedNames`, and at the end `by_shard.json`, the sums of every tar.
     Raises ConfigError when the global batch cannot be split.
     """
 
@@ -257,6 +275,8 @@ class ImageLabelLoader:
         image_size: int,
         topology: Topology,
         skipped_folder: Path | None = None,
+        tokenizer: CaptionTokenizer | None = None,
+        context: int = 0,
     ) -> None:
         if plan.global_batch % topology.world_size:
             raise ConfigError(
@@ -270,7 +290,8 @@ class ImageLabelLoader:
         self._skipped_folder = skipped_folder
         self._names = None if skipped_folder is None else SkippedNames(skipped_folder, topology.rank)
         start = topology.rank * self.images_per_rank
-        self._dataset = _Pieces(config, table, plan, image_size, start, start + self.images_per_rank)
+        slots = start, start + self.images_per_rank
+        self._dataset = _Pieces(config, table, plan, image_size, *slots, tokenizer, context)
         self._steps = _Steps()
         self._pinned = topology.device.type == "cuda"
         self._loader = DataLoader(

@@ -1,4 +1,5 @@
-"""Tars joined with their labels: what every rank must know before the first step, and what reads one sample.
+"""Tars joined with their labels, or with the captions in them: what every rank must know before the first step, and what
+reads one sample.
 
 Shapes: n images of a shard, H folders of labels (one per head), l labels used per image and folder.
 """
@@ -14,6 +15,7 @@ import numpy as np
 
 from mlcd_ds.batch import NO_LABEL
 from mlcd_ds.collectives import gather_objects
+from mlcd_ds.data.captions import EXTENSIONS, CaptionError, caption_extension, read_caption
 from mlcd_ds.data.labels import (
     LabelShard,
     LabelsInfo,
@@ -40,7 +42,9 @@ class ShardContents:
     """A tar's images in tar order, joined with their labels by key; compact, for millions live in memory.
 
     keys: bytes [n]. offsets, sizes: int64 [n], of the image in the tar. labels: int32 [n, H*l], folder h's in the columns
-    from h*l on, nearest first, NO_LABEL as padding. labelled: bool [n], whether the image is in every folder.
+    from h*l on, nearest first, NO_LABEL as padding. labelled: bool [n], whether the image is in every folder, or, of a run
+    on captions, has a member to hold one. captions: int64 [n, 3], of a run on captions: byte offset and size of that member,
+    and which of captions.EXTENSIONS it is (-1: none).
     """
 
     path: Path
@@ -49,6 +53,7 @@ class ShardContents:
     sizes: np.ndarray
     labels: np.ndarray
     labelled: np.ndarray
+    captions: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -67,6 +72,7 @@ class ShardTable:
     are skipped, and counted, in every epoch). duplicates, ignored, without_image: members and samples of the tars that
     are not used (see `TarIndex`). unfit_indexes: side-car indexes that are stale or damaged (their tars were
     walked). surplus_labels: rows of label files whose image is not in the tar (one that lost whole members looks like that).
+    captions: images are paired with their captions, not with labels; without_label then counts those without one.
     """
 
     shards: tuple[str, ...]
@@ -82,6 +88,7 @@ class ShardTable:
     without_image: int = 0
     unfit_indexes: int = 0
     surplus_labels: int = 0
+    captions: bool = False
     kept: dict[int, ShardContents] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -91,8 +98,9 @@ class ShardTable:
 
     def unused(self) -> tuple[str, ...]:
         """Sentences for people: what of the tars takes no part in the run, and how many of it; empty where all does."""
+        what = "caption" if self.captions else "label"
         sentences = (
-            (self.without_label, "images have no label: they are skipped, and counted, in every epoch"),
+            (self.without_label, f"images have no {what}: they are skipped, and counted, in every epoch"),
             (self.duplicates, "members repeat a name of their tar: the first one counts"),
             (self.without_image, "samples have no image"),
             (self.ignored, "members are not part of a sample (no extension, or not a file)"),
@@ -106,7 +114,7 @@ class ShardTable:
 
     def fingerprint(self) -> str:
         """Changes with names, counts or labels: for a checkpoint to compare."""
-        infos = self.labels_infos if len(self.labels_infos) > 1 else self.labels_infos[0]
+        infos = self.labels_infos if len(self.labels_infos) > 1 else next(iter(self.labels_infos), "captions")
         text = repr((self.names, self.counts, infos, self.num_positives))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -116,7 +124,7 @@ class ShardTable:
             return self.kept[shard]
         path = local_shard(self.shards[shard], self.cache_dir)
         labels = [read_label_shard(label_path(folder, self.names[shard])) for folder in self.labels_dirs]
-        contents = _join(find_index(path).index, labels, self.num_positives)
+        contents = _join(find_index(path).index, labels, self.num_positives, self.captions)
         infos = tuple(found.info for found in labels)
         if len(contents) != self.counts[shard] or infos != self.labels_infos:
             raise DataError(
@@ -127,7 +135,9 @@ class ShardTable:
         return contents
 
 
-def _join(index: TarIndex, labels: Sequence[LabelShard], num_positives: int) -> ShardContents:
+def _join(
+    index: TarIndex, labels: Sequence[LabelShard], num_positives: int, with_captions: bool = False
+) -> ShardContents:
     """labels: of the same tar, from each of the folders."""
     joined = np.full((len(index.keys), len(labels), num_positives), NO_LABEL, np.int32)
     labelled = np.ones(len(index.keys), bool)
@@ -137,7 +147,17 @@ def _join(index: TarIndex, labels: Sequence[LabelShard], num_positives: int) -> 
         labelled &= wanted >= 0
     places = np.array([index.image(key) for key in index.keys], np.int64).reshape(-1, 2)
     keys = np.array([key.encode() for key in index.keys])
-    return ShardContents(index.path, keys, places[:, 0], places[:, 1], joined.reshape(len(keys), -1), labelled)
+    captions = None
+    if with_captions:
+        captions = np.array([_caption_place(index.members[key]) for key in index.keys], np.int64).reshape(-1, 3)
+        labelled = captions[:, 2] >= 0
+    columns = places[:, 0], places[:, 1], joined.reshape(len(keys), -1 if len(labels) else 0)
+    return ShardContents(index.path, keys, *columns, labelled, captions)
+
+
+def _caption_place(members: dict[str, tuple[int, int]]) -> tuple[int, int, int]:
+    extension = caption_extension(members)
+    return (0, 0, -1) if extension is None else (*members[extension], EXTENSIONS.index(extension))
 
 
 def _rows(index: TarIndex, labels: LabelShard) -> np.ndarray:
@@ -176,11 +196,13 @@ def build_shard_table(
     max_skipped_fraction: float,
     cache_dir: str | None,
     topology: Topology,
+    captions: bool = False,
 ) -> ShardTable:
     """Walks all tars (or reads their indexes, see tar_index.py), each rank its share, checks them against their labels, and
     tells every rank the result.
 
-    labels_dirs: folders of labels, one per head; an image must be in all of them. num_positives: labels an image and
+    labels_dirs: folders of labels, one per head; an image must be in all of them. captions: there are none, the images'
+    captions in the tars take their place. num_positives: labels an image and
     folder to use. cache_dir: where remote tars are fetched to.
     Raises DataError, the same on every rank, when a tar is damaged or holds no image, label files are missing, of
     different centers within a folder or with fewer labels than num_positives, a label is not below k, or more than
@@ -193,7 +215,7 @@ def build_shard_table(
     kept: dict[int, ShardContents] = {}
     own = []
     for shard in range(topology.rank, len(shards), topology.world_size):
-        own.append(_examine(shard, shards[shard], labels_dirs, num_positives, cache_dir, kept))
+        own.append(_examine(shard, shards[shard], labels_dirs, num_positives, cache_dir, kept, captions))
     found = [entry for part in gather_objects(own, topology) for entry in part]
     found.sort(key=lambda entry: entry.shard)
     names = tuple(shard_name(shard) for shard in shards)
@@ -215,6 +237,7 @@ def build_shard_table(
         ignored=sum(entry.ignored for entry in found),
         without_image=sum(entry.without_image for entry in found),
         surplus_labels=sum(entry.surplus_labels for entry in found),
+        captions=captions,
         unfit_indexes=sum(entry.index_source in ("stale", "damaged") for entry in found),
         kept=kept,
     )
@@ -227,6 +250,7 @@ def _examine(
     num_positives: int,
     cache_dir: str | None,
     kept: dict[int, ShardContents],
+    captions: bool,
 ) -> _Found:
     """Never raises: what went wrong has to reach the other ranks, which wait in the collective that follows."""
     found = _Found(shard)
@@ -247,9 +271,9 @@ def _examine(
             return found
         labels = [read_label_shard(file) for file in files]
         found.infos = tuple(shard_labels.info for shard_labels in labels)
-        if min(info.num_positives for info in found.infos) < num_positives:
+        if min((info.num_positives for info in found.infos), default=num_positives) < num_positives:
             return found
-        contents = _join(index, labels, num_positives)
+        contents = _join(index, labels, num_positives, captions)
         found.lacking_in = tuple(int((_rows(index, shard_labels) < 0).sum()) for shard_labels in labels)
         found.surplus_labels = sum(
             len(shard_labels.keys) - len(index.keys) + lacking
@@ -285,6 +309,12 @@ def _check_unlabelled(found: list[_Found], shards: Sequence[str], labels_dirs: S
     if lacking <= allowed * total:
         return
     worst = max(found, key=lambda entry: entry.num_unlabelled)
+    if not labels_dirs:
+        raise DataError(
+            f"{lacking} of {total} images have no caption (neither KEY.txt nor KEY.json), more than --max_skipped_fraction "
+            f"{allowed:g} allows. Most of them in {shards[worst.shard]}: {worst.num_unlabelled} of {worst.count}, e.g. "
+            f"{', '.join(worst.unlabelled)}. Train on tars with captions, or raise the fraction."
+        )
     where = str(labels_dirs[0])
     if len(labels_dirs) > 1:
         numbers = [sum(entry.lacking_in[head] for entry in found) for head in range(len(labels_dirs))]
@@ -322,7 +352,16 @@ class ShardReader:
 
     def image_bytes(self, contents: ShardContents, index: int) -> bytes:
         """The encoded image. Raises DataError when the tar became shorter or unreadable."""
-        offset, size = int(contents.offsets[index]), int(contents.sizes[index])
+        return self._bytes(contents, index, int(contents.offsets[index]), int(contents.sizes[index]))
+
+    def caption(self, contents: ShardContents, index: int) -> str:
+        """The caption of an image. Raises CaptionError where there is none that can be used, DataError as `image_bytes`."""
+        offset, size, kind = contents.captions[index].tolist()
+        if kind < 0:
+            raise CaptionError("no_caption", "its tar has neither KEY.txt nor KEY.json")
+        return read_caption(EXTENSIONS[kind], self._bytes(contents, index, offset, size))
+
+    def _bytes(self, contents: ShardContents, index: int, offset: int, size: int) -> bytes:
         try:
             # pread, not a map: a tar that shrinks while it is read then gives an error, where a map ends the process.
             data = os.pread(self._file(contents.path), size, offset)

@@ -32,24 +32,45 @@ class Fit:
         return features_nd.astype(np.float64) @ self.weights.T + self.biases
 
 
-class LogisticRegressions:
-    """Fits problems on one set of features [n, d].
+class PrincipalInputs:
+    """Features [n, d], centred and turned onto their principal axes, with a column of ones for the bias: float64 on
+    `device`.
 
-    The features are centred (only the free bias sees that) and turned onto their principal axes (|w| does not see that).
-    There the diagonal 1 / (variance_j n / 4 + lambda) inverts Boehning's upper bound of the Hessian (1992, Ann. Inst.
-    Statist. Math. 44), and serves L-BFGS as initial inverse Hessian: tens of iterations instead of thousands.
+    Only a free bias sees the first, |w| does not see the second. inputs_nD; energy_D: sum of squares of each column;
+    penalised_D: 1 for weights, 0 for the bias.
     """
 
-    def __init__(self, features_nd: np.ndarray):
-        features = torch.from_numpy(np.ascontiguousarray(features_nd, dtype=np.float64))
+    def __init__(self, features_nd: np.ndarray, device: torch.device | str = "cpu"):
+        features = torch.from_numpy(np.ascontiguousarray(features_nd)).to(device).double()
         n = len(features)
         self._mean = features.mean(0)
         centred = features - self._mean
         energy_d, self._axes = torch.linalg.eigh(centred.T @ centred)
-        self._inputs_nD = torch.cat([centred @ self._axes, torch.ones(n, 1, dtype=torch.float64)], dim=1)
-        self._bound_D = torch.cat([energy_d.clamp_min(0), torch.tensor([float(n)], dtype=torch.float64)]) / 4
-        self._penalised_D = torch.ones(len(self._bound_D), dtype=torch.float64)
-        self._penalised_D[-1] = 0
+        one = torch.ones(n, 1, dtype=torch.float64, device=features.device)
+        self.inputs_nD = torch.cat([centred @ self._axes, one], dim=1)
+        self.energy_D = torch.cat([energy_d.clamp_min(0), one.sum(0)])
+        self.penalised_D = torch.ones_like(self.energy_D)
+        self.penalised_D[-1] = 0
+
+    def as_given(self, coefficients_DP: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(weights [d, P], biases [P]) on the features as they were given."""
+        weights_dP = self._axes @ coefficients_DP[:-1]
+        return weights_dP, coefficients_DP[-1] - self._mean @ weights_dP
+
+
+class LogisticRegressions:
+    """Fits problems on one set of features [n, d], on `device`.
+
+    On the features' principal axes (see `PrincipalInputs`) the diagonal 1 / (variance_j n / 4 + lambda) inverts Boehning's
+    upper bound of the Hessian (1992, Ann. Inst. Statist. Math. 44), and serves L-BFGS as initial inverse Hessian: tens of
+    iterations instead of thousands.
+    """
+
+    def __init__(self, features_nd: np.ndarray, device: torch.device | str = "cpu"):
+        self._inputs = PrincipalInputs(features_nd, device)
+        self._inputs_nD = self._inputs.inputs_nD
+        self._bound_D = self._inputs.energy_D / 4
+        self._penalised_D = self._inputs.penalised_D
 
     def fit(
         self,
@@ -64,31 +85,34 @@ class LogisticRegressions:
         Stops a problem when g^T H g <= tolerance^2 n, H the bound's inverse: what is left to gain is then some tolerance^2
         per image. A class without a positive or without a negative has no solution (the bias runs away): it gets zeros.
         """
-        n, P = len(self._inputs_nD), len(class_of_p)
-        targets = torch.from_numpy(np.ascontiguousarray(is_positive_nC, dtype=np.float64))
-        counts = targets.sum(0)[torch.from_numpy(np.asarray(class_of_p))]
+        n, P, device = len(self._inputs_nD), len(class_of_p), self._inputs_nD.device
+        targets = torch.from_numpy(np.ascontiguousarray(is_positive_nC)).to(device).double()
+        classes = torch.as_tensor(class_of_p, device=device)
+        lambdas = torch.as_tensor(lambda_of_p, dtype=torch.float64, device=device)
+        counts = targets.sum(0)[classes]
         solvable = torch.nonzero((counts > 0) & (counts < n)).flatten()
-        coefficients_DP = torch.zeros(len(self._bound_D), P, dtype=torch.float64)
-        iterations, converged = torch.zeros(P, dtype=torch.int64), torch.ones(P, dtype=torch.bool)
-        classes, lambdas = torch.as_tensor(class_of_p), torch.as_tensor(lambda_of_p, dtype=torch.float64)
+        coefficients_DP = torch.zeros(len(self._bound_D), P, dtype=torch.float64, device=device)
+        iterations = torch.zeros(P, dtype=torch.int64, device=device)
+        converged = torch.ones(P, dtype=torch.bool, device=device)
         for part in solvable.split(max(1, WORKSPACE_NUMBERS // n)):
             solved = self._solve(targets[:, classes[part]], lambdas[part], max_iterations, tolerance)
             coefficients_DP[:, part], iterations[part], converged[part] = solved
-        weights_Pd = (self._axes @ coefficients_DP[:-1]).T.contiguous()
-        biases_P = coefficients_DP[-1] - weights_Pd @ self._mean
-        return Fit(weights_Pd.numpy(), biases_P.numpy(), iterations.numpy(), converged.numpy())
+        weights_dP, biases_P = self._inputs.as_given(coefficients_DP)
+        found = (weights_dP.T.contiguous(), biases_P, iterations, converged)
+        return Fit(*(tensor.cpu().numpy() for tensor in found))
 
     def _solve(self, targets_nP, lambda_P, max_iterations: int, tolerance: float):
         """(coefficients [D, P], iterations [P], converged [P]); each problem keeps its own history and step length."""
         n, P = targets_nP.shape
-        inputs_nD = self._inputs_nD
-        result_DP = torch.zeros(inputs_nD.shape[1], P, dtype=torch.float64)
-        iterations, converged = torch.full((P,), max_iterations), torch.zeros(P, dtype=torch.bool)
-        open_ = torch.arange(P)  # the problems that the columns below belong to
+        inputs_nD, device = self._inputs_nD, self._inputs_nD.device
+        result_DP = torch.zeros(inputs_nD.shape[1], P, dtype=torch.float64, device=device)
+        iterations = torch.full((P,), max_iterations, device=device)
+        converged = torch.zeros(P, dtype=torch.bool, device=device)
+        open_ = torch.arange(P, device=device)  # the problems that the columns below belong to
 
         penalty_DP = self._penalised_D[:, None] * lambda_P
         inverse_DP = 1 / (self._bound_D[:, None] + penalty_DP).clamp_min(torch.finfo(torch.float64).tiny ** 0.5)
-        w_DP, z_nP = torch.zeros_like(result_DP), torch.zeros(n, P, dtype=torch.float64)
+        w_DP, z_nP = torch.zeros_like(result_DP), torch.zeros(n, P, dtype=torch.float64, device=device)
         gradient_DP = inputs_nD.T @ (0.5 - targets_nP)
         history: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
         for iteration in range(max_iterations + 1):
@@ -147,8 +171,8 @@ def _line_search(slope_P, z_nP, change_nP, targets_nP, w_DP, step_DP, penalty_DP
         return residual, (residual * change_nP).sum(0) + linear_P + t_P * quadratic_P
 
     start_P = slope_P.abs()
-    low, high = torch.zeros(P, dtype=torch.float64), torch.full((P,), torch.inf, dtype=torch.float64)
-    t = torch.ones(P, dtype=torch.float64)
+    t = torch.ones(P, dtype=torch.float64, device=z_nP.device)
+    low, high = torch.zeros_like(t), torch.full_like(t, torch.inf)
     for _ in range(LINE_SEARCH_TRIES):
         residual, slope = residual_and_slope(t)
         good = (slope >= -0.5 * start_P) & (slope <= 0.1 * start_P)

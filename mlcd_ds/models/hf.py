@@ -9,6 +9,7 @@ Shapes: W width, E embedding width, A heads.
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -48,17 +49,29 @@ def names_there(config: VitConfig) -> dict[str, tuple[str, ...]]:
         names["angles.class_angle"] = ("class_pos_emb",)
     else:
         names["embeddings.positions"] = ("embeddings.position_embedding.weight",)
-    modules = {"norm_pre": ("pre_layrnorm",), "norm_post": ("post_layernorm",)}  # spelt so there
-    for n in range(config.layers):
+    norms = {"norm_pre": ("pre_layrnorm",), "norm_post": ("post_layernorm",)}  # spelt so there
+    return names | both_parts(norms) | layer_names(config.layers)
+
+
+def layer_names(layers: int) -> dict[str, tuple[str, ...]]:
+    """`names_there` of the blocks, which are the same in all of CLIP's and MLCD's towers."""
+    modules: dict[str, tuple[str, ...]] = {}
+    for n in range(layers):
         here, there = f"blocks.{n}", f"encoder.layers.{n}"
         modules[f"{here}.norm1"], modules[f"{here}.norm2"] = (f"{there}.layer_norm1",), (f"{there}.layer_norm2",)
         modules[f"{here}.fc1"], modules[f"{here}.fc2"] = (f"{there}.mlp.fc1",), (f"{there}.mlp.fc2",)
         modules[f"{here}.attention.out"] = (f"{there}.self_attn.out_proj",)
         modules[f"{here}.attention.qkv"] = tuple(f"{there}.self_attn.{part}_proj" for part in "qkv")
-    for ours, theirs in modules.items():
-        for part in ("weight", "bias"):
-            names[f"{ours}.{part}"] = tuple(f"{module}.{part}" for module in theirs)
-    return names
+    return both_parts(modules)
+
+
+def both_parts(modules: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+    """Names of modules to those of their weights and biases."""
+    return {
+        f"{ours}.{part}": tuple(f"{module}.{part}" for module in theirs)
+        for ours, theirs in modules.items()
+        for part in ("weight", "bias")
+    }
 
 
 def config_there(config: VitConfig, dtype: str) -> dict:
@@ -175,6 +188,14 @@ def read_folder(path: str | Path) -> tuple[VitConfig, dict[str, torch.Tensor]]:
     folder = _local(path)
     config = config_here(folder)
     _check_preprocessing(folder)
+    weights = tensors_here(config, read_tensors(folder))
+    if config.rope and (folder / PROJECTION_FILE).is_file():
+        weights[PROJECTION] = _load(folder / PROJECTION_FILE)[PROJECTION]
+    return config, {name: tensor.float() for name, tensor in weights.items()}
+
+
+def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of model.safetensors, or of the files that its index names. Raises CheckpointError."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
@@ -193,10 +214,7 @@ def read_folder(path: str | Path) -> tuple[VitConfig, dict[str, torch.Tensor]]:
         if Path(name).name != name:
             raise CheckpointError(f"{index} names {name!r}: expected a file beside it")
         tensors |= _load(folder / name)
-    weights = tensors_here(config, tensors)
-    if config.rope and (folder / PROJECTION_FILE).is_file():
-        weights[PROJECTION] = _load(folder / PROJECTION_FILE)[PROJECTION]
-    return config, {name: tensor.float() for name, tensor in weights.items()}
+    return tensors
 
 
 def _check_preprocessing(folder: Path) -> None:
@@ -256,24 +274,40 @@ def write_folder(
     with `weights`, then renamed: a folder under its name is whole.
     Raises CheckpointError where `out` exists (unless `force`), or what was read back differs.
     """
+    rounded = {name: tensor.to(DTYPES[dtype]) for name, tensor in weights.items()}
+
+    def fill(staging: Path) -> None:
+        write_tensors(staging, tensors_there(config, rounded), max_file_bytes)
+        if config.rope:
+            save_tensors(staging / PROJECTION_FILE, {PROJECTION: rounded[PROJECTION]}, {"format": "pt"})
+        write_json(staging / "config.json", config_there(config, dtype))
+        write_json(staging / "preprocessor_config.json", preprocessing(config))
+        write_text(staging / "README.md", card)
+        compare(staging, read_folder(staging), (config, rounded))
+
+    return publish(out, fill, force)
+
+
+def compare(staging: Path, read: tuple, written: tuple) -> None:
+    """Raises CheckpointError where a (config, tensors) that was read back is not what was written."""
+    differing = [name for name, tensor in written[1].items() if not torch.equal(read[1][name], tensor.float())]
+    if read[0] != written[0] or differing:
+        raise CheckpointError(
+            f"{staging} reads back differently ({', '.join(differing[:3]) or 'its config'}): not published"
+        )
+
+
+def publish(out: Path, fill: Callable[[Path], None], force: bool) -> list[str]:
+    """Makes the folder `out` of what `fill(staging)` writes, whole or not at all; returns the names of its files.
+
+    Raises CheckpointError where `out` exists (unless `force`), and what `fill` raises.
+    """
     if out.exists() and not force:
         raise CheckpointError(f"{out} exists already: choose another --output_dir, or replace it by --force")
     staging = out.with_name(out.name + ".tmp")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
-    rounded = {name: tensor.to(DTYPES[dtype]) for name, tensor in weights.items()}
-    _write_tensors(staging, tensors_there(config, rounded), max_file_bytes)
-    if config.rope:
-        save_tensors(staging / PROJECTION_FILE, {PROJECTION: rounded[PROJECTION]}, {"format": "pt"})
-    write_json(staging / "config.json", config_there(config, dtype))
-    write_json(staging / "preprocessor_config.json", preprocessing(config))
-    write_text(staging / "README.md", card)
-    read_config, read = read_folder(staging)
-    differing = [name for name, tensor in rounded.items() if not torch.equal(read[name], tensor.float())]
-    if read_config != config or differing:
-        raise CheckpointError(
-            f"{staging} reads back differently ({', '.join(differing[:3]) or 'its config'}): not published"
-        )
+    fill(staging)
     files = sorted(path.name for path in staging.iterdir())
     for name in files:
         sync_file(staging / name)
@@ -285,7 +319,7 @@ def write_folder(
     return files
 
 
-def _write_tensors(folder: Path, tensors: dict[str, torch.Tensor], max_file_bytes: int) -> None:
+def write_tensors(folder: Path, tensors: dict[str, torch.Tensor], max_file_bytes: int) -> None:
     """One model.safetensors, or several with an index where they do not fit into max_file_bytes."""
     files: list[dict[str, torch.Tensor]] = [{}]
     room = max_file_bytes

@@ -29,19 +29,24 @@ BlockRunner = Callable[..., torch.Tensor]
 """`runner(block, *tensors)` returns `block(*tensors)`: what torch's and DeepSpeed's checkpoint functions do."""
 
 
-class VitConfig(Settings):
-    """Shape of one encoder. Every field must be given; `preset` and `PRESETS` hold the known ones."""
+class TransformerConfig(Settings):
+    """What an image tower and a text tower have in common."""
 
-    image_size: int = Field(ge=1, description="pixels")
-    patch_size: int = Field(ge=1, description="pixels")
     layers: int = Field(ge=1)
     width: int = Field(ge=1)
     heads: int = Field(ge=1)
     mlp_width: int = Field(ge=1)
     embed_dim: int = Field(ge=1, description="width after the projection")
-    rope: bool = Field(description="rotary 2D positions (MLCD bigG); false: learned ones (CLIP)")
     activation: Literal["gelu", "quick_gelu"] = Field(description="quick_gelu: x sigmoid(1.702 x), OpenAI's weights")
     norm_eps: float = Field(gt=0)
+
+
+class VitConfig(TransformerConfig):
+    """Shape of one encoder. Every field must be given; `preset` and `PRESETS` hold the known ones."""
+
+    image_size: int = Field(ge=1, description="pixels")
+    patch_size: int = Field(ge=1, description="pixels")
+    rope: bool = Field(description="rotary 2D positions (MLCD bigG); false: learned ones (CLIP)")
 
     @model_validator(mode="after")
     def _fits(self):
@@ -210,11 +215,14 @@ class TokenAngles(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with one matrix for queries, keys and values."""
+    """Multi-head self-attention with one matrix for queries, keys and values.
 
-    def __init__(self, config: VitConfig):
+    config: has width and heads. causal: a token sees itself and those before it.
+    """
+
+    def __init__(self, config: TransformerConfig, causal: bool = False):
         super().__init__()
-        self.heads = config.heads
+        self.heads, self.causal = config.heads, causal
         self.qkv = nn.Linear(config.width, 3 * config.width)
         self.out = nn.Linear(config.width, config.width)
 
@@ -224,17 +232,17 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x_BTW).view(B, T, 3, self.heads, W // self.heads).permute(2, 0, 3, 1, 4)
         if angles_Tr is not None:
             q, k = rotate(q, angles_Tr), rotate(k, angles_Tr)
-        x_BATh = F.scaled_dot_product_attention(q, k, v)
+        x_BATh = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         return self.out(x_BATh.transpose(1, 2).reshape(B, T, W))
 
 
 class Block(nn.Module):
-    """One pre-norm layer: x + attention(norm(x)), then x + mlp(norm(x))."""
+    """One pre-norm layer: x + attention(norm(x)), then x + mlp(norm(x)). config, causal: see `Attention`."""
 
-    def __init__(self, config: VitConfig):
+    def __init__(self, config: TransformerConfig, causal: bool = False):
         super().__init__()
         self.norm1 = nn.LayerNorm(config.width, eps=config.norm_eps)
-        self.attention = Attention(config)
+        self.attention = Attention(config, causal)
         self.norm2 = nn.LayerNorm(config.width, eps=config.norm_eps)
         self.fc1 = nn.Linear(config.width, config.mlp_width)
         self.activation = nn.GELU() if config.activation == "gelu" else QuickGELU()
@@ -307,6 +315,10 @@ class VisionTransformer(nn.Module):
         """
         self._run_block = runner
 
+    def first_weights(self) -> list[nn.Parameter]:
+        """The weights that the backward pass comes to last."""
+        return [self.embeddings.patch.weight]
+
     def forward_features(self, images_B3HH: torch.Tensor) -> torch.Tensor:
         """The class token after the last norm, [B, W]: what a linear probe reads. Images: see `Embeddings.forward`."""
         x_BTW = self.norm_pre(self.embeddings(images_B3HH))
@@ -336,11 +348,14 @@ def resize_positions(positions_TW: torch.Tensor, grid: int) -> torch.Tensor:
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Parameter groups for an optimizer: matrices decay; biases, norms, class token and positions do not.
+    """Parameter groups for an optimizer: matrices and word embeddings decay; biases, norms, class token, positions and
+    temperature do not.
 
     Call it before ZeRO-3 takes the parameters apart.
     """
-    decaying = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)}
+    decaying = {
+        id(module.weight) for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding)
+    }
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if id(p) in decaying], "weight_decay": weight_decay},
