@@ -18,10 +18,10 @@ import torch
 from mlcd_ds import soak
 from mlcd_ds.batch import ImageLabelBatch
 from mlcd_ds.benchmarks.timing import peak_bytes
-from mlcd_ds.card import plan_memory
 from mlcd_ds.config import DeepSpeedDefaults, RunConfig
 from mlcd_ds.ds_config import BatchSizes, DeepSpeedSettings, resolve_deepspeed_config
 from mlcd_ds.engine import TrainEngine
+from mlcd_ds.memory import plan_memory
 from mlcd_ds.models.vit import VisionTransformer, VitConfig, preset
 from mlcd_ds.partial_fc import PartialFC
 from mlcd_ds.topology import Topology
@@ -129,11 +129,11 @@ def main(result: str = "", *names: str) -> None:
     soak.import_ahead()
     found = {}
     for name, case in (CASES | MORE).items():
-        if names and name not in names or not names and name not in CASES:
+        if name not in (names or CASES):
             continue
-        plan = plan_memory(case.encoder, case.settings(), case.config(), (case.num_classes,), RANKS)
+        plan = plan_memory(case.encoder, case.settings(), case.config(), (case.num_classes,), RANKS, device="cpu")
         found[name] = {"measured": measure(case), "planned": plan.total}
-        parts = ", ".join(f"{part} {size / 1e6:.0f}" for part, size in vars(plan).items() if size)
+        parts = ", ".join(f"{part} {size / 1e6:.0f}" for part, size in plan.parts.items())
         ratio = plan.total / found[name]["measured"]
         print(
             f"{name}: measured {found[name]['measured'] / 1e6:.0f} MB, planned {plan.total / 1e6:.0f}, {ratio:.3f}: {parts}",
