@@ -10,6 +10,7 @@ from mlcd_ds.models.vit import VitConfig
 from mlcd_ds.partition import ClassPartition
 from mlcd_ds.schedule import RunLength
 
+
 def head_precisions(config: RunConfig, settings: DeepSpeedSettings, device_type: str) -> tuple[str, str]:
     """Dtype names: of the factors of the head's products, and of the embeddings that ranks send each other."""
     products = settings.precision if device_type == "cuda" else "float32"

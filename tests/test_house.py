@@ -46,6 +46,7 @@ FLOORS = {  # DESIGN's table: a file imports from its own floor or below; a fold
     "contrastive_engine": 4,
     "card": 4,
     "memory": 4,
+    "step_plan": 4,
     "clustering": 4,
     "evaluation": 4,
     "checkpoint_tools": 4,
