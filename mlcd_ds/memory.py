@@ -16,6 +16,7 @@ What DeepSpeed 0.19 keeps beyond the arithmetic of ZeRO (Rajbhandari et al. 2020
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -63,6 +64,7 @@ class MemoryPlan:
         return sum(self.parts.values())
 
 
+@lru_cache(maxsize=32)
 def count_parameters(tower: VitConfig | TextConfig) -> int:
     """Parameters of an encoder or a text tower, without allocating them."""
     with torch.device("meta"):

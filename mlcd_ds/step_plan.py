@@ -21,7 +21,7 @@ from mlcd_ds.benchmarks.timing import table
 from mlcd_ds.config import DeepSpeedDefaults, PlanConfig, RunConfig
 from mlcd_ds.ds_config import BatchSizes, DeepSpeedSettings, resolve_deepspeed_config
 from mlcd_ds.errors import ConfigError
-from mlcd_ds.memory import MemoryPlan, count_parameters, plan_memory, sampled_rows
+from mlcd_ds.memory import REDUCED_AT_ONCE, MemoryPlan, count_parameters, plan_memory, sampled_rows
 from mlcd_ds.models.vit import VitConfig, preset
 from mlcd_ds.partial_fc import PartialFC, workspace_bytes
 from mlcd_ds.topology import Topology
@@ -31,6 +31,12 @@ USABLE = 0.92
 USED_LINK = 0.8
 """Of a link's bandwidth that a large collective reaches."""
 BACKWARD_SHARE = 2 / 3
+HIDDEN = 0.9
+"""Of the seconds of a collective that runs behind arithmetic: the rest shows, for both want the same memory and cores."""
+FILL_TOKENS = 2048
+"""Tokens of a micro-batch at which products reach half of their rate: fewer leave parts of a GPU idle. Assumed."""
+EVEN_SHARE = 16
+"""Images of a rank: a number with divisors."""
 BYTES_PER_LOGIT = {"torch": 26, "triton": 6}
 """Read and written by the head beside its products (docs/head.md)."""
 ADAM_BYTES = 30
@@ -42,6 +48,7 @@ class Collective:
     """One kind of collective of a step.
 
     times: a step. size: bytes of the whole tensor of one. sent: by a rank, each time. hidden: behind what it may run, or "".
+    group: ranks that take part, of neighbouring GPUs; None: all.
     """
 
     name: str
@@ -49,6 +56,7 @@ class Collective:
     times: int
     size: float
     hidden: str = ""
+    group: int | None = None
 
     def sent(self, ranks: int) -> float:
         """Bytes that a rank sends each time: round a ring, an all-reduce goes twice."""
@@ -56,7 +64,8 @@ class Collective:
 
     def seconds(self, config: PlanConfig) -> float:
         """Of one: the slower of the links inside a machine and those between machines, which share the way; and hops."""
-        W, n = config.gpus, min(config.gpus, config.gpus_per_node)
+        W = min(config.gpus, self.group or config.gpus)
+        n = min(W, config.gpus_per_node)
         if W == 1:
             return 0.0
         sent = self.sent(W)
@@ -78,7 +87,7 @@ def forward_flops(encoder: VitConfig) -> float:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """One optimizer step of one configuration. seconds: by part, on a rank; their sum is the step's, what is hidden left out."""
+    """One optimizer step of one configuration. seconds: by part, on a rank, what is hidden left out; together, the step's."""
 
     config: PlanConfig
     settings: DeepSpeedSettings
@@ -130,7 +139,9 @@ def plan_step(config: PlanConfig, raw: dict) -> StepPlan:
     G = settings.micro_batch * config.gpus
     head_flops = 6.0 * G * rows * encoder.embed_dim * A
     rate = (config.tflops or 1.0) * 1e12
-    compute = passes * forward * images / (rate * config.efficiency)
+    tokens = settings.micro_batch * (1 + encoder.grid**2)
+    filled = tokens / (tokens + FILL_TOKENS)
+    compute = passes * forward * images / (rate * config.efficiency * filled)
     traffic = A * G * rows * BYTES_PER_LOGIT[config.head_kernels] + 10 * A * rows * encoder.embed_dim * 4
     parameters = count_parameters(encoder)
     share = 1 if settings.zero_stage == 0 else config.gpus
@@ -138,10 +149,11 @@ def plan_step(config: PlanConfig, raw: dict) -> StepPlan:
     offload = "offload_optimizer" in settings.json["zero_optimization"]
     hidden, shown = {"backward": 0.0, "encoder": 0.0, "head": 0.0}, {"head": 0.0, "ZeRO": 0.0}
     for one in exchanged:
+        taken = one.times * one.seconds(config)
+        behind = HIDDEN * taken if one.hidden else 0.0
+        shown["ZeRO" if one.name.startswith("ZeRO") else "head"] += taken - behind
         if one.hidden:
-            hidden[one.hidden] += one.times * one.seconds(config)
-        else:
-            shown["ZeRO" if one.name.startswith("ZeRO") else "head"] += one.times * one.seconds(config)
+            hidden[one.hidden] += behind
     head = head_flops / (rate * config.head_efficiency) + traffic / (config.memory_gb_per_s * 1e9)
     seconds = {
         "encoder": compute,
@@ -150,7 +162,7 @@ def plan_step(config: PlanConfig, raw: dict) -> StepPlan:
         "ZeRO's collectives": shown["ZeRO"]
         + max(0.0, hidden["backward"] - BACKWARD_SHARE * compute / A)
         + max(0.0, hidden["encoder"] - compute),
-        # An offloaded step: gradients down and weights up a PCIe link of 25 GB/s, Adam in the host's memory (20 GB/s a rank).
+        # Offloaded: gradients down and weights up a PCIe link of 25 GB/s, Adam in the host's memory (20 GB/s a rank).
         "optimizer": stepped / (config.memory_gb_per_s * 1e9)
         + offload * parameters / share * (6 / 25e9 + ADAM_BYTES / 20e9),
     }
@@ -193,6 +205,7 @@ def _collectives(
     zero = settings.json["zero_optimization"]
     sent = 2 if settings.json.get("communication_data_type") == "bf16" else 4
     overlap = "backward" if zero.get("overlap_comm", stage == 3) else ""
+    buckets = max(1, round(P / int(zero.get("reduce_bucket_size", REDUCED_AT_ONCE))))
     if stage == 0:
         yield Collective("ZeRO 0: gradients", "all-reduce", 1, float(sent * P))
     elif stage == 1:
@@ -201,14 +214,22 @@ def _collectives(
     elif stage == 2:
         # use_multi_rank_bucket_allreduce, on unless the JSON says otherwise: every bucket is reduced to all ranks.
         kind = "all-reduce" if zero.get("use_multi_rank_bucket_allreduce", True) else "reduce-scatter"
-        yield Collective("ZeRO 2: gradients", kind, A, float(sent * P), overlap)
+        yield Collective("ZeRO 2: gradients", kind, A * buckets, sent * P / buckets, overlap)
         yield Collective("ZeRO 2: weights", "all-gather", 1, float(size * P))
     else:
         hidden = "encoder" if int(zero.get("stage3_prefetch_bucket_size", 50_000_000)) else ""
-        yield Collective("ZeRO 3: weights, forward", "all-gather", A, float(size * P), hidden)
-        if int(zero.get("zero_hpz_partition_size", 1)) <= 1:
-            yield Collective("ZeRO 3: weights, backward", "all-gather", A, float(size * P), hidden)
-        yield Collective("ZeRO 3: gradients", "reduce-scatter", A, float(sent * P), overlap)
+        blocks = encoder.layers  # about one collective for each
+        yield Collective("ZeRO 3: weights, forward", "all-gather", A * blocks, size * P / blocks, hidden)
+        group = int(zero.get("zero_hpz_partition_size", 1))
+        yield Collective(
+            "ZeRO 3: weights, backward",
+            "all-gather",
+            A * blocks,
+            size * P / blocks,
+            hidden,
+            group if group > 1 else None,
+        )
+        yield Collective("ZeRO 3: gradients", "reduce-scatter", A * buckets, sent * P / buckets, overlap)
 
 
 def measured_tflops(device: str) -> tuple[float, str]:
@@ -290,13 +311,14 @@ def with_stage(raw: dict, stage: int) -> dict:
 def suggest(config: PlanConfig, raw: dict) -> tuple[StepPlan, dict]:
     """The fastest of all stages, micro-batches, checkpointing on and off, and offloading, that fits: (its plan, its JSON).
 
-    The global batch is that of `raw`. Where two are as fast to a hundredth, the one that takes less memory. Raises
-    ConfigError where none fits.
+    The global batch is that of `raw`, or, where the ranks cannot share it, the nearest that gives each a multiple of
+    EVEN_SHARE. Loaders are left out of it. Of those that are as fast to a hundredth, one without offloading, of the lowest
+    ZeRO stage, and the least memory. Raises ConfigError where none fits.
     """
-    batch = BatchSizes.resolve(raw, config.gpus)
-    each, left = divmod(batch.global_batch, config.gpus)
-    if left:
-        raise ConfigError(f"{batch.global_batch} images a step cannot be shared evenly by --gpus {config.gpus}")
+    total = raw.get("train_batch_size") or BatchSizes.resolve(raw, config.gpus).global_batch
+    if total % config.gpus:
+        total = max(1, round(total / (EVEN_SHARE * config.gpus))) * EVEN_SHARE * config.gpus
+    each = total // config.gpus
     plain = {k: v for k, v in raw.items() if k not in ("gradient_accumulation_steps", "activation_checkpointing")}
     plain["zero_optimization"] = {}
     sizes = [size for size in range(1, each + 1) if each % size == 0]
@@ -307,7 +329,7 @@ def suggest(config: PlanConfig, raw: dict) -> tuple[StepPlan, dict]:
             for offload in (False, True):
                 for micro in sizes:
                     json_ = with_stage(plain, stage) | {
-                        "train_batch_size": batch.global_batch,
+                        "train_batch_size": total,
                         "train_micro_batch_size_per_gpu": micro,
                     }
                     if offload:
@@ -324,10 +346,9 @@ def suggest(config: PlanConfig, raw: dict) -> tuple[StepPlan, dict]:
             f"nothing fits {config.gpu_gb:g} GB on {config.gpus} GPUs: the least is {least.memory.total / 1e9:.1f} GB, "
             f"{_parts(least.memory)}. Take more or larger GPUs, fewer classes, or --head_moments bfloat16."
         )
-    fastest = max(plan.images_per_second for plan, _ in found)
-    return min(
-        (each for each in found if each[0].images_per_second >= 0.99 * fastest), key=lambda each: each[0].memory.total
-    )
+    fastest = min(plan.step_seconds for plan, _ in found)
+    quick = (each for each in found if 0.99 * each[0].step_seconds <= fastest)
+    return min(quick, key=lambda each: (bool(each[0].memory.host), each[0].settings.zero_stage, each[0].memory.total))
 
 
 # ------------------------------------------------------------------------------------------------- a pretended step
@@ -390,8 +411,8 @@ def card(plan: StepPlan, source: str, raw: dict) -> str:
         f"links           {config.node_link_gb_per_s:g} GB/s in a machine, {config.link_gb_per_s:g} GB/s a network card, "
         f"{config.latency_us:g} us a hop (given or assumed)",
         "",
-        f"memory a rank   {memory.total / 1e9:.2f} GB at its peak ({memory.peak}), {'fits' if plan.fits else 'DOES NOT FIT'} "
-        f"{config.gpu_gb:g} GB" + (f"; {memory.host / 1e9:.2f} GB of the host's" if memory.host else ""),
+        f"memory a rank   {memory.total / 1e9:.2f} GB at its peak ({memory.peak}), "
+        f"{'fits' if plan.fits else 'DOES NOT FIT'} {config.gpu_gb:g} GB" + (f"; {memory.host / 1e9:.2f} GB of the host's" if memory.host else ""),
         *[f"  {size / unit:>9.3f} {'GB' if unit == 1e9 else 'MB'}  {name}" for name, size in memory.parts.items()],
         "",
         table(
@@ -456,7 +477,8 @@ def suggestion(plan: StepPlan, json_: dict) -> str:
     config = plan.config
     return (
         f"// {config.model}, {config.num_classes:,} classes, {config.gpus} GPUs of {config.gpu_gb:g} GB: "
-        f"{plan.memory.total / 1e9:.1f} GB, {plan.images_per_second:,.0f} images/s by arithmetic (tools/plan.py)\n"
+        f"{plan.memory.total / 1e9:.1f} GB, "
+        f"{plan.images_per_second:,.0f} images/s, {plan.days:.1f} days by arithmetic (tools/plan.py)\n"
         + json.dumps(json_, indent=2)
     )
 

@@ -1,6 +1,7 @@
 """What a run will take on machines that are not here: memory, bytes, FLOPs, images a second, days; and the fastest JSON.
 
-python tools/plan.py --model vit_l14 --num_classes 1000000 --gpus 80 --deepspeed_config ds_configs/vit_l14_80gpu.json --tflops 790
+python tools/plan.py --model vit_l14 --num_classes 1000000 --gpus 80 --tflops 790 \\
+    --deepspeed_config ds_configs/vit_l14_80gpu.json
 python tools/plan.py --model vit_h14 --gpus 64 --deepspeed_config ds_configs/vit_h14_zero3.json --tflops 790 --suggest
 """
 
