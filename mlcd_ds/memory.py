@@ -196,7 +196,13 @@ class _Engine:
             "moments of the weights": 0 if on_host else 2 * self._share,
             "gradients": gradients,
             "buckets": 4 * self._bucket() if self._stage == 3 else 0,
+            "second weights (hpZ)": self._second_weights(),
         }
+
+    def _second_weights(self) -> int:
+        """A share of the weights in each group of zero_hpz_partition_size ranks, for the backward pass."""
+        group = int(self._zero.get("zero_hpz_partition_size", 1))
+        return self.parameters * self.size // group if self._stage == 3 and group > 1 else 0
 
     def host(self) -> int:
         """float32 weights, moments and gradients of a rank's share, and its share of the weights."""

@@ -87,7 +87,7 @@ def forward_flops(encoder: VitConfig) -> float:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """One optimizer step of one configuration. seconds: by part, on a rank, what is hidden left out; together, the step's."""
+    """One optimizer step of one configuration. seconds: by part, on a rank, without what is hidden."""
 
     config: PlanConfig
     settings: DeepSpeedSettings
@@ -412,7 +412,8 @@ def card(plan: StepPlan, source: str, raw: dict) -> str:
         f"{config.latency_us:g} us a hop (given or assumed)",
         "",
         f"memory a rank   {memory.total / 1e9:.2f} GB at its peak ({memory.peak}), "
-        f"{'fits' if plan.fits else 'DOES NOT FIT'} {config.gpu_gb:g} GB" + (f"; {memory.host / 1e9:.2f} GB of the host's" if memory.host else ""),
+        f"{'fits' if plan.fits else 'DOES NOT FIT'} {config.gpu_gb:g} GB"
+        + (f"; {memory.host / 1e9:.2f} GB of the host's" if memory.host else ""),
         *[f"  {size / unit:>9.3f} {'GB' if unit == 1e9 else 'MB'}  {name}" for name, size in memory.parts.items()],
         "",
         table(
