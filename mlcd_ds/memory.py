@@ -130,15 +130,15 @@ def activation_bytes(encoder: VitConfig, settings: DeepSpeedSettings) -> int:
     """Bytes that the encoder keeps of a micro-batch, at the moment its backward pass begins.
 
     A block keeps its input, 2 norms, q, k, v, attention and residual (8 of the token's width), and the MLP's hidden layer
-    before and after its activation; no [T, T] matrix with scaled_dot_product_attention. With rotary positions q and k
-    turned, besides. Before the blocks come the embedding and its norm; the backward pass of the last block makes as much
+    before and after its activation; no [T, T] matrix with scaled_dot_product_attention. With rotary positions q and
+    k turned and what turns them, besides. Before the blocks come the embedding and its norm; the backward pass of the last block makes as much
     as its hidden layer and its input are.
     """
     size = 2 if settings.precision == "bfloat16" else 4
     ratio = encoder.mlp_width / encoder.width
     tokens = 1 + encoder.grid**2
-    per_block = 8 + 2 * ratio + (2 if encoder.rope else 0)
-    images = settings.micro_batch * 3 * encoder.image_size**2 * (1 + 2 * size)
+    per_block = 8 + 2 * ratio + (3 if encoder.rope else 0)
+    images = settings.micro_batch * 3 * encoder.image_size**2 * (1 + size)
     around = (3 + ratio) * settings.micro_batch * tokens * encoder.width * size
     return int(_kept(settings, encoder.layers, tokens * encoder.width, per_block, size) + around + images)
 

@@ -68,7 +68,7 @@ def test_activations_are_what_autograd_keeps(rope, mlp, layers):
         output = model(images)
     tokens = settings.micro_batch * 65 * 32 * 4
     backward = (1 + mlp / 32) * tokens
-    assert activation_bytes(encoder, settings) - backward == pytest.approx(sum(kept.values()), rel=0.06)
+    assert activation_bytes(encoder, settings) - backward == pytest.approx(sum(kept.values()), rel=0.03)
     del output
 
 
@@ -138,15 +138,14 @@ def test_a_pretended_group_counts_the_planned_bytes(gpus):
 
 
 def test_the_tool_prints_all_parts():
-    flags = ["--model=vit_l14", "--num_classes=1000000", "--gpus=80", f"--deepspeed_config={PAPER}", "--tflops=790"]
-    (ended,) = run_script(1, [ROOT / "tools" / "plan.py", *flags])
-    assert ended.code == 0, ended.output
+    text = step_plan.card(plan(), "given", load_deepspeed_config(str(ROOT / PAPER)))
     for words in (
         "activations", "moments of the centers", "gathered embeddings", "embeddings' gradient", "GPU-hours", "ZeRO 3",
-        "micro-batch x 2", "DOES NOT FIT|fits 80 GB", "seconds of a step: encoder",
+        "micro-batch x 2", "fits 80 GB", "seconds of a step: encoder",
     ):  # fmt: skip
-        assert re.search(words, ended.output), words
-    (wrong,) = run_script(1, [ROOT / "tools" / "plan.py", *[f.replace("gpus=80", "gpus=7") for f in flags]])
+        assert words in text, words
+    flags = ["--model=vit_l14", "--gpus=7", f"--deepspeed_config={PAPER}", "--tflops=790"]
+    (wrong,) = run_script(1, [ROOT / "tools" / "plan.py", *flags])
     assert wrong.code == 2 and "error: the batch sizes do not fit 7 ranks" in wrong.output
 
 
