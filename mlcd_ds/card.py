@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from mlcd_ds.config import RunConfig, split_paths
 from mlcd_ds.ds_config import DeepSpeedSettings
-from mlcd_ds.memory import count_parameters, plan_memory, sampled_rows
+from mlcd_ds.memory import checkpoint_bytes, count_parameters, plan_memory, sampled_rows
 from mlcd_ds.models.text import TextConfig
 from mlcd_ds.models.vit import VitConfig
 from mlcd_ds.partition import ClassPartition
@@ -72,7 +72,11 @@ def startup_card(
             + ", ".join(f"{part} {_gb(size)}" for part, size in memory.parts.items())
             + (f"; beside it {_gb(memory.host)} of host memory" if memory.host else ""),
         ),
-        ("output", config.output_dir),
+        (
+            "output",
+            f"{config.output_dir}; a checkpoint takes about "
+            f"{_gb(checkpoint_bytes(encoder, settings, config, num_classes, text))}, {config.keep_last + 1} at a time",
+        ),
     ]
     width = max(len(name) for name, _ in rows)
     lines = [f"  {name:<{width}}  {text}" for name, text in rows]

@@ -5,6 +5,7 @@
         step_000001000/
             manifest.json           size and SHA-256 of every other file: written last, before the folder gets its name
             state.json              step, samples, world size, what the run was
+            ledger.json             samples decoded and skipped, by reason, of each tar, up to this step
             engine/...              DeepSpeed's own files
             head/rows_START_STOP.safetensors   centers, moments, step counts of these global rows
             head_1/, head_2/ ...    the same of the other heads, where there are several
@@ -19,6 +20,7 @@ see the same file system.
 """
 
 import contextlib
+import hashlib
 import itertools
 import json
 import re
@@ -45,6 +47,7 @@ from mlcd_ds.topology import Topology
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+LEDGER = "ledger.json"
 HUGGING_FACE = "hf:"
 """Begins the name of an encoder that lies in a Hugging Face folder."""
 
@@ -384,14 +387,34 @@ def save_text(
     write_json(folder / "text.json", {"format_version": FORMAT_VERSION, "model": name, "config": config.model_dump()})
 
 
+def save_classifier(file: Path, weights: dict[str, torch.Tensor]) -> None:
+    """Writes the classifier of a fine-tuned encoder. weights: float32 `weight` [C, W] and `bias` [C]."""
+    save_tensors(file, weights)
+
+
 @dataclass(frozen=True)
 class TextTower:
-    """A trained text tower. name: of its preset. log_scale: [1], logits are cosines times its exponential."""
+    """A trained text tower. name: of its preset. log_scale: [1], logits are cosines times its exponential.
+
+    digest: SHA-256 of its weights.
+    """
 
     name: str
     model: TextTransformer
     log_scale: torch.Tensor
     tokenizer: CaptionTokenizer
+    digest: str
+
+
+def _text_folder(encoder: Path) -> Path | None:
+    """Beside an encoder folder in a checkpoint, within one that `consolidate` made; None where there is none."""
+    places = (encoder / "text", encoder.parent / "text")
+    return next((folder for folder in places if (folder / "text.json").is_file()), None)
+
+
+def has_text(path: str | Path) -> bool:
+    """Whether a text tower lies beside the encoder under `path` (see `find_encoder`)."""
+    return _text_folder(find_encoder(path)) is not None
 
 
 def load_text(path: str | Path) -> TextTower:
@@ -404,8 +427,7 @@ def load_text(path: str | Path) -> TextTower:
         config, weights, log_scale = hf_text.read_text(folder)
         name, tokenizer = folder.name, CaptionTokenizer.load(folder)
     else:
-        encoder = find_encoder(path)
-        folder = next((f / "text" for f in (encoder, encoder.parent) if (f / "text" / "text.json").is_file()), None)
+        folder = _text_folder(find_encoder(path))
         if folder is None:
             raise CheckpointError(
                 f"{path} has no text tower: its run was trained on labels. Train one on captions: train.py --objective clip "
@@ -425,7 +447,10 @@ def load_text(path: str | Path) -> TextTower:
     if differing or len(weights) != len(own):
         raise CheckpointError(f"{folder}: the text tower's tensors do not fit its config ({_few(differing)})")
     model.load_state_dict(weights)
-    return TextTower(name, model.eval(), log_scale, tokenizer)
+    digest = hashlib.sha256()
+    for tensor in weights.values():
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return TextTower(name, model.eval(), log_scale, tokenizer, digest.hexdigest())
 
 
 def find_encoder(path: str | Path) -> Path:
@@ -441,6 +466,17 @@ def find_encoder(path: str | Path) -> Path:
     raise CheckpointError(
         f"{path} holds no encoder: expected a run folder with checkpoints/, a step_* folder, or a folder with encoder.json"
     )
+
+
+def encoder_name(path: str | Path) -> str:
+    """Name of the architecture of the encoder under `path` (see `find_encoder`). Raises CheckpointError for a damaged
+    file.
+    """
+    file = find_encoder(path) / "encoder.json"
+    try:
+        return str(json.loads(file.read_text())["model"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from None
 
 
 def load_encoder(path: str | Path, untrained: bool = False, seed: int = 0) -> VisionTransformer:

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from mlcd_ds import checkpoint
-from mlcd_ds.checkpoint import Checkpoint, CheckpointStore
+from mlcd_ds.checkpoint import LEDGER, Checkpoint, CheckpointStore
 from mlcd_ds.config import CheckpointPathConfig, ConsolidateConfig, ReshardConfig
 from mlcd_ds.ds_config import BatchSizes
 from mlcd_ds.errors import CheckpointError
@@ -105,6 +105,8 @@ def reshard(config: ReshardConfig, to_universal: Callable[[Path, Path], None]) -
                 staging / head, partition.start(shard), partition.stop(shard), partition.num_classes, rows
             )
     write_json(staging / "state.json", state)
+    if (found.path / LEDGER).is_file():
+        shutil.copyfile(found.path / LEDGER, staging / LEDGER)
     facts = before["facts"] | {"world_size": config.world_size}
     write_json(target / "config.json", before | {"facts": facts})
     path = store.publish(found.step, shards=config.world_size)

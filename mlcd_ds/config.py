@@ -175,6 +175,10 @@ class RunConfig(HeadConfig):
     max_skipped_fraction: Finite = Field(0.01, ge=0, le=1, description="stop above this share of unusable samples")
     max_pixels: int = Field(50_000_000, ge=1, description="larger images are skipped, judged by their header")
     shard_cache: str | None = Field(None, description="folder for remote tars; needed for URLs")
+    allow_pipe: bool = Field(False, description="take tars from pipe:COMMAND, which runs that shell command")
+    allow_missing_shards: bool = Field(
+        False, description="start without tars that are missing, up to max_skipped_fraction of the images"
+    )
     save_every_steps: int = Field(1000, ge=1)
     keep_last: int = Field(3, ge=1, description="checkpoints kept")
     keep_every: int | None = Field(
@@ -187,6 +191,12 @@ class RunConfig(HeadConfig):
     log_every_steps: int = Field(10, ge=1)
     histogram_every_steps: int = Field(100, ge=1, description="cosine histograms to TensorBoard (the paper's Fig. 3)")
     timeout_minutes: Finite = Field(10.0, gt=0, description="longest wait for another rank, and for data")
+    start_timeout_minutes: Finite = Field(
+        30.0,
+        gt=0,
+        description="longest wait for another rank while the run starts, in its first step, and during saves; never less "
+        "than timeout_minutes",
+    )
     warn_data_wait_seconds: Finite = Field(60.0, gt=0, description="a longer wait for data is told while it lasts")
     world_size: int | None = Field(None, ge=1, description="with --dry_run: the number of ranks to plan for")
     dry_run: bool = Field(False, description="print the startup card and stop")
@@ -301,6 +311,69 @@ class PlanConfig(HeadConfig):
     fake: bool = Field(False, description="take one step of rank 0's head in a pretended group and compare the bytes")
 
 
+class FinetuneConfig(Settings):
+    """tools/finetune.py."""
+
+    deepspeed_config: str = Field(
+        description="DeepSpeed JSON (ds_configs/): batch, precision, ZeRO, optimizer, WarmupCosineLR schedule"
+    )
+    shards: str = Field(description="training tars: braces, globs, text files of paths, '::' between several")
+    test_shards: str = Field(description="tars to evaluate on after each epoch")
+    output_dir: str = Field(description="the run folder")
+    init_from: str = Field(description="run folder, checkpoint, or hf:FOLDER (CLIP or MLCD) to start the encoder from")
+    image_size: int | None = Field(None, ge=8, description="pixels; none: the encoder's; positions are resized")
+    classes_key: str = Field(
+        "classes", description="field of KEY.json with the list of the one true class; else KEY.cls"
+    )
+    num_classes: int | None = Field(
+        None, ge=2, description="none: one more than the largest class of the training images"
+    )
+    dataset_name: str | None = Field(None, description="what the result calls --test_shards; none: the shards")
+    epochs: Finite | None = Field(None, gt=0, description="length of the run in epochs")
+    steps: int | None = Field(None, gt=0, description="length of the run in optimizer steps")
+    default_epochs: Finite = Field(30.0, gt=0, description="length when neither epochs nor steps is given")
+    warmup_steps: int = Field(1000, ge=0, description="steps of linear warm-up (at most a tenth of the run)")
+    layer_decay: Finite = Field(
+        0.65,
+        gt=0,
+        le=1,
+        description="learning rate of a block / that of the block above it; the classifier has the JSON's",
+    )
+    label_smoothing: Finite = Field(0.1, ge=0, lt=1, description="share of the target that all classes get alike")
+    mixup: Finite = Field(0.8, ge=0, description="alpha of mixup's Beta(alpha, alpha); 0: off")
+    cutmix: Finite = Field(1.0, ge=0, description="alpha of CutMix's; both on: each takes half of the batches; 0: off")
+    mix_probability: Finite = Field(1.0, ge=0, le=1, description="share of the micro-batches that are mixed")
+    resume: Literal["auto", "never"] = Field("never", description="auto: go on from the last complete checkpoint")
+    allow_changed: str | None = Field(
+        None, description="what a resumed run may change though it enters the mathematics: names joined by commas"
+    )
+    seed: int = Field(0, ge=0, lt=2**31)
+    workers: int = Field(4, ge=0, description="loader processes per rank; as many threads decode test images")
+    prefetch: int = Field(4, ge=1, description="pieces (of up to 256 images) that each worker reads ahead")
+    crop_scale_min: Finite = Field(0.08, gt=0, le=1, description="smallest area share of the random resized crop")
+    flip: bool = Field(True, description="random horizontal flips")
+    shuffle_window: int = Field(16384, ge=1, description="samples within which a lane of the data plan is permuted")
+    max_skipped_fraction: Finite = Field(0.01, ge=0, le=1, description="stop above this share of unusable samples")
+    max_pixels: int = Field(50_000_000, ge=1, description="larger images are skipped, judged by their header")
+    shard_cache: str | None = Field(None, description="folder for remote tars; needed for URLs")
+    save_every_steps: int = Field(1000, ge=1)
+    keep_last: int = Field(2, ge=1, description="checkpoints kept")
+    max_failed_saves: int = Field(3, ge=1, description="stop when so many saves in a row could not be written")
+    max_bad_steps: int = Field(
+        5, ge=1, description="stop after so many steps in a row were skipped for a loss or gradient that is no number"
+    )
+    log_every_steps: int = Field(10, ge=1)
+    timeout_minutes: Finite = Field(10.0, gt=0, description="longest wait for another rank, and for data")
+    warn_data_wait_seconds: Finite = Field(60.0, gt=0, description="a longer wait for data is told while it lasts")
+    expect_world_size: int | None = Field(None, ge=1, description="refuse to start with another number of ranks")
+
+    @model_validator(mode="after")
+    def _one_length(self):
+        if None not in (self.epochs, self.steps):
+            raise ValueError("--epochs and --steps both say how long the run is: give one of them")
+        return self
+
+
 class DeepSpeedDefaults(Settings):
     """What the DeepSpeed JSON leaves out or calls "auto" (ds_config.py); these are no flags, the JSON is their place."""
 
@@ -336,6 +409,7 @@ class IndexShardsConfig(Settings):
 
     shards: str = Field(description="tars: braces, globs, text files of paths, '::' between several")
     shard_cache: str | None = Field(None, description="folder for remote tars; needed for URLs")
+    allow_pipe: bool = Field(False, description="take tars from pipe:COMMAND, which runs that shell command")
     timeout_minutes: Finite = Field(60.0, gt=0, description="longest wait for another rank")
 
 
@@ -369,6 +443,7 @@ class FeaturesConfig(Settings):
     )
     max_pixels: int = Field(50_000_000, ge=1)
     shard_cache: str | None = Field(None, description="folder for remote tars; needed for URLs")
+    allow_pipe: bool = Field(False, description="take tars from pipe:COMMAND, which runs that shell command")
     patch_size: int = Field(6, ge=2, description="builtin:patches: side of a patch in pixels")
     dictionary_size: int = Field(512, ge=2, description="builtin:patches: number of dictionary patches")
     patch_features: int = Field(256, ge=1, description="builtin:patches: features of an image, at most")
@@ -404,7 +479,7 @@ class ClusterConfig(Settings):
         False, description="k-means inside coarse clusters, then over all centers: a fraction of the time"
     )
     coarse: int | None = Field(None, ge=1, description="with --two_level: coarse clusters; none: the root of k")
-    refinements: int = Field(1, ge=0, description="with --two_level: iterations over all centers at the end")
+    refinements: int = Field(2, ge=0, description="with --two_level: iterations over all centers at the end")
     probes: int = Field(
         16,
         ge=0,
@@ -500,6 +575,7 @@ class InspectConfig(Settings):
     class_names: str | None = Field(None, description="text file with the name of class 0, 1, ... a line each")
     max_pixels: int = Field(50_000_000, ge=1, description="larger images are not made thumbnails of")
     shard_cache: str | None = Field(None, description="folder for remote tars; needed for URLs")
+    allow_pipe: bool = Field(False, description="take tars from pipe:COMMAND, which runs that shell command")
     seed: int = Field(0, ge=0, description="of the clusters and images that are drawn")
 
 
@@ -608,16 +684,119 @@ class KnnConfig(EvaluationConfig):
     seed: int = Field(0, ge=0, description="of untrained weights")
 
 
+class TextEvaluationConfig(Settings):
+    """What tools that evaluate an image and a text tower together have in common."""
+
+    model: str = Field(description="run:RUN (a run on captions) or hf:FOLDER (a CLIPModel with its tokenizer)")
+    root: str = Field(description="folder of evaluation sets in CLIP_benchmark's layout")
+    datasets: str = Field("all", description="names of sets below the root, joined by commas; all: every one that fits")
+    split: str = Field("test", description="folder of a set whose tars are evaluated")
+    output_dir: str | None = Field(None, description="folder for a result JSON per set")
+    language: str = Field("en", description="of the texts, for the result files")
+    precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 on GPUs")
+    batch_size: int = Field(256, ge=1, description="images, and texts, per forward pass")
+    workers: int = Field(1, ge=1, description="decoding threads")
+    max_skipped_fraction: Finite = Field(0.01, ge=0, le=1, description="stop above this share of unusable images")
+    max_pixels: int = Field(50_000_000, ge=1)
+    shard_cache: str | None = Field(None, description="folder for remote tars; needed for URLs")
+    timeout_minutes: Finite = Field(60.0, gt=0, description="longest wait for another rank")
+
+
+class ZeroShotConfig(TextEvaluationConfig):
+    """tools/zero_shot.py."""
+
+    classnames: str | None = Field(None, description="file of class names; none: the set's classnames.txt")
+    templates: str | None = Field(
+        None, description="file of sentences with {c}; none: the set's zeroshot_classification_templates.txt"
+    )
+    classes_key: str = Field("classes", description="field of KEY.json with the list of true classes")
+
+
+class RetrievalConfig(TextEvaluationConfig):
+    """tools/retrieval.py."""
+
+    recall_k: str = Field("1,5,10", description="ranks to report recall at, joined by commas")
+    block_rows: int = Field(1024, ge=1, description="images, or texts, whose scores exist at one time")
+
+
 class ExportConfig(Settings):
     """tools/export_hf.py."""
 
     run: str = Field(description="run folder, checkpoint, or folder with encoder.json")
     output_dir: str = Field(description="the folder to make")
-    kind: Literal["auto", "mlcd", "clip"] = Field(
-        "auto", description="mlcd: MLCDVisionModel (rotary presets), clip: CLIPVisionModelWithProjection (the others)"
+    kind: Literal["auto", "mlcd", "clip", "clip_vision"] = Field(
+        "auto",
+        description="mlcd: MLCDVisionModel (rotary presets); clip: CLIPModel with its tokenizer, of a run on captions, else "
+        "as clip_vision: CLIPVisionModelWithProjection (presets with learned positions)",
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="of the weights")
     force: bool = Field(False, description="replace output_dir where it exists")
+
+
+class VisualizeConfig(Settings):
+    """tools/visualize_patches.py."""
+
+    model: str = Field(description="run:PATH, untrained:RUN_PATH or hf:FOLDER (CLIP, MLCD)")
+    images: str = Field(description="image files or tars: paths, braces, globs; '::' joins several")
+    output_dir: str = Field(description="folder for a PNG per image, and contact_sheet.png with all of them")
+    image_size: int | None = Field(None, ge=8, description="pixels to show an image to the encoder at; none: its own")
+    limit: int = Field(16, ge=1, description="images at most, the first ones")
+    foreground: bool = Field(True, description="leave patches black that the first component takes for background")
+    together: bool = Field(
+        False, description="one PCA over all images, for images of one kind: like parts get like colours; else one each"
+    )
+    layer: int | None = Field(None, ge=1, description="block whose output is shown; none: the last")
+    tile_size: int = Field(224, ge=16, description="pixels a side of each picture")
+    batch_size: int = Field(8, ge=1, description="images per forward pass")
+    max_pixels: int = Field(50_000_000, ge=1)
+    seed: int = Field(0, ge=0, description="of untrained weights")
+
+
+class ReportConfig(Settings):
+    """tools/report.py."""
+
+    results: str = Field(description="folder of result JSON files, ours or CLIP_benchmark's; '::' joins several")
+    output: str | None = Field(None, description="HTML page to write")
+    markdown: str | None = Field(None, description="Markdown file to write; none: the tables are printed")
+    names: str | None = Field(
+        None,
+        description="LABEL=PRETRAINED joined by commas: what to call runs, and in which order; none: as the files do",
+    )
+    compare: str | None = Field(
+        None,
+        description="two labels joined by a comma, for the bars: second minus first; none: the two, where there are two",
+    )
+    title: str = Field("Results", description="of the page")
+
+
+def _floats_of(value: object) -> object:
+    return tuple(float(part) for part in value.split(",")) if isinstance(value, str) else value
+
+
+class ReproduceConfig(Settings):
+    """tools/reproduce.py."""
+
+    root: str = Field(description="folder with scenes64/ and cifar10/, each with train/ and test/ tars")
+    output_dir: str = Field(description="folder for everything; the same command goes on there")
+    deepspeed_config: str = Field("ds_configs/cpu.json", description="of every training")
+    ranks: int = Field(2, ge=1, description="processes of a training, on this machine")
+    model: str = Field("vit_toy64", description="encoder preset, of 64 pixels")
+    text_model: str = Field("text_toy", description="text tower preset")
+    steps: int = Field(2500, ge=20, description="optimizer steps of every encoder")
+    lit_steps: int = Field(500, ge=20, description="optimizer steps of a text tower fitted to a locked encoder")
+    k: int = Field(1000, ge=2, description="clusters of the comparison")
+    seeds: int = Field(3, ge=1, description="of the comparison")
+    ablations: bool = Field(True, description="also other l, r and k")
+    ablation_seeds: int = Field(1, ge=1, description="of each value that the comparison does not have")
+    ablate_l: Annotated[tuple[float, ...], BeforeValidator(_floats_of)] = Field(
+        (1, 2, 4, 8, 16), description="labels per image, joined by commas, as the next two"
+    )
+    ablate_r: Annotated[tuple[float, ...], BeforeValidator(_floats_of)] = Field(
+        (0.01, 0.1, 1.0), description="shares of the negatives"
+    )
+    ablate_k: Annotated[tuple[float, ...], BeforeValidator(_floats_of)] = Field(
+        (250, 1000, 4000), description="numbers of clusters"
+    )
 
 
 class ResultsTableConfig(Settings):
@@ -686,6 +865,9 @@ class BenchKMeansConfig(Settings):
     nprobe: int = Field(16, ge=1, description="ivf: lists that are looked into")
     repeats: int = Field(7, ge=1, description="rounds; each times every contender once")
     threads: int | None = Field(None, ge=1, description="none: the cores")
+    clock: Literal["wall", "cpu"] = Field(
+        "wall", description="cpu: this process's CPU seconds, for CPUs that others use at the same time"
+    )
     search: bool = Field(True, description="measure the searches")
     memory: bool = Field(False, description="measure the searches' peak memory, in fresh processes")
     lloyd: bool = Field(True, description="measure whole iterations against faiss.Kmeans")
@@ -694,6 +876,13 @@ class BenchKMeansConfig(Settings):
     lloyd_d: int = Field(128, ge=1, description="dimensions")
     lloyd_iterations: str = Field("1,5", description="iterations, several joined by commas")
     lloyd_repeats: int = Field(3, ge=1, description="rounds")
+    levels: bool = Field(False, description="measure two levels against flat k-means")
+    levels_points: int = Field(200_000, ge=1, description="features of a mixture that both cluster")
+    levels_k: int = Field(8192, ge=1, description="centers that they find")
+    levels_d: int = Field(128, ge=1, description="dimensions")
+    levels_iterations: int = Field(20, ge=1, description="of flat k-means, and of the first level")
+    levels_probes: str = Field("16,0", description="--probes of tools/cluster.py, several joined by commas")
+    levels_repeats: int = Field(1, ge=1, description="rounds")
     iteration_points: int | None = Field(
         None,
         ge=1,

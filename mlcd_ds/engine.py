@@ -29,6 +29,7 @@ from mlcd_ds.checkpoint import Checkpoint
 from mlcd_ds.config import HeadConfig
 from mlcd_ds.ds_config import DeepSpeedSettings
 from mlcd_ds.errors import CheckpointError
+from mlcd_ds.feed import ImageFeed, Sent
 from mlcd_ds.files import plain_write_errors, save_tensors
 from mlcd_ds.models.vit import VisionTransformer, decay_groups
 from mlcd_ds.monitor import never_stopping
@@ -110,8 +111,8 @@ class TrainEngine:
     """Encoder and heads, trained together: one `train_step` moves all or none.
 
     model: the encoder, taken over by DeepSpeed. heads: this rank's shard of each. settings: the resolved JSON. config: the
-    heads' weights and optimizer settings. topology must have been started. `_compute`, `_save_model` and `_compare_model`
-    are what another kind of training does otherwise.
+    heads' weights and optimizer settings. topology must have been started. `_parameter_groups`, `_compute`,
+    `_save_model` and `_compare_model` are what another kind of training does otherwise.
     """
 
     def __init__(
@@ -130,7 +131,7 @@ class TrainEngine:
         self.head_weights = config.head_weights or (1.0,) * len(heads)
         self.engine, *_ = deepspeed.initialize(
             model=model,
-            model_parameters=decay_groups(model, settings.weight_decay),
+            model_parameters=self._parameter_groups(model),
             config=settings.json,
             dist_init_required=False,
         )
@@ -155,6 +156,8 @@ class TrainEngine:
         ]
         self.skipped_steps = 0
         self._ahead: tuple[_Marks, list[int]] | None = None
+        self._feed = ImageFeed(topology.device)
+        self._sent: tuple[ImageLabelBatch, Sent] | None = None
         # What is no number anywhere in the backward pass reaches the first layer: this rank's own gradient there, before
         # the engine mixes it with the others', tells whose fault a bad step is.
         self._own_gradient_is_bad: list[torch.Tensor] = []
@@ -162,6 +165,10 @@ class TrainEngine:
         self._make_writes_patient()
         for weight in model.first_weights():
             weight.register_hook(self._note_own_gradient)
+
+    def _parameter_groups(self, model: torch.nn.Module) -> list[dict]:
+        """What the optimizer takes of the model; the learning rate of the first group is the one that is reported."""
+        return decay_groups(model, self.settings.weight_decay)
 
     @property
     def monitor_events(self):
@@ -184,10 +191,10 @@ class TrainEngine:
         """One optimizer step on this rank's images of the step, in micro-batches.
 
         A step whose loss or gradient is no number on any rank is skipped on all: encoder, heads and learning rate stay.
-        next_batch: that of the step after this one, on every rank or on none. Its classes are sampled behind this step's
-        backward, and how many there are comes to the host with this step's loss; without it the next step begins by
-        waiting for that. stop_wanted: asked late in the step; the answers of all ranks are summed by the all-reduce that
-        sums the heads' norms, and come to the host with the loss.
+        next_batch: that of the step after this one, on every rank or on none. Its first images are sent to the device, its
+        classes are sampled behind this step's backward, and how many there are comes to the host with this step's loss;
+        without it the next step begins by waiting for that. stop_wanted: asked late in the step; the answers of all ranks
+        are summed by the all-reduce that sums the heads' norms, and come to the host with the loss.
         """
         self._own_gradient_is_bad.clear()
         computed = self._compute(batch, step, collect_stats, next_batch, stop_wanted)
@@ -245,8 +252,12 @@ class TrainEngine:
         for head in self.heads:
             head.take_gradients()  # of a step that was interrupted between its head and its encoder
         losses, stats, broken = [], [], []
-        for index, micro in enumerate(micro_batches):
-            embeddings = self.engine(micro.images_BCHH.to(self.topology.device, non_blocking=True))
+        sent = self._send(batch, micro_batches)
+        for index in range(len(micro_batches)):
+            images_BCHH = sent.take()
+            if index < len(micro_batches) - 1:
+                sent = self._feed.send(micro_batches[index + 1].images_BCHH)
+            embeddings = self.engine(images_BCHH)
             gathering = self.heads[0].gather(embeddings, self.settings.micro_batch)
             outs = [
                 head(gathering, draw, collect_stats=collect_stats)
@@ -268,7 +279,10 @@ class TrainEngine:
         # A fill of a device's number: a copy from the host would have to be waited for.
         stop = torch.full((1,), float(stop_wanted()), device=own[0].device)
         head_norms, stop_ranks = sharded_norms(own, self.topology, riders=stop)
-        ahead = None if next_batch is None else self._mark(next_batch, step + 1)
+        ahead = None
+        if next_batch is not None:
+            ahead = self._mark(next_batch, step + 1)
+            self._sent = next_batch, self._send(next_batch, next_batch.split(self.settings.micro_batch))
         # Whether the step may be taken must be known before it is taken: here the host waits for the device, once for
         # all heads, their norms and the next step's classes (DeepSpeed's own step waits for its norm besides).
         told = [torch.stack(losses).mean().double()[None], stop_ranks.double(), head_norms.double()]
@@ -285,6 +299,13 @@ class TrainEngine:
             head_norms=head_norms,
             head_norm_values=head_norm_values,
         )
+
+    def _send(self, batch: ImageLabelBatch, micro_batches: list[ImageLabelBatch]) -> Sent:
+        """The batch's first images, perhaps under way since the step before."""
+        before, self._sent = self._sent, None
+        if before is not None and before[0] is batch:
+            return before[1]
+        return self._feed.send(micro_batches[0].images_BCHH)
 
     def _whose_fault(self, broken: list[torch.Tensor], own: list[torch.Tensor]) -> tuple[str, tuple[int, ...]]:
         """Of a bad step: what was no number first, and on which ranks. One small gather, on every rank.

@@ -122,6 +122,24 @@ def plan_memory(
     return MemoryPlan(_without_zeros(resident), {k: _without_zeros(v) for k, v in moments.items()}, engine.host())
 
 
+def checkpoint_bytes(
+    encoder: VitConfig,
+    settings: DeepSpeedSettings,
+    config: RunConfig,
+    num_classes: Sequence[int],
+    text: TextConfig | None = None,
+) -> int:
+    """About how large a checkpoint of all ranks is: weights as trained and in float32, for users; moments; heads' rows.
+
+    num_classes: of each head. text: the text tower of a run on captions. Under ZeRO the engine keeps its own
+    float32 weights beside.
+    """
+    weights = (2 if settings.precision == "bfloat16" else 4) + 4 + (4 if settings.zero_stage else 0)
+    row = encoder.embed_dim * (8 if config.head_moments == "bfloat16" else 12) + 4
+    parameters = count_parameters(encoder) + (0 if text is None else count_parameters(text))
+    return parameters * (weights + 8) + sum(num_classes) * row
+
+
 def _without_zeros(parts: dict[str, int]) -> dict[str, int]:
     return {name: int(size) for name, size in parts.items() if size}
 
@@ -131,8 +149,8 @@ def activation_bytes(encoder: VitConfig, settings: DeepSpeedSettings) -> int:
 
     A block keeps its input, 2 norms, q, k, v, attention and residual (8 of the token's width), and the MLP's hidden layer
     before and after its activation; no [T, T] matrix with scaled_dot_product_attention. With rotary positions q and
-    k turned and what turns them, besides. Before the blocks come the embedding and its norm; the backward pass of the last block makes as much
-    as its hidden layer and its input are.
+    k turned and what turns them, besides. Before the blocks come the embedding and its norm; the backward pass of the
+    last block makes as much as its hidden layer and its input are.
     """
     size = 2 if settings.precision == "bfloat16" else 4
     ratio = encoder.mlp_width / encoder.width

@@ -41,13 +41,13 @@ class Progress:
         self.monitor, self.topology, self.watch = monitor, topology, watch
         self.total_steps, self.global_batch, self.samples_per_epoch = total_steps, global_batch, samples_per_epoch
         self._started = self._last_report = time.monotonic()
-        self._first_step = self._last_step = first_step
+        self.first_step = self._last_step = first_step
         self._waited = 0.0
 
     def timing_waits(self, batches: Iterable[T]) -> Iterator[T]:
         """Yields `batches`, noting how long each one was waited for; the watch tells of long waits while they last."""
         arriving = iter(batches)
-        for step in itertools.count(self._first_step):
+        for step in itertools.count(self.first_step):
             self.watch.does(WAITS_FOR_DATA, step)
             asked = time.monotonic()
             try:
@@ -69,9 +69,8 @@ class Progress:
     ) -> None:
         """Reports the `step`-th finished step, and the time since the last report. Two all-reduces of a few numbers.
 
-        Samples are counted as the loader hands them out: where the loop holds one batch in advance, that one is in the
-        counts already. result: engine.StepResult of this step. skipped_steps: of the whole run. Raises DataError, on
-        every rank, when too many samples could not be used.
+        Samples are counted over the whole run, before a resume, too. result: engine.StepResult of this step. skipped_steps:
+        of the whole run. Raises DataError, on every rank, when too many samples could not be used.
         """
         now = time.monotonic()
         seconds = now - self._last_report
@@ -110,7 +109,7 @@ class Progress:
         print(self._console_line(step, values, len(result.head_grad_norms)), flush=True)
 
     def _console_line(self, step: int, values: dict, heads: int) -> str:
-        done = step - self._first_step
+        done = step - self.first_step
         left = (time.monotonic() - self._started) / done * (self.total_steps - step)
         parts = [
             f"step {step}/{self.total_steps}",

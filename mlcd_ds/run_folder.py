@@ -19,9 +19,9 @@ from mlcd_ds.files import write_json
 
 FREE_TO_CHANGE = frozenset(
     "resume workers prefetch save_every_steps keep_last keep_every log_every_steps histogram_every_steps "
-    "timeout_minutes shard_cache warn_data_wait_seconds max_bad_steps max_failed_saves max_skipped_fraction "
-    "expect_world_size workspace_mb output_dir deepspeed_config init_from centers shards labels "
-    "world_size zero_stage allow_changed tokenizer".split()
+    "timeout_minutes start_timeout_minutes shard_cache warn_data_wait_seconds max_bad_steps max_failed_saves "
+    "max_skipped_fraction allow_pipe allow_missing_shards expect_world_size workspace_mb output_dir deepspeed_config "
+    "init_from centers shards labels world_size zero_stage allow_changed tokenizer test_shards dataset_name".split()
 )
 """Settings and facts that a resumed run may change: they do not enter the mathematics (init_from, centers: only the first
 start; workspace_mb: only the order of sums; shards, labels, tokenizer: where they lie, whose fingerprints are facts;

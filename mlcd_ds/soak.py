@@ -37,8 +37,8 @@ from mlcd_ds.topology import Topology
 from mlcd_ds.train import train
 
 CLASSES, POSITIVES, IMAGE_SIZE, SAVE_EVERY = 50, 8, 16, 2
-CHANGING = ("time", "samples_per_second", "data_wait_fraction", "memory_gb", "samples_decoded", "samples_skipped")
-"""Of a line of metrics.jsonl: what two equal runs need not share. (Samples are counted from each start on.)"""
+CHANGING = ("time", "samples_per_second", "data_wait_fraction", "memory_gb")
+"""Of a line of metrics.jsonl: what two equal runs need not share."""
 
 SAVE_POINTS = (
     "deepspeed",
@@ -288,7 +288,8 @@ class Case:
             "deepspeed_config": path, "shards": folder / "tars" / "{00000..00001}.tar", "labels": folder / "labels",
             "model": "vit_toy", "image_size": IMAGE_SIZE, "output_dir": run, "steps": steps, "workers": self.workers,
             "prefetch": 1, "save_every_steps": SAVE_EVERY, "keep_last": 2, "log_every_steps": 1,
-            "histogram_every_steps": 100, "sample_rate": 0.3, "timeout_minutes": 2, "resume": "auto",
+            "histogram_every_steps": 100, "sample_rate": 0.3, "timeout_minutes": 2, "start_timeout_minutes": 2,
+            "resume": "auto",
         }  # fmt: skip
         return [f"--{name}={value}" for name, value in values.items()]
 

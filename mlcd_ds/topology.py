@@ -1,6 +1,8 @@
 """Who am I among the processes. The only file that reads RANK, WORLD_SIZE and their like from the environment."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -77,7 +79,7 @@ class Topology:
 
     @staticmethod
     def pretended(world_size: int) -> "Topology":
-        """Rank 0 of `world_size` ranks that are not there, on the CPU: collectives return at once, and what they return means
+        """Rank 0 of `world_size` ranks that are not there, on the CPU: collectives return at once, what they return means
         nothing. For counting.
         """
         from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -122,6 +124,16 @@ class Topology:
         """Leaves the process group."""
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def longer_waits(minutes: float, afterwards: float) -> Iterator[None]:
+    """Within it the waits of all process groups are bounded by `minutes`, after it by `afterwards`."""
+    set_timeout_of_every_group(minutes)
+    try:
+        yield
+    finally:
+        set_timeout_of_every_group(afterwards)
 
 
 def set_timeout_of_every_group(timeout_minutes: float) -> None:

@@ -7,7 +7,10 @@ deepspeed [--hostfile hosts] mlcd_ds/train.py --deepspeed_config ds_configs/vit_
 """
 
 import contextlib
+import hashlib
+import importlib.metadata
 import itertools
+import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -20,7 +23,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mlcd_ds import checkpoint, cli, collectives
-from mlcd_ds.card import head_precisions, startup_card
+from mlcd_ds.card import checkpoint_bytes, head_precisions, startup_card
 from mlcd_ds.checkpoint import Checkpoint, CheckpointStore
 from mlcd_ds.config import DeepSpeedDefaults, RunConfig, split_paths
 from mlcd_ds.contrastive_engine import ContrastiveEngine
@@ -41,8 +44,10 @@ from mlcd_ds.errors import (
     NonFiniteError,
     Preempted,
     SaveError,
+    UserError,
 )
-from mlcd_ds.files import write_json
+from mlcd_ds.files import write_json, write_text
+from mlcd_ds.machine import check_machine, needs_of
 from mlcd_ds.models.text import ImageTextModel, TextConfig, TextTransformer, text_preset
 from mlcd_ds.models.vit import VisionTransformer, VitConfig, preset
 from mlcd_ds.monitor import Monitor, never_stopping
@@ -51,7 +56,7 @@ from mlcd_ds.partition import ClassPartition
 from mlcd_ds.progress import Progress
 from mlcd_ds.run_folder import RunFolder
 from mlcd_ds.schedule import RunLength, resolve_run_length
-from mlcd_ds.topology import Topology
+from mlcd_ds.topology import Topology, longer_waits, set_timeout_of_every_group
 from mlcd_ds.watch import Watch
 
 
@@ -65,7 +70,7 @@ def train(config: RunConfig) -> None:
         return dry_run(config, topology)
     check_launch(config, topology)
     raw = load_deepspeed_config(config.deepspeed_config)
-    topology.start(config.timeout_minutes)
+    topology.start(longest_wait(config))
     run = RunFolder(config.output_dir)
     with Watch(topology, config.timeout_minutes, config.warn_data_wait_seconds, run.ended_at_once) as watch:
         try:
@@ -101,9 +106,10 @@ def train_in(run: RunFolder, config: RunConfig, raw: dict, topology: Topology, w
 
     Raises Preempted, on every rank, once it has saved and stopped because a rank was asked to.
     """
+    check_same_program(program(config, raw), topology)
     collectives.on_main(topology, run.open, config.resume == "auto")
     batch = BatchSizes.resolve(raw, topology.world_size, collectives.on_main(topology, run.global_batch))
-    shards = collectives.on_main(topology, expand_shards, config.shards)
+    shards = collectives.on_main(topology, expand_shards, config.shards, config.allow_pipe, config.allow_missing_shards)
     table = build_shard_table(
         shards,
         config.labels_folders,
@@ -112,6 +118,9 @@ def train_in(run: RunFolder, config: RunConfig, raw: dict, topology: Topology, w
         config.shard_cache,
         topology,
         config.on_captions,
+        index_folder=run.path / "index",
+        allow_missing=config.allow_missing_shards,
+        allow_pipe=config.allow_pipe,
     )
     tokenizer = collectives.on_main(topology, load_tokenizer, config)
     order = EpochPlan(config.seed, table.counts, batch.global_batch, config.shuffle_window)
@@ -120,6 +129,7 @@ def train_in(run: RunFolder, config: RunConfig, raw: dict, topology: Topology, w
     if topology.is_main:
         print(plan.card, flush=True)
     collectives.on_main(topology, check_start, config, plan, run)
+    check_this_machine(config, plan, topology, run)
     record = plan.record(config, table.fingerprint(), order.fingerprint())
     collectives.on_main(topology, run.write_config, record, config.allow_changed)
     check_shared(run, topology)
@@ -131,7 +141,7 @@ def train_in(run: RunFolder, config: RunConfig, raw: dict, topology: Topology, w
     skipped = run.path / "skipped"
     loader = ImageLabelLoader(config, table, order, plan.encoder.image_size, topology, skipped, tokenizer, context)
     engine = build_engine(config, plan, topology, tokenizer, found)
-    step = 0 if found is None else resume(found, config.seed, plan, engine, topology)
+    step = 0 if found is None else resume(found, config.seed, plan, engine, loader, topology)
     monitor = open_monitor(run, engine, step, plan, topology)
     progress = Progress(
         monitor,
@@ -144,9 +154,9 @@ def train_in(run: RunFolder, config: RunConfig, raw: dict, topology: Topology, w
     )
     run.step = step
     bad_steps = BadSteps(config.max_bad_steps, store)
-    saver = Saver(run, config, plan, store, engine, monitor)
+    saver = Saver(run, config, plan, store, engine, loader, monitor)
     watch.enter_loop()
-    batches = progress.timing_waits(loader.iterate(step, plan.length.total_steps))
+    batches = progress.timing_waits(loader.iterate(step, plan.length.total_steps, ahead=1))
     for images, next_images in itertools.pairwise(itertools.chain(batches, [None])):
         reported = is_due(step + 1, config.log_every_steps, plan.length) or step + 1 == 1
         histograms = is_due(step + 1, config.histogram_every_steps, plan.length)
@@ -158,6 +168,8 @@ def train_in(run: RunFolder, config: RunConfig, raw: dict, topology: Topology, w
             next_batch=next_images,
             stop_wanted=watch.stop_wanted,
         )
+        if step == progress.first_step:  # compilers and first reads are behind all ranks
+            set_timeout_of_every_group(config.timeout_minutes)
         step = run.step = step + 1
         bad_steps.judge(step, result)
         if reported or histograms:
@@ -165,7 +177,8 @@ def train_in(run: RunFolder, config: RunConfig, raw: dict, topology: Topology, w
         stops = result.stop_ranks > 0 and step < plan.length.total_steps
         if stops or is_due(step, config.save_every_steps, plan.length):
             watch.does("saves", step)
-            saved = saver.save(step)
+            with longer_waits(longest_wait(config), config.timeout_minutes):
+                saved = saver.save(step)
         if stops:
             raise stopped(step, saved, watch, store)
     loader.close()
@@ -282,12 +295,14 @@ def dry_run(config: RunConfig, topology: Topology) -> None:
         raise ConfigError(f"--world_size {world_size} contradicts --expect_world_size {config.expect_world_size}")
     device = torch.device(config.device) if config.device else topology.device
     planned = Topology(0, world_size, 0, topology.local_world_size, device)
-    shards = expand_shards(config.shards)
+    shards = expand_shards(config.shards, config.allow_pipe, config.allow_missing_shards)
     names = [shard_name(shard) for shard in shards]
     found = [check_label_folder(folder, names, config.num_positives) for folder in config.labels_folders]
     labels, images = tuple(info for info, _ in found), max((sum(rows) for _, rows in found), default=0)
     if config.on_captions:
-        images = sum(len(find_index(local_shard(shard, config.shard_cache)).index.keys) for shard in shards)
+        images = sum(
+            len(find_index(local_shard(shard, config.shard_cache, config.allow_pipe)).index.keys) for shard in shards
+        )
     raw = load_deepspeed_config(config.deepspeed_config)
     kept = RunFolder(config.output_dir).global_batch() if config.resume == "auto" else None
     batch = BatchSizes.resolve(raw, world_size, kept)
@@ -329,6 +344,70 @@ def check_start(config: RunConfig, plan: RunPlan, run: RunFolder | None = None) 
         load_center_rows(centers, 0, 0, info.num_classes, plan.encoder.embed_dim)  # their shape
 
 
+def check_this_machine(config: RunConfig, plan: RunPlan, topology: Topology, run: RunFolder) -> None:
+    """Refuses, on every rank, a machine that one of them cannot run on; rank 0 prints what may become short."""
+    classes = [info.num_classes for info in plan.labels]
+    needs = needs_of(
+        config,
+        plan.encoder.image_size,
+        plan.settings.global_batch // topology.world_size,
+        topology.local_world_size,
+        topology.world_size,
+        checkpoint_bytes(plan.encoder, plan.settings, config, classes, plan.text),
+        plan.length.total_steps,
+    )
+    problem, warnings = None, []
+    try:
+        warnings = check_machine(needs, run.path)
+    except UserError as error:
+        problem = error
+    found = collectives.gather_objects((problem, warnings), topology)
+    for error, _ in found:
+        if error is not None:
+            raise error
+    if topology.is_main:
+        for text in sorted({text for _, own in found for text in own}):
+            print(f"WARNING: {text}", flush=True)
+
+
+def program(config: RunConfig, raw: dict) -> dict[str, str]:
+    """What must be the same on every host: this program's files, the libraries' versions, flags and DeepSpeed JSON."""
+    digest = hashlib.sha256()
+    package = Path(__file__).parent
+    for path in sorted(package.rglob("*.py")):
+        digest.update(f"{path.relative_to(package)}\n".encode() + path.read_bytes())
+    versions = {
+        name: importlib.metadata.version(name) for name in ("torch", "deepspeed", "numpy", "pillow", "simplejpeg")
+    }
+    flags = {f"--{name}": repr(value) for name, value in config.model_dump().items()}
+    return {
+        "files of mlcd_ds": digest.hexdigest()[:12],
+        **versions,
+        **flags,
+        "DeepSpeed JSON": json.dumps(raw, sort_keys=True),
+    }
+
+
+def check_same_program(own: dict[str, str], topology: Topology) -> None:
+    """Refuses ranks that would compute with different code, versions or settings. One gather of a few kB."""
+    found = collectives.gather_objects(own, topology)
+    for rank, other in enumerate(found):
+        if other != found[0]:
+            what = [f"{name} {found[0].get(name)} on rank 0, {value} here" for name, value in other.items()]
+            differing = [
+                text for text, (name, value) in zip(what, other.items(), strict=True) if found[0].get(name) != value
+            ]
+            raise ConfigError(
+                f"rank {rank} runs another program than rank 0: {'; '.join(differing)[:500]}. Give all hosts the same "
+                "installation and the same command."
+            )
+
+
+def longest_wait(config: RunConfig) -> float:
+    """Minutes that ranks wait for each other where some have much more to do than others: at the start, in saves."""
+    return max(config.timeout_minutes, config.start_timeout_minutes)
+
+
 def check_launch(config: RunConfig, topology: Topology) -> None:
     """Refuses a number of ranks other than the expected: a missing hostfile quietly means one machine."""
     if config.expect_world_size not in (None, topology.world_size):
@@ -368,7 +447,7 @@ def build_engine(
         both = ImageTextModel(model, text, config.lock_image)
         return ContrastiveEngine(both, tokenizer, plan.settings, config, topology, config.timeout_minutes)
     heads = [build_head(config, plan, topology, from_scratch, index) for index in range(len(plan.labels))]
-    return TrainEngine(model, heads, plan.settings, config, topology, config.timeout_minutes)
+    return TrainEngine(model, heads, plan.settings, config, topology, longest_wait(config))
 
 
 def build_head(config: RunConfig, plan: RunPlan, topology: Topology, from_scratch: bool, index: int) -> PartialFC:
@@ -387,10 +466,13 @@ def build_head(config: RunConfig, plan: RunPlan, topology: Topology, from_scratc
     return PartialFC(num_classes, plan.encoder.embed_dim, topology, seed=config.seed + index, **options)
 
 
-def resume(found: Checkpoint, seed: int, plan: RunPlan, engine: TrainEngine, topology: Topology) -> int:
-    """Loads a checkpoint; the step to go on from."""
+def resume(
+    found: Checkpoint, seed: int, plan: RunPlan, engine: TrainEngine, loader: ImageLabelLoader, topology: Topology
+) -> int:
+    """Loads a checkpoint, the ledger of its samples included; the step to go on from."""
     engine.load(found, seed)
     engine.skipped_steps = found.state["skipped_steps"]
+    loader.go_on_from(json.loads((found.path / checkpoint.LEDGER).read_text()))
     if topology.is_main:
         ranks = found.state["world_size"]
         by = "" if ranks == topology.world_size else f", written by {ranks} ranks, on {topology.world_size}"
@@ -446,10 +528,11 @@ class Saver:
         plan: RunPlan,
         store: CheckpointStore,
         engine: TrainEngine,
+        loader: ImageLabelLoader,
         monitor: Monitor | None,
     ):
         self.run, self.config, self.plan = run, config, plan
-        self.store, self.engine, self.monitor = store, engine, monitor
+        self.store, self.engine, self.loader, self.monitor = store, engine, loader, monitor
         self.failed = 0
         """Saves in a row that could not be written."""
 
@@ -461,8 +544,9 @@ class Saver:
         self._refuse_bad_weights(step)
         started = time.monotonic()
         is_main = self.store.topology.is_main
+        totals = self.loader.totals()
         try:
-            path = self.store.write(step, lambda folder: self._write(folder, step))
+            path = self.store.write(step, lambda folder: self._write(folder, step, totals))
         except SaveError as error:
             self.failed += 1
             newest = self.store.newest()
@@ -490,7 +574,7 @@ class Saver:
             note("running", step)
         return True
 
-    def _write(self, folder: Path, step: int) -> None:
+    def _write(self, folder: Path, step: int, totals: dict) -> None:
         """This rank's parts. Raises OSError, on this rank alone."""
         self.engine.save(folder, self.config.model)
         if self.monitor is not None:
@@ -503,6 +587,7 @@ class Saver:
                 "skipped_steps": self.engine.skipped_steps,
             }
             write_json(folder / "state.json", state)
+            write_text(folder / checkpoint.LEDGER, json.dumps(totals) + "\n")
 
     def _refuse_bad_weights(self, step: int) -> None:
         found = collectives.gather_objects(self.engine.not_finite(), self.store.topology)

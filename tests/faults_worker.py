@@ -6,6 +6,7 @@ Writes what became of each into a JSON. Runs that only wait are looked at togeth
 import json
 import os
 import resource
+import shutil
 import signal
 import sys
 import time
@@ -26,8 +27,8 @@ CASE = soak.Case(zero_stage=1, workers=1, accumulation=1)
 class Scene:
     """One run and what is done to it."""
 
-    def __init__(self, folder: Path, name: str, before=lambda rank: None, steps: int = STEPS, **flags):
-        self.name, self.run = name, folder / name
+    def __init__(self, folder: Path, name: str, before=lambda rank: None, steps: int = STEPS, run: str = "", **flags):
+        self.name, self.run = name, folder / (run or name)
         SCENES.append(self)
         arguments = CASE.arguments(folder, self.run, steps, RANKS)
         changed = {f"--{flag}": value for flag, value in flags.items()}
@@ -59,6 +60,7 @@ class Scene:
         for path in found[-1:]:
             checkpoint.verify(path)
         status = self.run / "status.json"
+        skipped = {path.name: path.read_text() for path in sorted((self.run / "skipped").glob("*"))}
         lines = (self.run / "metrics.jsonl").read_text().splitlines() if (self.run / "metrics.jsonl").exists() else []
         return {
             "finished": finished,
@@ -68,6 +70,7 @@ class Scene:
             "status": json.loads(status.read_text()) if status.exists() else None,
             "checkpoints": [checkpoint.step_of(path) for path in found],
             "leftovers": [path.name for path in folder.glob("*.tmp")],
+            "skipped": skipped,
             "metrics": [json.loads(line) for line in lines],
         }
 
@@ -116,8 +119,8 @@ def stuck_reader(rank: int) -> None:
     """The data of the fifth step never come on rank 1."""
     iterate = ImageLabelLoader.iterate
 
-    def stuck(self, *arguments):
-        for index, batch in enumerate(iterate(self, *arguments)):
+    def stuck(self, *arguments, **options):
+        for index, batch in enumerate(iterate(self, *arguments, **options)):
             if index == 4 and rank == 1:
                 time.sleep(10_000)
             yield batch
@@ -168,6 +171,36 @@ def failing_disk(rank: int) -> None:
         checkpoint.sync_file = refusing(checkpoint.sync_file, (7,))
 
 
+def slow_save(rank: int) -> None:
+    """Rank 1 takes longer over its first save than --timeout_minutes."""
+    save_rows, seconds = checkpoint.save_rows, iter((15.0,))
+
+    def slow(*arguments):
+        if rank == 1:
+            time.sleep(next(seconds, 0.0))
+        save_rows(*arguments)
+
+    checkpoint.save_rows = slow
+
+
+def tar_is_cut(tar: Path):
+    """A tar loses its end in the third step; in the seventh, the job is killed."""
+
+    def before(rank: int) -> None:
+        train_step = TrainEngine.train_step
+
+        def cut(self, batch, step, **options):
+            if step == 2 and rank == 0:
+                os.truncate(tar, 3000)
+            if step == 6:
+                os._exit(9)
+            return train_step(self, batch, step, **options)
+
+        TrainEngine.train_step = cut
+
+    return before
+
+
 def bad_numbers(rank: int) -> None:
     """Rank 1's embeddings are no numbers in steps 3 and 4, and from step 8 on."""
     train_step = TrainEngine.train_step
@@ -204,10 +237,11 @@ def main(folder: Path) -> None:
     soak.make_data(folder)
     soak.import_ahead()
     found = {}
-    short = {"timeout_minutes": 0.2, "warn_data_wait_seconds": 2}
+    short = {"timeout_minutes": 0.2, "start_timeout_minutes": 1, "warn_data_wait_seconds": 2}
     # Those that wait for a timeout go first, and are looked at last.
     frozen = Scene(folder, "frozen", **short).wait_for("step 3/").send(signal.SIGSTOP, 1)
     reader = Scene(folder, "reader", stuck_reader, **short).wait_for("step 3/")
+    slow = Scene(folder, "slow", slow_save, steps=4, timeout_minutes=0.2)
     twice = Scene(folder, "twice", stuck_step).wait_for("stuck").send(signal.SIGTERM, 0)
     twice_at = time.monotonic()
     found["term"] = Scene(folder, "term").wait_for("step 3/").send(signal.SIGTERM, 1).end()
@@ -221,7 +255,11 @@ def main(folder: Path) -> None:
     found["disk"] = Scene(folder, "disk", failing_disk, steps=40, keep_last=10).end()
     found["numbers"] = Scene(folder, "numbers", bad_numbers, max_bad_steps=3).end()
     found["log"] = Scene(folder, "log", full_log, steps=6, save_every_steps=1, keep_last=1, keep_every=2).end()
-    found["twice"], found["reader"] = twice.end(), reader.end()
+    tars = shutil.copytree(folder / "tars", folder / "cut_tars")
+    cut = {"shards": f"{tars}/{{00000..00001}}.tar", "steps": 12, "max_skipped_fraction": 1}
+    found["cut"] = Scene(folder, "cut", tar_is_cut(tars / "00001.tar"), **cut).end()
+    found["cut, resumed"] = Scene(folder, "cut_resumed", run="cut", **cut).end()
+    found["twice"], found["reader"], found["slow"] = twice.end(), reader.end(), slow.end()
     frozen.ranks.wait(LIMIT_SECONDS, until=lambda: 0 in frozen.ranks.codes)
     frozen.ranks.signal(1, signal.SIGCONT)
     found["frozen"] = frozen.end()

@@ -3,6 +3,7 @@
 python tests/forked_runs.py FOLDER: FOLDER/runs.json lists the runs, {"name", "world_size", "flags", "stop"}. A run with a
 "stop" is killed as it begins that step, on all ranks. What each rank did is written to FOLDER/NAME.RANK.json: exit code,
 output, and of each step the keys of its images with their CRC-32. A run with a "tool" instead is that tool with `flags`.
+"remove": a folder that is removed before the run.
 
 DeepSpeed and what it imports at its first engine are imported once; ranks are forks.
 """
@@ -11,6 +12,7 @@ import json
 import multiprocessing
 import os
 import runpy
+import shutil
 import sys
 import zlib
 from pathlib import Path
@@ -60,6 +62,8 @@ def main(folder: Path) -> None:
     context = multiprocessing.get_context("fork")
     for run in json.loads((folder / "runs.json").read_text()):
         port = free_port()
+        if "remove" in run:
+            shutil.rmtree(run["remove"])
         files = [
             [folder / f"{run['name']}.{rank}.{kind}" for kind in ("log", "steps")] for rank in range(run["world_size"])
         ]

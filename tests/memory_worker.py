@@ -1,6 +1,6 @@
 """Peak memory of real training steps beside what is planned for them: the processes of test_step_plan.py.
 
-python tests/memory_worker.py [RESULT.json [CASE ...]] prints a line per case. DeepSpeed is imported once; every case has
+PYTHONPATH=.:tests python tests/memory_worker.py [RESULT.json [CASE ...]] prints a line per case. DeepSpeed is imported once; every case has
 ranks of its own, forked from here. A tiny run in each wakes the libraries before anything is counted.
 """
 
@@ -10,8 +10,6 @@ import multiprocessing
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-
-sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 
 import torch
 

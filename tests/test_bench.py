@@ -128,6 +128,7 @@ def test_every_shape_is_written_before_the_next_is_measured(on_cpu, tmp_path, mo
 
 
 TINY_KMEANS = {"points": 60, "k": 200, "d": 16, "repeats": 2, "threads": 1, "lloyd_points": 600, "lloyd_k": 30}
+TINY_KMEANS |= {"levels": True, "levels_points": 2000, "levels_k": 150, "levels_d": 16, "levels_probes": "4,0"}
 TINY_KMEANS |= {"lloyd_d": 32, "lloyd_repeats": 1, "iteration_k": 20, "iteration_d": 16, "iteration_points": 300}
 
 
@@ -147,12 +148,17 @@ def test_kmeans_is_measured_with_every_search_and_against_faiss(tmp_path, monkey
         for name in ("faiss", "torch"):
             assert row["objective"][name] == pytest.approx(row["objective"]["faiss.Kmeans"], rel=2e-3)
     assert set(result["iteration"]["extrapolated_hours"]) == {"8", "64"}
+    levels = result["levels"]["objective"]
+    assert set(levels) == {"flat", "two levels, 4 probes", "two levels, all centers"}
+    assert min(levels.values()) > 0.98 * levels["flat"]
+    assert 0.8 < result["levels"]["search_check"]["two levels, 4 probes"]["found"] < 1
 
 
 def test_peak_memory_of_a_search_is_measured():
     result = bench_kmeans(
         BenchKMeansConfig(
-            **TINY_KMEANS | {"search": False, "lloyd": False, "memory": True, "tops": "1"}, backends="torch"
+            **TINY_KMEANS | {"search": False, "lloyd": False, "levels": False, "memory": True, "tops": "1"},
+            backends="torch",
         )
     )
     assert [row["search"] for row in result["memory"]] == ["torch top-1"]
@@ -179,6 +185,8 @@ def test_one_iteration_on_a_device_is_lloyds():
         ({"backends": "faiss,annoy"}, "expected some of faiss, torch, ivf"),
         ({"tops": "9", "k": 8}, "9 nearest of --k 8"),
         ({"lloyd_k": 601, "lloyd_points": 600}, "more than --lloyd_points"),
+        ({"levels_k": 601, "levels_points": 600}, "more than --levels_points"),
+        ({"levels_probes": "-1"}, "whole numbers from 0"),
         ({"output": "no/such/folder/x.json"}, "folder does not exist"),
     ],
 )

@@ -23,18 +23,18 @@ def test_a_run_writes_every_part_and_no_path(tmp_path):
     make_shards(tmp_path, [5, 3])
     output = tmp_path / "data.json"
     command = [sys.executable, "tools/bench.py", "data", "--shards", str(tmp_path / "tars" / "*.tar")]
-    command += ["--small_images", "6", "--image_size", "32", "--repeats", "1", "--output", str(output)]
+    command += ["--small_images", "6", "--image_size", "40", "--repeats", "1", "--output", str(output)]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert ended.returncode == 0, ended.stderr
     text = output.read_text()
     assert str(tmp_path) not in text and str(ROOT) not in text
     result = json.loads(text)
-    assert result["command"].startswith("python tools/bench.py data --shards *.tar --image_size 32")
-    assert set(result["tars"]) == {"photographs", "small", "small, by webdataset"}
-    assert result["tars"]["photographs"]["samples"] == 8 and result["tars"]["small"]["samples"] == 6
+    assert result["command"].startswith("python tools/bench.py data --shards *.tar --image_size 40")
+    assert set(result["tars"]) == {"--shards", "32 x 32", "32 x 32, by webdataset"}
+    assert result["tars"]["--shards"]["samples"] == 8 and result["tars"]["32 x 32"]["samples"] == 6
     for part in ("decode", "loader"):
-        assert set(result[part]) == {"photographs", "small"}
-    row = result["decode"]["photographs"]
+        assert set(result[part]) == {"--shards", "32 x 32"}
+    row = result["decode"]["--shards"]
     assert row["lost"] == [] and row["decibels"]["lowest"] > 38 and row["images"] == 8
     for rows in (result["tars"], result["decode"], result["loader"]):
         for row in rows.values():
@@ -59,5 +59,5 @@ def test_what_it_refuses(tmp_path):
     with pytest.raises(ConfigError, match="folder does not exist"):
         bench_data(BenchDataConfig(output="no/such/folder/x.json"))
     shards = make_shards(tmp_path, [2], {"000000000": b"", "000000001": b"x"})
-    with pytest.raises(DataError, match="no image of photographs can be read: 2 not by Pillow"):
+    with pytest.raises(DataError, match="no image of --shards can be read: 2 not by Pillow"):
         bench_data(BenchDataConfig(shards=shards[0], small_images=2, repeats=1))

@@ -8,6 +8,7 @@ import torch
 from mlcd_ds.card import count_parameters, plan_memory, sampled_rows, startup_card
 from mlcd_ds.config import DeepSpeedDefaults, RunConfig
 from mlcd_ds.ds_config import BatchSizes, load_deepspeed_config, resolve_deepspeed_config
+from mlcd_ds.models.text import text_preset
 from mlcd_ds.models.vit import VisionTransformer, preset
 from mlcd_ds.partial_fc import PartialFC
 from mlcd_ds.schedule import resolve_run_length
@@ -15,7 +16,7 @@ from mlcd_ds.topology import Topology
 
 
 def planned(file, world_size, device_type, samples, **flags):
-    config = RunConfig(deepspeed_config=file, shards="s", labels="l", output_dir="run", **flags)
+    config = RunConfig(**{"deepspeed_config": file, "shards": "s", "labels": "l", "output_dir": "run"} | flags)
     raw = load_deepspeed_config(file)
     batch = BatchSizes.resolve(raw, world_size)
     length = resolve_run_length(config, samples_per_epoch=samples, global_batch=batch.global_batch)
@@ -123,3 +124,24 @@ def test_shipped_gpu_configs_fit_their_hardware_by_the_cards_estimate(file, worl
     config, settings, _ = planned(f"ds_configs/{file}.json", world_size, "cuda", 400_000_000, model=model)
     memory = plan_memory(preset(model), settings, config, num_classes=(1_000_000,), world_size=world_size)
     assert memory.total < 80e9, memory
+
+
+def test_a_run_on_captions_has_a_text_tower_and_a_locked_tower_no_state():
+    values = {"objective": "clip", "tokenizer": "t.json", "text_model": "text_toy", "labels": ""}
+    config, settings, length = planned("ds_configs/cpu.json", 2, "cpu", 1000, model="vit_toy", **values)
+    encoder, text = preset("vit_toy"), text_preset("text_toy", 128, vocabulary=500)
+    locked = config.model_copy(update={"lock_image": True, "init_from": "run/"})
+    of_text, of_image = (count_parameters(tower) for tower in (text, encoder))
+    both, lit = (plan_memory(encoder, settings, each, (), 2, text) for each in (config, locked))
+    assert both.resident["weights"] == lit.resident["weights"] == 4 * (of_text + of_image)
+    assert both.resident["moments of the weights"] == 8 * (of_text + of_image) // 2
+    assert lit.resident["moments of the weights"] == 8 * of_text // 2
+    assert lit.moments["backward"]["activations"] < both.moments["backward"]["activations"]
+    assert not any("centers" in part for part in both.parts) and both.total > lit.total
+    for each, words in ((config, "both towers learn"), (locked, "the image tower stays as run/ has it (LiT)")):
+        card = startup_card(
+            each, settings, encoder, length,
+            num_samples=1000, num_shards=1, num_classes=(), world_size=2, device="cpu", text=text,
+        )  # fmt: skip
+        assert "clip: 64 images against their captions" in card and words in card
+        assert "text_toy, 32 tokens of 500" in card and "centers" not in card

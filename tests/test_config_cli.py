@@ -164,6 +164,8 @@ def test_none_is_none_only_where_it_may_be():
         (["--head_weights", "1,x"], "--head_weights '1,x': must be finite"),
         (["--centers", "A::B"], "--centers 'A::B' names 2 centers, --labels 1 folders"),
         (["--world_size", "8"], "--world_size only means something with --dry_run"),
+        (["--objective", "clip"], "has no class head: --labels would do nothing"),
+        (["--lock_image"], "--lock_image is for --objective clip"),
         (["--batch_size", "8"], "'train_batch_size'"),
         (["--lr=1e-3"], "'optimizer.params.lr'"),
         (["--precision", "bf16"], "'bf16.enabled'"),
@@ -319,3 +321,16 @@ def test_only_steps_that_are_saved_can_be_kept():
     assert parse("--keep_every", "3000", "--save_every_steps", "1000").keep_every == 3000
     with pytest.raises(ConfigError, match="--keep_every 1500 is no multiple of --save_every_steps 1000"):
         parse("--keep_every", "1500")
+
+
+def test_captions_need_a_tokenizer_and_no_labels():
+    base = {"deepspeed_config": "x.json", "shards": "a.tar", "output_dir": "run", "objective": "clip"}
+    run = cli.build(RunConfig, base | {"tokenizer": "t.json"})
+    assert run.on_captions and run.labels_folders == () and run.text_model == "text_b"
+    for more, message in (
+        ({}, "needs --tokenizer: a tokenizer.json or .* tools/train_tokenizer.py"),
+        ({"tokenizer": "t", "labels": "l", "scale": "32"}, "no class head: --labels, --scale would do nothing"),
+        ({"tokenizer": "t", "lock_image": "true"}, "--lock_image keeps the image tower of --init_from: name"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            cli.build(RunConfig, base | more)

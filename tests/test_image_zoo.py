@@ -16,7 +16,7 @@ from mlcd_ds.config import RunConfig
 from mlcd_ds.data.labels import LabelsInfo, label_path, read_label_shard, write_label_shard
 from mlcd_ds.data.loader import ImageLabelLoader, build_shard_table
 from mlcd_ds.data.plan import EpochPlan
-from mlcd_ds.data.tars import expand_shards, import_webdataset, index_tar, local_shard
+from mlcd_ds.data.tars import expand_shards, import_webdataset, index_tar, local_shard, shard_name
 from mlcd_ds.errors import DataError, UserError
 from mlcd_ds.topology import Topology
 
@@ -130,18 +130,27 @@ def test_every_animal_of_the_zoo_is_used_or_counted_with_its_reason(tmp_path):
 
 
 @pytest.mark.parametrize("where", ["member", "boundary", "header", "end blocks"])
-def test_a_truncated_zoo_is_refused_wherever_it_ends(tmp_path, where):
-    path, _ = make_zoo(tmp_path)
+def test_a_truncated_zoo_is_told_and_counted_wherever_it_ends(tmp_path, where):
+    path, numbered = make_zoo(tmp_path)
     data = path.read_bytes()
     index = index_tar(path)
-    last = max(offset for members in index.members.values() for offset, _ in members.values())
+    last = max(index.image(key)[0] for key in index.keys)
     with tarfile.open(path) as tar:
         end = max(member.offset_data + (member.size + 511) // 512 * 512 for member in tar)
     cut = {"member": last + 3, "boundary": last - 512, "header": last - 100, "end blocks": end}[where]
     path.write_bytes(data[:cut])
-    with pytest.raises(DataError, match="00000.tar is cut") as caught:
-        read_all(tmp_path, path)
-    assert "byte" in str(caught.value) and "Fetch or write it again" in str(caught.value)
+    there = {key for key, members in index.members.items() if sum(index.image(key)) <= cut}
+    lost = len(numbered) - len(there)
+    assert lost == (0 if where == "end blocks" else 1)
+    if lost:
+        with pytest.raises(
+            DataError, match=r"00000.tar is cut .*byte .*Fetch or write it again.* 1 of 29 images are lost"
+        ):
+            build_shard_table([str(path)], [tmp_path / "labels"], 3, 0.01, None, Topology.single())
+    table, ledger, batch = read_all(tmp_path, path)
+    assert table.quarantined[0][:2] == (0, lost) and "00000.tar is cut" in table.unused()[-1]
+    assert table.num_samples == len(numbered) == ledger.read and ledger.skipped["damaged_tar"] == lost
+    assert {key for key in batch.keys if key} == there & {numbered[name] for name in USED}
 
 
 # ------------------------------------------------------------------------------------------------ files that want to run
@@ -214,6 +223,24 @@ def test_a_pipe_never_runs_a_shell(tmp_path, url):
     with pytest.raises(ValueError, match="unsafe"):
         import_webdataset().gopen(url, "rb")
     assert not (tmp_path / "owned").exists()
+
+
+def test_a_pipe_that_is_allowed_is_read_and_webdataset_stays_secure(tmp_path):
+    tar, _ = make_zoo(tmp_path)
+    url = f"pipe:cat {tar}"
+    (tmp_path / "list.txt").write_text(url + "\n")
+    assert expand_shards(url, allow_pipe=True) == expand_shards(str(tmp_path / "list.txt"), allow_pipe=True) == [url]
+    assert shard_name(url) == "00000" and shard_name("pipe:aws s3 cp s3://b/00012.tar -") == "00012"
+    copy = local_shard(url, tmp_path / "cache", allow_pipe=True)
+    assert copy.read_bytes() == tar.read_bytes() and os.environ["WDS_SECURE"] == "1"
+    failing = f"pipe:cat {tar}; exit 3"
+    with pytest.raises(DataError, match="failed with exit code 3"):
+        local_shard(failing, tmp_path / "cache", allow_pipe=True)
+    with pytest.raises(DataError, match="is refused"):  # what came through a pipe once needs leave again
+        local_shard(url, tmp_path / "cache")
+    labels, one = [tmp_path / "labels"], Topology.single()
+    table = build_shard_table([url], labels, 3, 1.0, str(tmp_path / "cache"), one, allow_pipe=True)
+    assert table.names == ("00000",) and table.num_samples == len(USED) + len(SKIPPED)
 
 
 def test_a_url_with_shell_characters_is_one_argument(tmp_path):

@@ -1,8 +1,10 @@
 """Spherical k-means: as good as faiss, deterministic, no empty cluster left, one clear word about bad input."""
 
+import itertools
 import json
 import os
 import signal
+import threading
 import time
 from dataclasses import asdict
 
@@ -17,6 +19,7 @@ from processes import ROOT, run_script, start_ranks, wait_ranks
 
 from mlcd_ds.clustering import kmeans as kmeans_module
 from mlcd_ds.clustering import nearest as nearest_module
+from mlcd_ds.clustering.ahead import ahead
 from mlcd_ds.clustering.features import FeatureFolder
 from mlcd_ds.clustering.kmeans import SphericalKMeans, split_largest
 from mlcd_ds.clustering.nearest import index_of
@@ -384,3 +387,39 @@ def test_bad_rows_are_dropped_where_asked(tmp_path):
     features.drop({name: features.bad_rows(name) for name in features.names})
     with pytest.raises(DataError, match="--k 397 is more than the 396 features"):
         fit(features, 397)
+
+
+def test_blocks_are_made_ahead_one_at_a_time_in_their_order():
+    """Two blocks at most are in the making or in use; what making one raises comes in its turn; leaving ends the thread."""
+    started, go = [], threading.Event()
+
+    def make(number: int, name: str) -> str:
+        started.append(number)
+        if number == 3:
+            raise DataError("block 3 is bad")
+        assert go.wait(10)
+        return f"{name}{number}"
+
+    blocks = ahead(make, zip(itertools.count(), "abcdef", strict=False))
+    go.set()
+    assert next(blocks) == "a0"
+    go.clear()
+    while len(started) < 2:
+        time.sleep(0.001)
+    time.sleep(0.01)
+    assert started == [0, 1]  # the next one is begun while the caller has this one, and no other
+    go.set()
+    assert [next(blocks), next(blocks)] == ["b1", "c2"]
+    with pytest.raises(DataError, match="block 3 is bad"):
+        next(blocks)
+    assert 5 not in started and not _ahead_threads()
+    left = ahead(make, [(0, "a"), (1, "b"), (2, "c")])
+    for _ in left:
+        break
+    left.close()
+    assert not _ahead_threads()
+    assert list(ahead(make, [])) == []
+
+
+def _ahead_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("ahead")]

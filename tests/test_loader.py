@@ -4,17 +4,20 @@ import json
 import multiprocessing
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from ranks import run_ranks
 from toy_data import encode, labels_of, make_shards, picture, write_labels
 
 from mlcd_ds.batch import NO_IMAGE, NO_LABEL, ImageLabelBatch
@@ -24,6 +27,7 @@ from mlcd_ds.data.labels import LabelsInfo, draw_positives, label_path, write_la
 from mlcd_ds.data.loader import ImageLabelLoader
 from mlcd_ds.data.plan import EpochPlan, augmentation_generator, positives_generator
 from mlcd_ds.data.shards import ShardReader, build_shard_table
+from mlcd_ds.data.tars import index_tar
 from mlcd_ds.errors import ConfigError, DataError
 from mlcd_ds.topology import Topology
 
@@ -422,12 +426,46 @@ def test_names_of_skipped_samples_are_written_as_they_come(damaged, monkeypatch)
     assert lines == [" ".join(name.split()) for name in names] and len(lines) == 6
     sums = json.loads((folder / "run" / "skipped" / "by_shard.json").read_text())
     assert [row["images"] for row in sums.values()] == [20, 20] and list(sums) == ["00000", "00001"]
-    assert sum(row["decoded"] + row["skipped"] for row in sums.values()) == 16  # two steps of 8 since the restart
+    assert (
+        sum(row["decoded"] + row["skipped"] for row in sums.values()) == 16
+    )  # two steps of 8, no totals were taken over
     monkeypatch.setattr(loader_module, "MAX_NAMES", 8)
     pass_over(0, 5)
     pass_over(0, 5)
     lines = (folder / "run" / "skipped" / "rank_00000.txt").read_text().splitlines()
     assert len(lines) == 9 and lines[8].startswith("... more than 8")
+
+
+def test_totals_go_on_at_another_number_of_ranks_and_reconcile_with_the_index(damaged, tmp_path):
+    """Two ranks up to the third step, with a batch in advance that does not count; then one; then four. Two epochs."""
+    folder, shards = damaged
+    settings = config(max_skipped_fraction=1.0)
+    table = build_shard_table(shards, [folder / "labels"], 3, 1.0, None, Topology.single())
+
+    def part(topology, start, stop, taken_over, ends):
+        loader = ImageLabelLoader(settings, table, EpochPlan(5, table.counts, 8, 6), 24, topology, tmp_path / "skipped")
+        if taken_over is not None:
+            loader.go_on_from(taken_over)
+        batches = loader.iterate(start, 10, ahead=1)
+        for _ in range(stop - start + (not ends)):  # one more than is used
+            next(batches)
+        if ends:
+            assert next(batches, None) is None
+        return loader.totals(), loader.count_skipped(final=ends)
+
+    totals, decoded, skips = None, [], []
+    for ranks, start, stop in ((2, 0, 3), (1, 3, 4), (4, 4, 10)):
+        found = run_ranks(ranks, partial(part, start=start, stop=stop, taken_over=totals, ends=stop == 10))
+        assert all(own == found[0] for own in found)
+        totals = json.loads(json.dumps(found[0][0]))
+        decoded.append(found[0][1][0])
+        skips.append(found[0][1][1])
+    assert [own + skip.total() for own, skip in zip(decoded, skips, strict=True)] == [24, 32, 80]
+    assert skips[-1] == {reason: 2 * count for reason, count in REASONS.items()}
+    assert [sum(counts) for counts in totals["shards"].values()] == [2 * count for count in table.counts]
+    by_shard = json.loads((tmp_path / "skipped" / "by_shard.json").read_text())
+    assert [row["decoded"] + row["skipped"] for row in by_shard.values()] == [40, 40]
+    assert by_shard["00001"]["no_label"] == 4 and by_shard["00000"]["empty"] == 2
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -458,25 +496,103 @@ def test_they_stop_it_as_soon_as_there_are_enough_to_judge(damaged, monkeypatch)
 # ------------------------------------------------------------------------------------------------ what breaks on the way
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_shard_that_changes_during_the_run_is_one_clear_error(tmp_path, workers, monkeypatch):
-    monkeypatch.setattr("mlcd_ds.data.shards.KEPT_SAMPLES", 0)
-    shards = make_shards(tmp_path, [10, 10])
-    loader = make_loader(tmp_path, shards, workers=workers)
-    with open(shards[1], "r+b") as file:  # noqa: PTH123
-        file.truncate(1000)
-    with pytest.raises(DataError, match=r"^the tar .*00001.tar is cut inside a member.*Fetch") as caught:
-        collect(loader, 0, 3)
-    assert "Traceback" not in str(caught.value) and caught.value.exit_code == 3
+def cut_in_the_second_image(path):
+    with open(path, "r+b") as file:  # noqa: PTH123
+        file.truncate(index_tar(path).members["000010001"]["jpg"][0] + 10)
 
 
-def test_a_tar_that_shrinks_while_it_is_open(tmp_path):
-    shards = make_shards(tmp_path, [10, 10])
-    loader = make_loader(tmp_path, shards)
-    with open(shards[1], "r+b") as file:  # noqa: PTH123
-        file.truncate(1500)
-    with pytest.raises(DataError, match=r"00001.tar became shorter while it was read: sample 00001"):
-        collect(loader, 0, 3)
+def remove(path):
+    Path(path).unlink()
+
+
+def page(path):
+    Path(path).write_text("<html>gone</html>" * 60)
+
+
+def nothing(path):
+    Path(path).write_bytes(b"")
+
+
+LOSSES = [
+    (cut_in_the_second_image, "damaged_tar", 9, r"00001.tar (is cut inside a member: '000010001.jpg'|became shorter)"),
+    (remove, "missing_tar", 10, r"the tar .*00001.tar"),
+    (page, "damaged_tar", 10, r"00001.tar (is not a tar file|became shorter)"),
+    (nothing, "damaged_tar", 10, r"00001.tar (is empty|became shorter)"),
+]
+
+
+@pytest.mark.parametrize("workers, kept", [(0, 0), (0, 100), (2, 0)])
+@pytest.mark.parametrize("lose, reason, lost, message", LOSSES)
+def test_a_tar_that_breaks_or_vanishes_during_the_run_is_counted(
+    tmp_path, monkeypatch, capsys, lose, reason, lost, message, workers, kept
+):
+    """Whatever comes before the damage is used, the rest keeps its slots, the tar is named once, the limit holds."""
+    monkeypatch.setattr("mlcd_ds.data.shards.KEPT_SAMPLES", kept)
+    shards = make_shards(tmp_path, [30, 10])
+    whole = collect(make_loader(tmp_path, shards), 0, 5)
+    loader = make_loader(tmp_path, shards, workers=workers, allowed=0.2)
+    lose(shards[1])
+    found = collect(loader, 0, 5)
+    gone = 0
+    for (images, labels, keys), (images2, labels2, keys2) in zip(found, whole, strict=True):
+        for row, key in enumerate(keys):
+            assert key in ("", keys2[row])
+            gone += key == ""
+            assert (labels[row] == NO_IMAGE).all() if key == "" else torch.equal(labels[row], labels2[row])
+            assert torch.equal(images[row], images2[row] if key else torch.zeros_like(images[row]))
+    assert gone == lost
+    assert loader.ledger.skips == {(1, reason): lost} and loader.ledger.read == 40
+    assert len(loader.ledger.names) == 1 and re.search(f"^00001: {reason}: .*{message}", loader.ledger.names[0])
+    assert capsys.readouterr().out.count("WARNING: the images of a tar are lost, skipped and counted: 00001") == 1
+    with pytest.raises(DataError, match=f"{lost} of 40 samples could not be used .{lost} {reason}.*{message}"):
+        loader.check_skipped(final=True)
+
+
+@pytest.mark.parametrize("lose, reason, lost, message", LOSSES)
+@pytest.mark.parametrize("indexed", [False, True])
+def test_a_tar_that_is_damaged_or_missing_at_the_start_is_counted_up_to_the_limit(
+    tmp_path, lose, reason, lost, message, indexed
+):
+    """The order of all others is that of before, so that a run goes on from its checkpoint."""
+    shards = make_shards(tmp_path, [30, 10])
+    one, labels = Topology.single(), [tmp_path / "labels"]
+    index = tmp_path / "run" / "index" if indexed else None
+    before = build_shard_table(shards, labels, 3, 0.0, None, one, index_folder=index)
+    whole = collect(make_loader(tmp_path, shards), 0, 5)
+    lose(shards[1])
+
+    def table(allowed, missing=True):
+        return build_shard_table(shards, labels, 3, allowed, None, one, index_folder=index, allow_missing=missing)
+
+    with pytest.raises(
+        DataError, match=f"{message}.*{lost} of 40 images are lost so, more than --max_skipped_fraction 0.2"
+    ):
+        table(0.2)
+    if reason == "missing_tar":
+        with pytest.raises(DataError, match="00001.tar.*Fetch it, or go on without it by --allow_missing_shards"):
+            table(1.0, missing=False)
+    now = table(0.25)
+    assert now.fingerprint() == before.fingerprint() and now.quarantined[0][:2] == (1, lost)
+    assert any(re.match(f"{lost} images are lost in 1 damaged or missing tars.*{message}", t) for t in now.unused())
+    loader = ImageLabelLoader(config(), now, EpochPlan(5, now.counts, 8, 6), 24, one)
+    found = collect(loader, 0, 5)
+    for (_, _, keys), (_, _, keys2) in zip(found, whole, strict=True):
+        assert all(key in ("", key2) for key, key2 in zip(keys, keys2, strict=True))
+    assert loader.ledger.skips == {(1, reason): lost} and loader.ledger.read == 40
+
+
+def test_a_lost_tar_is_judged_by_its_share_of_an_epoch(tmp_path, monkeypatch):
+    """It may be one of few that are read at the time."""
+    monkeypatch.setattr(loader_module, "MIN_SAMPLES_TO_JUDGE", 8)
+    shards = make_shards(tmp_path, [5, 200])
+    loader = make_loader(tmp_path, shards, allowed=0.03)
+    remove(shards[0])
+    plan = loader._dataset.plan
+    of_first = [sum(shard == 0 for _, shard, _ in plan.samples(step, 0, 8)) for step in range(26)]
+    until = of_first.index(max(of_first)) + 1
+    collect(loader, until - 1, until)
+    assert loader.ledger.skipped["missing_tar"] > 0.1 * 8
+    assert loader.check_skipped(final=False)[1] == loader.ledger.num_skipped
 
 
 def test_loader_processes_ignore_signals_and_their_death_is_told(data):

@@ -32,20 +32,30 @@ def test_laion_by_hand():
     assert parts == pytest.approx(
         {"search": 32.0, "preparing": 4.8, "disk": 1.92, "network": 0.3024, "keeping": 2 * 3.072 / 5}
     )
-    total = sum(sum(plan.seconds(one, LAION, rates).values()) * one.times for one in plan.passes(LAION))
+    assert plan.whole_seconds(parts, "cuda") == pytest.approx(32.0 + 0.3024 + 2 * 3.072 / 5)
+    assert plan.whole_seconds(parts | {"search": 1.0}, "cuda") == pytest.approx(4.8 + 1.92 + 0.3024 + 2 * 3.072 / 5)
+    assert plan.whole_seconds(parts, "cpu") == pytest.approx(4.8 + 32.0 + 0.3024 + 2 * 3.072 / 5)
+    total = sum(
+        plan.whole_seconds(plan.seconds(one, LAION, rates), LAION.device) * one.times for one in plan.passes(LAION)
+    )
     (row,) = [line for line in plan.card(LAION, rates, "cpu").splitlines() if line.startswith("total")]
     assert float(row.split()[1]) == pytest.approx(total / 3600, rel=1e-3)
 
 
 def test_two_levels_take_a_fraction():
-    two = plan.Job(**(LAION.__dict__ | {"coarse": 1000, "refinements": 2}))
+    two = plan.Job(**(LAION.__dict__ | {"coarse": 1000, "refinements": 2, "probes": 0}))
     flops = {one.name: one.flops * one.times for one in plan.passes(two)}
     whole = sum(one.flops * one.times for one in plan.passes(LAION))
     assert flops["iterations over all centers"] == pytest.approx(whole / 20 * 2)
-    assert flops["iterations inside them"] == pytest.approx(1.25 * whole / 1000)
+    inside = whole / 20 / 1000 * plan.UNEVEN
+    assert flops["iterations inside them"] == pytest.approx(4 * inside)
+    assert flops["inside 4 of them"] == pytest.approx(4 * 4 * inside)
     assert flops["features to coarse clusters"] == pytest.approx(2 * 4e8 * 1000 * 768)
-    assert flops["coarse iterations"] == pytest.approx(40 * 2 * 1024_000 * 1000 * 768)
+    assert flops["coarse iterations"] == pytest.approx(10 * 2 * 1024_000 * 1000 * 768)
     assert sum(flops.values()) < 0.11 * whole
+    probed = plan.passes(plan.Job(**(two.__dict__ | {"probes": 16})))
+    assert probed[-1].flops == pytest.approx(2 * 4e8 * 1000 * 768 + 16 * inside)
+    assert sum(one.flops * one.times for one in probed) < 0.004 * whole
 
 
 @pytest.mark.parametrize("limit", [10**6, 20])
@@ -133,7 +143,7 @@ def test_tool_plans_without_features(tmp_path):
     assert bare.code == 2 and "error: --output_dir must be given, but for a --dry_run" in bare.output
     (row,) = [line for line in ended.output.splitlines() if line.startswith("iterations over all centers")]
     assert [float(word) for word in row.split()[4:]] == pytest.approx(
-        [20, 6.14e17, 9.6, 6.048, 40.25, 0.2236], rel=1e-3
+        [20, 6.14e17, 9.6, 6.048, 33.53, 0.1863], rel=1e-3
     )
 
 

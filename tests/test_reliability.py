@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from processes import ROOT, free_port
+from ranks import run_ranks
 
-from mlcd_ds import soak, watch
+from mlcd_ds import soak, train, watch
 from mlcd_ds.checkpoint import published, step_of
-from mlcd_ds.errors import DeviceMemoryError, PeerError, Preempted
+from mlcd_ds.config import RunConfig
+from mlcd_ds.errors import ConfigError, DeviceMemoryError, PeerError, Preempted
 from mlcd_ds.run_folder import RunFolder
 from mlcd_ds.topology import Topology
 from mlcd_ds.train import naming_memory_settings
@@ -101,6 +103,31 @@ def test_a_stuck_reader_is_told_and_ends_the_run(found):
     assert "rank 1: WARNING: has waited" in run["output"][1]
     assert "for the data of step 5" in run["output"][1]
     assert "rank 1 waits for data after step 4" in run["output"][0]
+
+
+def test_a_save_may_take_longer_than_other_waits(found):
+    """Rank 1 writes for 15 s, --timeout_minutes is 12 s: rank 0 waits for it."""
+    run = found["slow"]
+    assert run["codes"] == [0, 0] and run["checkpoints"] == [2, 4]
+    assert run["status"]["state"] == "done"
+
+
+def test_a_tar_that_is_cut_during_the_run_is_counted_and_the_run_resumes(found):
+    """All ranks make all steps; the sums are of the whole run, and add up to what was read of each tar."""
+    assert found["cut"]["codes"] == [9, 9] and found["cut"]["checkpoints"] == [4, 6]
+    run = found["cut, resumed"]
+    assert run["codes"] == [0, 0], run["output"]
+    assert [line["step"] for line in run["metrics"]] == list(range(1, 13))
+    batch = 2 * 4
+    for line in run["metrics"]:
+        assert line["samples_decoded"] + line["samples_skipped"] == line["step"] * batch
+    sums = json.loads(run["skipped"]["by_shard.json"])
+    assert sum(row["decoded"] + row["skipped"] for row in sums.values()) == 12 * batch
+    assert sums["00000"]["skipped"] == 0
+    assert sums["00001"]["skipped"] == sums["00001"]["damaged_tar"] == run["metrics"][-1]["samples_skipped"] > 0
+    names = "".join(text for name, text in run["skipped"].items() if name.startswith("rank_"))
+    assert "00001: damaged_tar: the tar " in names
+    assert "images are lost in 1 damaged or missing tars" in run["output"][0]  # the card of the second start
 
 
 def test_failed_saves_leave_the_run_alive_until_three_in_a_row(found):
@@ -231,6 +258,25 @@ def test_lack_of_device_memory_names_what_takes_it(tmp_path):
     with pytest.raises(DeviceMemoryError, match="after step 7 .*CUDA out of memory.*train_micro_batch_size_per_gpu"):
         with naming_memory_settings(run):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore")
+
+
+def test_a_host_with_other_code_versions_or_settings_is_refused_by_every_rank():
+    config = RunConfig(deepspeed_config="-", shards="-", labels="-", output_dir="-")
+    own = train.program(config, {"train_batch_size": 8})
+    assert own["torch"] == torch.__version__.split("+")[0] or own["torch"] == torch.__version__
+    run_ranks(2, lambda topology: train.check_same_program(own, topology))
+    for name, words in (("torch", "torch"), ("files of mlcd_ds", "files of mlcd_ds"), ("--seed", "--seed")):
+
+        def refusal(topology, name=name):
+            with pytest.raises(ConfigError) as caught:
+                train.check_same_program(own | ({name: "else"} if topology.rank == 1 else {}), topology)
+            return str(caught.value)
+
+        first, second = run_ranks(2, refusal)
+        assert (
+            first == second
+            and f"rank 1 runs another program than rank 0: {words} {own[name]} on rank 0, else here" in first
+        )
 
 
 def test_no_launcher_no_watch(monkeypatch):

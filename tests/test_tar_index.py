@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from toy_data import make_shards
 
+from mlcd_ds.data import tar_index
 from mlcd_ds.data.shards import build_shard_table
-from mlcd_ds.data.tar_index import find_index, index_path, write_index
+from mlcd_ds.data.tar_index import examine, find_index, index_path, write_index
 from mlcd_ds.data.tars import index_tar, read_samples, write_tar
 from mlcd_ds.topology import Topology
 
@@ -75,6 +76,29 @@ def test_an_index_cannot_run_code(tar, tmp_path):
 
     np.savez(index_path(tar), about=np.array([Evil()], object), allow_pickle=True)
     assert find_index(tar).source == "damaged" and not (tmp_path / "owned").exists()
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_indexes_are_written_at_first_use_and_read_at_the_next(tmp_path, monkeypatch, beside):
+    """Beside the tars, or, where nothing can be written there, in the run folder."""
+    shards = make_shards(tmp_path, [5, 7, 3])
+    folder = tmp_path / "run" / "index"
+    if not beside:
+        for shard in shards:
+            index_path(shard).mkdir()  # root may write into any folder; over a folder nobody may
+
+    def table():
+        return build_shard_table(shards, [tmp_path / "labels"], 3, 0.0, None, Topology.single(), index_folder=folder)
+
+    first = table()
+    places = [index_path(shard) if beside else folder / index_path(shard).name for shard in shards]
+    assert all(place.is_file() for place in places)
+    with monkeypatch.context() as never_again:
+        never_again.setattr(tar_index, "examine_tar", None)
+        assert table() == first and not first.unused()
+    places[1].write_bytes(b"nonsense")
+    assert table() == first and not table().unused()  # written anew
+    assert examine(shards[1], folder).source == "file"
 
 
 def test_the_table_is_the_same_with_indexes_and_says_which_do_not_fit(tmp_path):

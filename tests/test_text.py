@@ -7,13 +7,19 @@ from test_vit import TINY, images
 from torch.utils.checkpoint import checkpoint
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
+from mlcd_ds.batch import NO_IMAGE
+from mlcd_ds.config import RunConfig
 from mlcd_ds.data.captions import CaptionError, captions_of, read_caption
+from mlcd_ds.data.loader import ImageLabelLoader
+from mlcd_ds.data.plan import EpochPlan
+from mlcd_ds.data.shards import build_shard_table
 from mlcd_ds.data.tars import write_tar
 from mlcd_ds.data.tokenizer import CaptionTokenizer, train_tokenizer
 from mlcd_ds.errors import ConfigError, DataError
 from mlcd_ds.models import hf_text
 from mlcd_ds.models.text import MAX_SCALE, TEXT_PRESETS, ImageTextModel, TextConfig, TextTransformer, text_preset
 from mlcd_ds.models.vit import VisionTransformer, decay_groups
+from mlcd_ds.topology import Topology
 
 TINY_TEXT = TextConfig(
     layers=3, width=48, heads=4, mlp_width=96, embed_dim=20, activation="quick_gelu", norm_eps=1e-5, context=16,
@@ -203,3 +209,42 @@ def test_captions_are_read_from_texts_and_records(tmp_path):
     write_tar(tmp_path / "0.tar", ((f"{i}", {"jpg": image, **part}) for i, part in enumerate(parts)))
     assert list(captions_of([str(tmp_path / "0.tar")], None)) == ["one", "two", "three"]
     assert list(captions_of([str(tmp_path / "0.tar")], None, limit=2)) == ["one", "two"]
+
+
+def test_captions_arrive_with_their_images_whatever_the_number_of_ranks_and_workers(tmp_path):
+    shards = []
+    for shard, count in enumerate((9, 8)):
+        shards.append(str(tmp_path / f"{shard}.tar"))
+        texts = [{"txt": CAPTIONS[row % 4].encode()} if (shard, row) != (1, 2) else {} for row in range(count)]
+        write_tar(shards[-1], ((f"{shard}{row}", {"jpg": picture(row), **text}) for row, text in enumerate(texts)))
+    tokenizer = train_tokenizer(CAPTIONS, 600, tmp_path / "own.json")
+    paths = {"deepspeed_config": "x", "shards": "x", "output_dir": "x", "objective": "clip", "tokenizer": "x"}
+    table = build_shard_table(shards, (), 8, 0.1, None, Topology.single(), captions=True)
+    plan = EpochPlan(0, table.counts, 4, 16)
+    assert "1 images have no caption: they are skipped, and counted, in every epoch" in table.unused()
+
+    def rows(world_size, workers):
+        found = []
+        for rank in range(world_size):
+            topology = Topology(rank, world_size, rank, world_size, torch.device("cpu"))
+            config = RunConfig(**paths, workers=workers)
+            loader = ImageLabelLoader(config, table, plan, 32, topology, tokenizer=tokenizer, context=12)
+            found.append([batch for batch in loader.iterate(0, 8)])
+            loader.close()
+            ledger = loader.ledger
+            assert ledger.read == 8 * 4 // world_size and set(ledger.skipped) <= {"no_caption"}
+        return [
+            (key, tokens.tolist(), image.sum().item())
+            for step in range(8)
+            for own in found
+            for key, tokens, image in zip(own[step].keys, own[step].labels_BL, own[step].images_BCHH, strict=True)
+        ]
+
+    first = rows(1, 0)
+    assert first == rows(2, 0) == rows(1, 2)
+    for key, ids, _ in first:
+        expected = tokenizer.encode(CAPTIONS[int(key[1:]) % 4], 12).tolist() if key else [NO_IMAGE] * 12
+        assert ids == expected
+    assert {key for key, *_ in first} >= {"", *(f"0{row}" for row in range(9))}
+    with pytest.raises(DataError, match="1 of 17 images have no caption .*1.tar: 1 of 8, e.g. 12"):
+        build_shard_table(shards, (), 8, 0.0, None, Topology.single(), captions=True)

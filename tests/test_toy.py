@@ -47,11 +47,15 @@ def caption_classes(text: str) -> set[int]:
 def test_layout_and_truth(tmp_path):
     assert write_toy_shards(settings(tmp_path))
     assert sorted(contents(tmp_path)) == [
+        "classnames.txt",
+        "dataset_type.txt",
         "test/00000.tar",
         "test/00000_stats.json",
         "toy.json",
         *(f"train/0000{n}{end}" for n in range(3) for end in (".tar", "_stats.json")),
+        "zeroshot_classification_templates.txt",
     ]
+    assert (tmp_path / "classnames.txt").read_text().split() == list(WORDS)
     counts = [json.loads((tmp_path / f"train/0000{n}_stats.json").read_text())["successes"] for n in range(3)]
     assert counts == [10, 10, 5]
     keys = []

@@ -191,6 +191,20 @@ def test_curve_of_the_run_is_that_of_the_one_that_never_stopped(runs):
         assert other["lr_encoder"] == one["lr_encoder"]
 
 
+def test_the_ledger_goes_on_and_reconciles_with_the_data(runs):
+    """At each step what was counted is exactly what was read; at the end each tar's sum is what the plan has read of it."""
+    folder, found = runs
+    sums = {name: json.loads((folder / name / "skipped" / "by_shard.json").read_text()) for name in ("whole", RUN)}
+    assert sums["whole"] == sums[RUN]
+    read = Counter(key[:5] for images in images_of(found["whole"]).values() for key, _ in images)
+    assert {name: row["decoded"] for name, row in sums[RUN].items()} == read
+    assert sum(read.values()) == LENGTH * GLOBAL_BATCH
+    lines = [json.loads(line) for line in (folder / RUN / "metrics.jsonl").read_text().splitlines()]
+    assert [line["samples_decoded"] for line in lines] == [step * GLOBAL_BATCH for step in range(1, LENGTH + 1)]
+    own = [json.loads(line) for line in (folder / "resharded" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["samples_decoded"] for line in own] == [9 * GLOBAL_BATCH, 10 * GLOBAL_BATCH]
+
+
 def test_nothing_of_the_conversion_is_left(runs):
     folder, _ = runs
     names = [path.name for path in (folder / RUN / "checkpoints").iterdir()]

@@ -208,8 +208,8 @@ def publish(config: ClusterConfig, features: FeatureFolder, made_from: dict, res
     if result.check is not None:
         check = result.check
         print(
-            f"the search that is not exact, on {check.features:,} random features and these centers: it finds the nearest of "
-            f"{check.found:.1%}; mean cosine {check.approximate:.4f} to what it finds, {check.exact:.4f} to the nearest"
+            f"the search that is not exact, on {check.features:,} random features and these centers: it finds the nearest "
+            f"of {check.found:.1%}; mean cosine {check.approximate:.4f} to what it finds, {check.exact:.4f} to the nearest"
         )
     print(
         f"{config.output_dir}: {config.k} centers of {result.num_used} features; mean cosine to the nearest "

@@ -79,20 +79,25 @@ def bench_data(config: BenchDataConfig) -> dict:
 
 
 def _measure(config: BenchDataConfig, folder: Path, result: dict) -> None:
-    photographs = _linked(config.shards, folder / "photographs") if config.shards else None
-    if photographs is None:
+    if config.shards:
+        sets = {"--shards": (_linked(config.shards, folder / "given"), config.image_size)}
+    else:
         print(f"making {config.images} pictures of 1600 x 1200", flush=True)
-        photographs = _made(folder / "photographs", config.images, 1600, 1200, config.seed)
+        sets = {"1600 x 1200": (_made(folder / "large", config.images, 1600, 1200, config.seed), config.image_size)}
     small = _made(folder / "small", config.small_images, SMALL_SIDE, SMALL_SIDE, config.seed)
     rewritten = _rewritten(small, folder / "small_by_webdataset")
-    sets = {"photographs": (photographs, config.image_size), "small": (small, SMALL_SIDE)}
+    if config.image_size != SMALL_SIDE:  # else what was asked for is as small, and its rows would come twice
+        sets["32 x 32"] = small, SMALL_SIDE
 
     def keep(part: str, name: str, row: dict) -> None:
         result.setdefault(part, {})[name] = row
         if config.output is not None:
             write_json(Path(config.output), result)
 
-    for name, shards in (*((name, shards) for name, (shards, _) in sets.items()), ("small, by webdataset", rewritten)):
+    for name, shards in (
+        *((name, shards) for name, (shards, _) in sets.items()),
+        ("32 x 32, by webdataset", rewritten),
+    ):
         keep("tars", name, _time_tars(name, shards, config.repeats))
     for name, (shards, size) in sets.items():
         keep("decode", name, _time_decode(name, shards, size, config))

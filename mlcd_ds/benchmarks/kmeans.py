@@ -7,6 +7,8 @@ import json
 import platform
 import re
 import tempfile
+import time
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +20,14 @@ from mlcd_ds.benchmarks.timing import Contender, command_line, in_processes, pea
 from mlcd_ds.clustering.features import FeatureFolder
 from mlcd_ds.clustering.kmeans import SphericalKMeans
 from mlcd_ds.clustering.nearest import BACKENDS, TILE_FEATURES, TorchSearch, index_of
+from mlcd_ds.clustering.two_level import TwoLevelKMeans
 from mlcd_ds.config import BenchKMeansConfig
 from mlcd_ds.errors import ConfigError
 from mlcd_ds.files import write_json
 from mlcd_ds.topology import Topology
 
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+OBJECTIVE_ROWS = 65_536
 GPU_ITERATION_POINTS = 10_000_000
 ITERATION_BLOCK = 65_536
 
@@ -41,6 +46,8 @@ def bench_kmeans(config: BenchKMeansConfig) -> dict:
 
     topology = Topology.single("cuda" if torch.cuda.is_available() else "cpu")
     on_gpu = topology.device.type == "cuda"
+    if on_gpu and config.clock == "cpu":
+        raise ConfigError("--clock cpu says nothing of what a GPU does: leave it out")
     threads = config.threads or torch.get_num_threads()
     torch.set_num_threads(threads)
     faiss.omp_set_num_threads(threads)
@@ -49,11 +56,14 @@ def bench_kmeans(config: BenchKMeansConfig) -> dict:
         "command": command_line("kmeans", config),
         "device": device,
         "threads": threads,
+        "clock": config.clock,
         "torch": torch.__version__,
         "faiss": faiss.__version__,
         "python": platform.python_version(),
     }
-    print(f"k-means on {device}: {threads} threads, torch {torch.__version__}, faiss {faiss.__version__}")
+    print(
+        f"k-means on {device}: {threads} threads, {config.clock} time, torch {torch.__version__}, faiss {faiss.__version__}"
+    )
     if config.search:
         result["search"] = _time_searches(config, tops, backends, topology)
         print(_search_table(result["search"]))
@@ -63,6 +73,9 @@ def bench_kmeans(config: BenchKMeansConfig) -> dict:
     if config.lloyd:
         result["lloyd"] = [_time_lloyd(config, count, backends, topology) for count in iterations]
         print(_lloyd_table(result["lloyd"]))
+    if config.levels:
+        result["levels"] = _time_levels(config, backends[0], topology)
+        print(_levels_table(result["levels"]))
     points = config.iteration_points or (GPU_ITERATION_POINTS if on_gpu else None)
     if points:
         result["iteration"] = one_iteration(
@@ -76,9 +89,9 @@ def bench_kmeans(config: BenchKMeansConfig) -> dict:
 
 def _checked(config: BenchKMeansConfig) -> tuple[list[int], list[str], list[int]]:
     """The lists among the flags; ConfigError for what is none or does not fit."""
-    for name in ("tops", "lloyd_iterations"):
-        if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", getattr(config, name)):
-            raise ConfigError(f"--{name} {getattr(config, name)!r}: expected whole numbers, like 1,8")
+    for name, least in (("tops", 1), ("lloyd_iterations", 1), ("levels_probes", 0)):
+        if not re.fullmatch(r"\d+(,\d+)*", text := getattr(config, name)) or min(map(int, text.split(","))) < least:
+            raise ConfigError(f"--{name} {text!r}: expected whole numbers from {least}, like 1,8")
     tops, iterations = ([int(part) for part in text.split(",")] for text in (config.tops, config.lloyd_iterations))
     backends = config.backends.split(",")
     if not set(backends) <= set(BACKENDS):
@@ -87,6 +100,8 @@ def _checked(config: BenchKMeansConfig) -> tuple[list[int], list[str], list[int]
         raise ConfigError(f"--tops {config.tops}: {max(tops)} nearest of --k {config.k} centers")
     if config.lloyd_k > config.lloyd_points:
         raise ConfigError(f"--lloyd_k {config.lloyd_k} is more than --lloyd_points {config.lloyd_points}")
+    if config.levels_k > config.levels_points:
+        raise ConfigError(f"--levels_k {config.levels_k} is more than --levels_points {config.levels_points}")
     if config.output is not None and not Path(config.output).absolute().parent.is_dir():
         raise ConfigError(f"--output {config.output}: its folder does not exist")
     return tops, backends, iterations
@@ -133,7 +148,9 @@ def _time_searches(config: BenchKMeansConfig, tops: list[int], backends: list[st
             contenders[f"{name} top-{top}"] = lambda index=index, top=top: index.search(rows, top)
             ids = index.search(rows, top)[1]
             found[f"{name} top-{top}"] = float((ids[:, :, None] == exact[:, None, :top]).any(2).mean())
-    seconds = time_in_turn(contenders, config.repeats, topology, lambda what: print(f"searches: {what}", flush=True))
+    seconds = time_in_turn(
+        contenders, config.repeats, topology, lambda what: print(f"searches: {what}", flush=True), CLOCKS[config.clock]
+    )
     least = seconds["product"]["min"]
     work = config.points * config.k * config.d
     return {
@@ -254,7 +271,7 @@ def _time_lloyd(config: BenchKMeansConfig, iterations: int, backends: list[str],
         def say(what: str) -> None:
             print(f"{iterations} iteration(s): {what}", flush=True)
 
-        seconds = time_in_turn(contenders, config.lloyd_repeats, topology, say)
+        seconds = time_in_turn(contenders, config.lloyd_repeats, topology, say, CLOCKS[config.clock])
         objective = {
             name: float(index_of(found, "torch").search(rows, 1)[0].mean(dtype=np.float64))
             for name, found in centers.items()
@@ -281,6 +298,89 @@ def _lloyd_table(measured: list[dict]) -> str:
             )
     first = measured[0]
     return f"{first['points']} features, {first['k']} centers, {first['d']} dimensions\n{table(lines)}"
+
+
+# --- two levels -----------------------------------------------------------------------------------------------------
+
+
+def _time_levels(config: BenchKMeansConfig, backend: str, topology: Topology) -> dict:
+    """Seconds of flat k-means and of two levels, each once a round in turn, and what they find.
+
+    All read float16 from a memory-mapped file in each iteration. cpu_seconds are those of this process: a busy machine
+    moves them less. objective: exact mean cosine of up to OBJECTIVE_ROWS of the features to the centers.
+    """
+    n, d, k = config.levels_points, config.levels_d, config.levels_k
+    results: dict = {}
+    with tempfile.TemporaryDirectory() as folder:
+        features = write_folder(Path(folder), mixture(n, d, k, config.seed))
+
+        def clustering(name: str, probes: int | None) -> Contender:
+            def run() -> None:
+                flat = SphericalKMeans(
+                    k,
+                    config.levels_iterations,
+                    n,
+                    config.seed,
+                    topology,
+                    backend=backend,
+                    nprobe=config.nprobe,
+                    stop_below=-1.0,
+                )
+                model = flat if probes is None else TwoLevelKMeans(flat, refinements=2 if probes else 1, probes=probes)
+                results[name] = model.fit(features, lambda _: None)
+
+            return run
+
+        contenders = {"flat": clustering("flat", None)}
+        for probes in map(int, config.levels_probes.split(",")):
+            name = f"two levels, {f'{probes} probes' if probes else 'all centers'}"
+            contenders[name] = clustering(name, probes)
+        seconds, cpu_seconds = ({name: [] for name in contenders} for _ in range(2))
+        for _ in range(config.levels_repeats):
+            for name, contender in contenders.items():
+                started = time.process_time()
+                seconds[name].append(time_once(contender, topology))
+                cpu_seconds[name].append(time.process_time() - started)
+                print(f"levels: {name} {seconds[name][-1]:.1f} s", flush=True)
+        rows = features.unit_rows("00000", 0, min(n, OBJECTIVE_ROWS))
+        objective = {
+            name: float(index_of(result.centers_kd, "torch").search(rows, 1)[0].mean(dtype=np.float64))
+            for name, result in results.items()
+        }
+    checks = {name: result.check and asdict(result.check) for name, result in results.items()}
+    return {
+        "points": n,
+        "k": k,
+        "d": d,
+        "iterations": config.levels_iterations,
+        "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
+        "objective": objective,
+        "search_check": {name: check for name, check in checks.items() if check},
+    }
+
+
+def _levels_table(measured: dict) -> str:
+    flat = {what: min(measured[what]["flat"]) for what in ("seconds", "cpu_seconds")}
+    lines = []
+    for name, objective in measured["objective"].items():
+        least = {what: min(measured[what][name]) for what in flat}
+        lines.append(
+            {
+                "k-means": name,
+                "s": f"{least['seconds']:.1f}",
+                "flat/": f"{flat['seconds'] / least['seconds']:.1f}",
+                "CPU s": f"{least['cpu_seconds']:.1f}",
+                "CPU flat/": f"{flat['cpu_seconds'] / least['cpu_seconds']:.1f}",
+                "objective": f"{objective:.5f}",
+                "of flat": f"{objective / measured['objective']['flat'] - 1:+.2%}",
+                "nearest found": f"{measured['search_check'][name]['found']:.2%}"
+                if name in measured["search_check"]
+                else "-",
+            }
+        )
+    sizes = f"{measured['points']} features, {measured['k']} centers, {measured['d']} dimensions"
+    return f"{sizes}, {measured['iterations']} iterations\n{table(lines)}"
 
 
 # --- one iteration on the device ------------------------------------------------------------------------------------

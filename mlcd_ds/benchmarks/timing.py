@@ -19,18 +19,22 @@ Contender = Callable[[], object]
 
 
 def time_in_turn(
-    contenders: dict[str, Contender], repeats: int, topology: Topology, say: Callable[[str], None]
+    contenders: dict[str, Contender],
+    repeats: int,
+    topology: Topology,
+    say: Callable[[str], None],
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict:
     """{name: {"min", "median", "all"}} in seconds. Each round calls every contender once, after a round not counted.
 
     Interleaved, so that a busy moment of the machine falls on all. With several ranks all start together, and a call took
-    as long as on the slowest rank.
+    as long as on the slowest rank. clock: of what; time.process_time counts this process's CPU seconds alone, all threads'.
     """
     seconds = torch.zeros(repeats + 1, len(contenders), dtype=torch.float64, device=topology.device)
     for repeat in range(repeats + 1):
         say(f"round {repeat} of {repeats}")
         for column, contender in enumerate(contenders.values()):
-            seconds[repeat, column] = time_once(contender, topology)
+            seconds[repeat, column] = time_once(contender, topology, clock)
     rounds = collectives.max_(seconds, topology)[1:].T.tolist()
     return {
         name: {"min": min(row), "median": statistics.median(row), "all": row}
@@ -38,14 +42,14 @@ def time_in_turn(
     }
 
 
-def time_once(contender: Contender, topology: Topology) -> float:
-    """Seconds of one call, until the device is done."""
+def time_once(contender: Contender, topology: Topology, clock: Callable[[], float] = time.perf_counter) -> float:
+    """Seconds of one call, until the device is done, by `clock`."""
     collectives.barrier(topology)
     _synchronise(topology.device)
-    started = time.perf_counter()
+    started = clock()
     contender()
     _synchronise(topology.device)
-    return time.perf_counter() - started
+    return clock() - started
 
 
 def _synchronise(device: torch.device) -> None:

@@ -41,6 +41,39 @@ def bar_chart(names: Sequence[str], values: Sequence[float], x_title: str, y_tit
     return _svg(parts, f"{y_title} by {x_title}")
 
 
+def difference_chart(names: Sequence[str], values: Sequence[float], hints: Sequence[str], x_title: str) -> str:
+    """A bar from zero to each value, one line a name, its number at its end; of the second colour where it is below zero."""
+    row, left, right, top, bottom = 22, 14 + round(7.0 * max(map(len, names), default=0)), 60, 12, 46
+    height = top + row * len(names) + bottom
+    low, high = min(0.0, *values), max(0.0, *values)
+    end, ticks = _ticks(low, high)
+    begin, width = ticks[0], WIDTH - left - right
+    label_room = 52 / width * (end - begin)  # a bar to the left has its number left of it
+    if low < 0:
+        begin = min(begin, low - label_room)
+
+    def x_of(value: float) -> float:
+        return left + (value - begin) / (end - begin) * width
+
+    parts = []
+    for tick in ticks:
+        if tick >= begin:
+            parts.append(_line(x_of(tick), top, x_of(tick), height - bottom, "#555" if tick == 0 else "#ddd"))
+            parts.append(_text(x_of(tick), height - bottom + 16, f"{tick:+,.10g}" if tick else "0", "middle"))
+    for i, (name, value, hint) in enumerate(zip(names, values, hints, strict=True)):
+        y, start, stop = top + i * row, min(x_of(0), x_of(value)), max(x_of(0), x_of(value))
+        parts.append(_text(left - 8, y + 15, name, "end"))
+        parts.append(
+            f'<rect x="{start:.1f}" y="{y + 3}" width="{stop - start:.1f}" height="{row - 6}" '
+            f'fill="{COLOURS[value < 0]}"><title>{escape(hint)}</title></rect>'
+        )
+        at = (stop + 5, "start") if value >= 0 else (start - 5, "end")
+        number = f"{value:+.1f}" if abs(value) >= 0.05 else "0.0"
+        parts.append(_text(at[0], y + 15, number, at[1]))
+    parts.append(_text(left + width / 2, height - 8, x_title, "middle"))
+    return _svg(parts, x_title, height)
+
+
 def histogram(series: Sequence[Series], low: float, high: float, x_title: str, y_title: str) -> str:
     """Outlines of one or several histograms over low..high, all of the same bins; cut to where there is something.
 
@@ -129,9 +162,9 @@ def _text(x: float, y: float, text: str, anchor: str) -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
 
 
-def _svg(parts: Sequence[str], label: str) -> str:
+def _svg(parts: Sequence[str], label: str, height: int = HEIGHT) -> str:
     return (
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" role="img" aria-label="{escape(label)}">'
+        f'<svg viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" role="img" aria-label="{escape(label)}">'
         + "".join(parts)
         + "</svg>"
     )

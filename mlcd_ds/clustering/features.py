@@ -75,7 +75,7 @@ def load_extractor(spec: str, device: torch.device, precision: str, with_texts: 
         precision = "bfloat16" if device.type == "cuda" else "float32"
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[precision]
     if kind == "run" and path:
-        return _run(path, device, dtype)
+        return _run(path, device, dtype, with_texts)
     if kind == "hf" and path:
         from mlcd_ds.clustering.hf_clip import load_clip
 
@@ -93,7 +93,7 @@ def _builtin(path: Path) -> FeatureExtractor:
     return FeatureExtractor(f"builtin:patches:{sha256(path)[:12]}", patches.dim, patches.image_size, patches.embed)
 
 
-def _run(path: str, device: torch.device, dtype: torch.dtype) -> FeatureExtractor:
+def _run(path: str, device: torch.device, dtype: torch.dtype, with_texts: bool) -> FeatureExtractor:
     folder = checkpoint.find_encoder(path)
     model = checkpoint.load_encoder(folder).to(device, dtype)
 
@@ -103,7 +103,19 @@ def _run(path: str, device: torch.device, dtype: torch.dtype) -> FeatureExtracto
 
     name = f"run:{json.loads((folder / 'encoder.json').read_text())['model']}"
     name += f":{sha256(folder / 'encoder.safetensors')[:12]}"
-    return FeatureExtractor(name, model.config.embed_dim, model.config.image_size, embed)
+    size = model.config.embed_dim, model.config.image_size
+    if not with_texts:
+        return FeatureExtractor(name, *size, embed)
+    tower = checkpoint.load_text(path)
+    text, context = tower.model.to(device, dtype), tower.model.config.context
+
+    @torch.inference_mode()
+    def embed_texts(texts: Sequence[str]) -> torch.Tensor:
+        tokens = torch.from_numpy(tower.tokenizer.encode_all(texts, context)).to(device)
+        return torch.nn.functional.normalize(text(tokens).float(), dim=1).cpu()
+
+    name += f":{tower.digest[:12]}"
+    return FeatureExtractor(name, *size, embed, embed_texts)
 
 
 def extract_features(config: FeaturesConfig, topology: Topology) -> dict:
@@ -112,10 +124,10 @@ def extract_features(config: FeaturesConfig, topology: Topology) -> dict:
     Returns {"model", "dim", "images", "skipped", "shards", "already"} of this rank. Raises DataError for shards, images or
     features that cannot be used, and for a folder that holds another model's.
     """
-    if config.embedding == "mean" and not config.model.startswith("hf:"):
-        raise ConfigError("--embedding mean needs texts' embeddings: only hf: models have them")
+    if config.embedding == "mean" and not config.model.startswith(("hf:", "run:")):
+        raise ConfigError("--embedding mean needs texts' embeddings: only hf: models and run: on captions have them")
     folder = Path(config.output_dir)
-    shards = collectives.on_main(topology, expand_shards, config.shards)
+    shards = collectives.on_main(topology, expand_shards, config.shards, config.allow_pipe)
     collectives.on_main(topology, _prepare_builtin, config, shards, folder)
     spec = f"builtin:{folder / PATCHES_FILE}" if config.model == "builtin:patches" else config.model
     extractor = load_extractor(spec, topology.device, config.precision, config.embedding == "mean")
@@ -234,7 +246,7 @@ def _read_footer(file: Path) -> pq.FileMetaData:
 
 def _decoded(shard: str, config: FeaturesConfig, side: int | None) -> Iterator[tuple[str, np.ndarray, dict]]:
     """(key, pixels, other parts) of a shard's usable images, cropped to `side` if given. One thread; for sampling."""
-    for key, parts in read_samples(local_shard(shard, config.shard_cache)):
+    for key, parts in read_samples(local_shard(shard, config.shard_cache, config.allow_pipe)):
         try:
             image = decode_image(parts[image_extension(parts)], config.max_pixels, side)
         except ImageError:
@@ -259,7 +271,7 @@ def _extract_shard(
     skipped: list[str] = []
     wants_texts = extractor.embed_texts is not None
     for batch in batches_of_images(
-        read_samples(local_shard(shard, config.shard_cache)),
+        read_samples(local_shard(shard, config.shard_cache, config.allow_pipe)),
         extractor.image_size,
         config.batch_size,
         config.workers,

@@ -131,7 +131,7 @@ def inspect_clusters(config: InspectConfig) -> Report:
 
 def open_folder(config: InspectConfig, centers: Centers) -> Folder:
     """The labels of `config.shards`; raises DataError unless they, labels.json and the centers belong together."""
-    shards = tuple(expand_shards(config.shards))
+    shards = tuple(expand_shards(config.shards, config.allow_pipe))
     names = tuple(shard_name(shard) for shard in shards)
     info, rows = check_label_folder(config.labels, names, 1)
     path = Path(config.labels)
@@ -304,7 +304,7 @@ def _units(centers_kd: np.ndarray, numbers: np.ndarray) -> np.ndarray:
 
 def _first_has_classes(folder: Folder, config: InspectConfig) -> bool:
     number = next(i for i, rows in enumerate(folder.rows) if rows)
-    index = index_tar(local_shard(folder.shards[number], config.shard_cache))
+    index = index_tar(local_shard(folder.shards[number], config.shard_cache, config.allow_pipe))
     key = read_label_shard(label_path(folder.path, folder.names[number])).keys[0]
     members = index.members[_known(key, index, folder, number)]
     if "cls" in members:
@@ -329,7 +329,7 @@ def read_classes(folder: Folder, config: InspectConfig) -> tuple[np.ndarray, Ima
     with tqdm(total=sum(folder.rows), desc="true classes", unit="image", disable=None) as bar:
         for number, name in enumerate(folder.names):
             shard = read_label_shard(label_path(folder.path, name))
-            path = local_shard(folder.shards[number], config.shard_cache)
+            path = local_shard(folder.shards[number], config.shard_cache, config.allow_pipe)
             row_of = {key: row for row, key in enumerate(shard.keys)}
             found: list = [None] * len(row_of)
             for key, parts in read_samples(path, ("json", "cls")):
@@ -395,7 +395,7 @@ def read_images(
     starts, views = folder.starts, {}
     with tqdm(total=len(set(places)), desc="thumbnails", unit="image", disable=None) as bar:
         for number, rows in folder.by_shard(places):
-            index = index_tar(local_shard(folder.shards[number], config.shard_cache))
+            index = index_tar(local_shard(folder.shards[number], config.shard_cache, config.allow_pipe))
             keys = read_label_shard(label_path(folder.path, folder.names[number])).keys
             for row in rows:
                 place = int(starts[number]) + row

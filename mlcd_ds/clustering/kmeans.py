@@ -30,7 +30,7 @@ SPLIT = 1 / 1024
 """Relative push, up and down by turns over the dimensions, that tells the halves of a split cluster apart (faiss's)."""
 
 CHECKED = 4096
-"""Random features whose nearest centers are looked for exactly where the search is approximate: known to about a percent of them."""
+"""Random features whose nearest centers are looked for exactly, too, where the search is approximate."""
 
 PLUS_PLUS_ROWS = 20
 PLUS_PLUS_MOST_CENTERS = 20_000
@@ -369,7 +369,7 @@ def read(features: FeatureFolder, part: Part, out: np.ndarray | None = None) -> 
 
 
 def read_all(features: FeatureFolder, parts: list[Part]) -> Iterator[np.ndarray]:
-    """What `read` gives for each, the next one read ahead. A block is overwritten once the one after the next is asked for."""
+    """What `read` gives for each, the next one read ahead. A block is overwritten once the next one has been asked for."""
     most = max((part[0].stop - part[0].start if part[1] is None else len(part[1]) for part in parts), default=0)
     two = np.empty((min(2, len(parts)), most, features.dim), np.float32)
     return ahead(read, zip(itertools.repeat(features), parts, itertools.cycle(two)))

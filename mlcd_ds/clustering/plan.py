@@ -1,8 +1,8 @@
 """What a clustering will take, before it is started: FLOPs, bytes and memory by arithmetic, hours from measured rates.
 
-In an iteration of `kmeans` a block is searched and added up while a thread reads the next one and makes it into unit rows; then
-sums are reduced, centers gathered and kept. On a GPU the longer of both counts; on CPUs the thread takes its core from the
-search, so that only the disk is hidden.
+In an iteration of `kmeans` a block is searched and added up while a thread reads the next one and makes it into unit rows;
+then sums are reduced, centers gathered and kept. On a GPU the longer of both counts; on CPUs the thread takes its core from
+the search, so that only the disk is hidden.
 
 Shapes: n features in use, k centers, d dimensions, W ranks, K coarse clusters of a two-level clustering.
 """
@@ -59,7 +59,7 @@ class Job:
     nprobe: int
     device: str
     coarse: int | None = None
-    refinements: int = 1
+    refinements: int = 2
     probes: int = 16
     blocks: int = 0
 
@@ -139,12 +139,12 @@ def passes(job: Job) -> list[Pass]:
     sample, coarse_bytes = min(job.num_features, COARSE_POINTS * K), 4 * K * d
     blocks = max(job.blocks, -(-job.num_features // BLOCK_ROWS))
     inside = search_flops(n, job.k / K, d) * UNEVEN
-    fine, narrow = levels_iterations(job.iterations)
+    coarsely, fine, narrow = levels_iterations(job.iterations)
     several = search_flops(n, K, d) + job.probes * inside if 0 < job.probes < K else exact
     coarse_read = read_bytes(job.num_features, sample, d) / W
     coarse_flops, coarse_sent = search_flops(sample, K, d), summed_bytes(coarse_bytes, W)
     return [
-        Pass("coarse iterations", job.iterations, sample, coarse_flops, coarse_read, coarse_sent),
+        Pass("coarse iterations", coarsely, sample, coarse_flops, coarse_read, coarse_sent),
         Pass("features to coarse clusters", 1, n, search_flops(n, K, d), read, summed_bytes(8 * blocks * K, W)),
         Pass("centers drawn inside them", 1, n, 0, read, sent),
         Pass("iterations inside them", narrow, n, inside, read, sent, job.centers_bytes),

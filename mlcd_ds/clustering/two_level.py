@@ -13,7 +13,8 @@ Traffic of an iteration inside the coarse clusters, on every rank: one reduce-sc
 centers of 768: 3 GB each), as in a global one, and its share of the features from the disk. Once, between the levels: an
 all-reduce of k d floats, and two of K numbers per block of features (1000 coarse clusters, 41,000 tars: 330 MB each).
 Memory of a rank: 3 k d floats (centers, sums, a copy on GPUs or while gathering) and 2 k d / W while the sums are reduced,
-two blocks of features, 4 K numbers per block of features between the levels, and 20 bytes per feature of its share.
+two blocks of features, 22 bytes for each probe of a block's features, 4 K numbers per block of features between the levels,
+and 20 bytes per feature of its share.
 
 Shapes: n features in use, k centers, d dimensions, K coarse clusters, N blocks of features, b features of a block, W ranks.
 """
@@ -39,7 +40,6 @@ from mlcd_ds.clustering.kmeans import (
 )
 from mlcd_ds.clustering.nearest import GroupedSearch, index_of
 from mlcd_ds.errors import ConfigError
-from mlcd_ds.topology import Topology
 
 COARSE_POINTS = 1024
 """Features per coarse cluster that the first level looks at: their shares of the rest are known to about 3%."""
@@ -51,8 +51,11 @@ shares times that of even ones.)"""
 PROBES = 4
 """Coarse clusters, the nearest ones, whose centers are a feature's candidates at the end of the second level."""
 
-PROBED_SHARE = 0.4
-"""Share of the second level's iterations that look at them."""
+COARSE_ITERATIONS = 10
+"""Of the first level, where there are so many: fewer leave its clusters uneven."""
+
+FINE_SHARE = 0.4
+"""Of the iterations are made in the second level; half of these look into one coarse cluster, the others into PROBES."""
 
 COARSE, FINE, GLOBAL = "coarse", "fine", "global"
 """Phases, in their order."""
@@ -61,24 +64,22 @@ COARSE, FINE, GLOBAL = "coarse", "fine", "global"
 class TwoLevelKMeans:
     """What `flat` would do, in a fraction of its time.
 
-    flat.iterations: of the first level; of the second at most half as many, for more gain nothing. flat.init: how the coarse
-    clusters begin. coarse: K; None for the root of k. refinements: iterations over all centers at the end. probes: coarse
+    flat.iterations: how many each level has follows from it (`levels_iterations`). flat.init: how the coarse clusters
+    begin. coarse: K; None for the root of k. refinements: iterations over all centers at the end. probes: coarse
     clusters, a feature's nearest ones, whose centers these look into; 0, or K and more: they look at all centers, by
     flat.backend. Raises ConfigError for more coarse clusters than centers.
     """
 
-    def __init__(self, flat: SphericalKMeans, coarse: int | None = None, refinements: int = 1, probes: int = 16):
+    def __init__(self, flat: SphericalKMeans, coarse: int | None = None, refinements: int = 2, probes: int = 16):
         root = max(1, round(math.sqrt(flat.k)))
         self.coarse = root if coarse is None else coarse
         if self.coarse > flat.k:
             raise ConfigError(f"--coarse {self.coarse} is more than --k {flat.k}: use about {root}, its root")
         few = "torch" if flat.backend == "torch" else "faiss"  # so few centers need no inverted file
         common = {"topology": flat.topology, "nprobe": flat.nprobe}
-        self.first = _Balanced(
-            self.coarse, flat.iterations, COARSE_POINTS, flat.seed, init=flat.init, backend=few, **common
-        )
+        coarsely, fine, narrow = levels_iterations(flat.iterations)
+        self.first = _Balanced(self.coarse, coarsely, COARSE_POINTS, flat.seed, init=flat.init, backend=few, **common)
         own = {"max_points_per_center": flat.max_points_per_center, "seed": flat.seed, "stop_below": flat.stop_below}
-        fine, narrow = levels_iterations(flat.iterations)
         self.second = _Grouped(flat.k, fine, **own, **common)
         self.second.narrow = narrow
         if 0 < probes < self.coarse:
@@ -130,10 +131,12 @@ class TwoLevelKMeans:
         return self.third.iterations
 
 
-def levels_iterations(iterations: int) -> tuple[int, int]:
-    """(of the second level, those among them with one coarse cluster a feature) for `iterations` of the first."""
-    fine = math.ceil(iterations / 2)
-    return fine, fine - math.ceil(PROBED_SHARE * fine)
+def levels_iterations(iterations: int) -> tuple[int, int, int]:
+    """(iterations of the first level, of the second, those of it with one coarse cluster a feature) in place of
+    `iterations` of a flat clustering: more of each gain little."""
+    coarsely = min(iterations, max(COARSE_ITERATIONS, math.ceil(iterations / 2)))
+    fine = math.ceil(FINE_SHARE * iterations)
+    return coarsely, fine, fine - math.ceil(fine / 2)
 
 
 def _phase(

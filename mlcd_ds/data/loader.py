@@ -8,7 +8,7 @@ import atexit
 import math
 import signal
 import weakref
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.util import Finalize
@@ -25,7 +25,7 @@ from mlcd_ds.data.captions import CAPTION_PROBLEMS, CaptionError
 from mlcd_ds.data.decode import IMAGE_PROBLEMS, ImageError
 from mlcd_ds.data.labels import draw_positives
 from mlcd_ds.data.plan import EpochPlan, augmentation_generator, positives_generator
-from mlcd_ds.data.shards import ShardContents, ShardReader, ShardTable, build_shard_table
+from mlcd_ds.data.shards import TAR_PROBLEMS, ShardContents, ShardReader, ShardTable, build_shard_table
 from mlcd_ds.data.tokenizer import CaptionTokenizer
 from mlcd_ds.data.transforms import decode_random_resized_crop
 from mlcd_ds.errors import ConfigError, DataError, UserError
@@ -43,7 +43,7 @@ MIN_SAMPLES_TO_JUDGE = 1000
 MAX_NAMES = 1000
 """Skipped samples that the ledger of a rank names; all are counted."""
 
-SKIP_REASONS = (*IMAGE_PROBLEMS, "no_label", *CAPTION_PROBLEMS)
+SKIP_REASONS = (*IMAGE_PROBLEMS, "no_label", *CAPTION_PROBLEMS, *TAR_PROBLEMS)
 """Why a sample may be skipped."""
 
 
@@ -51,14 +51,15 @@ SKIP_REASONS = (*IMAGE_PROBLEMS, "no_label", *CAPTION_PROBLEMS)
 class Ledger:
     """What became of every sample of this rank: decoded + skipped = read, exactly, in all and for each shard.
 
-    decoded_of, skipped_of: per shard (its number in the table). skipped: reason -> number; reasons are ImageError's,
-    CaptionError's and "no_label". names: the first MAX_NAMES skipped samples, as "shard/key: reason: details".
+    decoded_of: per shard (its number in the table). skips: (shard, reason) -> number; reasons are SKIP_REASONS. names: the
+    first MAX_NAMES skipped samples, as "shard/key: reason: details", and damaged or missing tars, once each, as "shard:
+    reason: details".
     """
 
     decoded_of: Counter = field(default_factory=Counter)
-    skipped_of: Counter = field(default_factory=Counter)
-    skipped: Counter = field(default_factory=Counter)
+    skips: Counter = field(default_factory=Counter)
     names: list[str] = field(default_factory=list)
+    _tars: set[tuple[int, str]] = field(default_factory=set)
 
     @property
     def decoded(self) -> int:
@@ -66,27 +67,50 @@ class Ledger:
         return self.decoded_of.total()
 
     @property
+    def skipped(self) -> Counter:
+        """Skipped, by reason."""
+        found: Counter = Counter()
+        for (_, reason), count in self.skips.items():
+            found[reason] += count
+        return found
+
+    @property
+    def skipped_of(self) -> Counter:
+        """Skipped, by shard."""
+        found: Counter = Counter()
+        for (shard, _), count in self.skips.items():
+            found[shard] += count
+        return found
+
+    @property
     def num_skipped(self) -> int:
         """Skipped for any reason."""
-        return self.skipped.total()
+        return self.skips.total()
 
     @property
     def read(self) -> int:
         """All samples so far."""
         return self.decoded + self.num_skipped
 
-    def add(self, shards: list[int], skipped: list["Skipped"]) -> None:
-        """Enters a piece of a batch; shards: of all its samples."""
+    def add(self, shards: list[int], skipped: list["Skipped"]) -> list["Skipped"]:
+        """Enters a piece of a batch; shards: of all its samples. Returns what of `skipped` has not been named yet."""
         self.decoded_of.update(shards)
         self.decoded_of.subtract(sample.shard for sample in skipped)
-        self.skipped_of.update(sample.shard for sample in skipped)
-        self.skipped.update(sample.reason for sample in skipped)
-        self.names += [sample.name for sample in skipped[: MAX_NAMES - len(self.names)]]
+        self.skips.update((sample.shard, sample.reason) for sample in skipped)
+        fresh = []
+        for sample in skipped:
+            if sample.reason in TAR_PROBLEMS:
+                if (sample.shard, sample.reason) in self._tars:
+                    continue
+                self._tars.add((sample.shard, sample.reason))
+            fresh.append(sample)
+        self.names += [sample.name for sample in fresh[: MAX_NAMES - len(self.names)]]
+        return fresh
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """A sample that cannot be used. name: "shard/key: reason: details"."""
+    """A sample that cannot be used. name: "shard/key: reason: details"; without the key where the tar is to blame."""
 
     shard: int
     reason: str
@@ -120,6 +144,14 @@ class SkippedNames:
         self._written += len(names)
 
 
+@dataclass(frozen=True)
+class _Fate:
+    """What became of the samples of a piece: the shards of all, and those that were skipped."""
+
+    shards: list[int]
+    skipped: list[Skipped]
+
+
 @dataclass
 class _Piece:
     """A part of a batch, on its way from a loader process."""
@@ -135,6 +167,11 @@ class _Piece:
         return _Piece(
             self.images_uCHH.pin_memory(), self.labels_uL.pin_memory(), self.keys, self.shards, self.skipped, self.error
         )
+
+
+def pieces_of(images: int) -> int:
+    """Into how many pieces a rank's batch is cut."""
+    return math.ceil(images / IMAGES_PER_PIECE)
 
 
 class _Pieces(Dataset):
@@ -154,7 +191,7 @@ class _Pieces(Dataset):
         self.tokenizer, self.context = tokenizer, context
         self.config, self.table, self.plan, self.image_size = config, table, plan, image_size
         self.start, self.stop = start, stop
-        self.pieces = math.ceil((stop - start) / IMAGES_PER_PIECE)
+        self.pieces = pieces_of(stop - start)
         self._labels_per_row = context if table.captions else len(table.labels_infos) * config.labels_per_visit
         self._reader: ShardReader | None = None
 
@@ -189,7 +226,8 @@ class _Pieces(Dataset):
                     data, self.config.max_pixels, size, self.config.crop_scale_min, self.config.flip, generator
                 )
             except (ImageError, CaptionError) as error:
-                name = f"{self.table.names[shard]}/{key}: {error.reason}: {error}"
+                where = "" if error.reason in TAR_PROBLEMS else f"/{key}"
+                name = f"{self.table.names[shard]}{where}: {error.reason}: {error}"
                 piece.skipped.append(Skipped(shard, error.reason, name))
                 continue
             images_uCHH[row] = crop.transpose(2, 0, 1)
@@ -287,6 +325,7 @@ class ImageLabelLoader:
         self.images_per_rank = plan.global_batch // topology.world_size
         self.max_skipped_fraction = config.max_skipped_fraction
         self.ledger = Ledger()
+        self._quarantined = {shard for shard, _, _ in table.quarantined}
         self._skipped_folder = skipped_folder
         self._names = None if skipped_folder is None else SkippedNames(skipped_folder, topology.rank)
         start = topology.rank * self.images_per_rank
@@ -310,22 +349,35 @@ class ImageLabelLoader:
         if config.workers:
             _close_at_exit(self)
 
-    def iterate(self, start_step: int, stop_step: int) -> Iterator[ImageLabelBatch]:
+    def iterate(self, start_step: int, stop_step: int, ahead: int = 0) -> Iterator[ImageLabelBatch]:
         """This rank's batches of the steps `start_step`..`stop_step`, one a step, B rows each. Calls no collective.
 
+        ahead: batches that the caller holds before it uses them: the ledger is that of the others, and of all at the end.
         A sample that cannot be used keeps its slot: a zero image, a row of NO_IMAGE, the key "".
-        Raises DataError when a tar or label file changed or broke since the start, or a loader process died.
+        That goes for all samples of a tar that breaks or vanishes, too. Raises DataError when a tar or label file became
+        another since the start, a label file broke, or a loader process died.
         """
         pieces = self._dataset.pieces
         self._steps.items = range(start_step * pieces, stop_step * pieces)
         arriving = iter(self._loader)
-        for _ in range(start_step, stop_step):
-            parts = [self._next(arriving) for _ in range(pieces)]
-            for part in parts:
-                self.ledger.add(part.shards, part.skipped)
-                if self._names is not None:
-                    self._names.write([sample.name for sample in part.skipped])
+        held: deque[list[_Fate]] = deque()
+        for step in range(start_step, stop_step):
+            parts = [self._next(arriving, step) for _ in range(pieces)]
+            held.append([_Fate(part.shards, part.skipped) for part in parts])
+            if len(held) > ahead:
+                self._enter(held.popleft())
             yield self._assemble(parts)
+        while held:
+            self._enter(held.popleft())
+
+    def _enter(self, fates: Sequence[_Fate]) -> None:
+        """Counts and names what became of the samples of a batch; tells of tars that were whole at the start."""
+        fresh = [sample for fate in fates for sample in self.ledger.add(fate.shards, fate.skipped)]
+        if self._names is not None:
+            self._names.write([sample.name for sample in fresh])
+        for sample in fresh:
+            if sample.reason in TAR_PROBLEMS and sample.shard not in self._quarantined:
+                print(f"WARNING: the images of a tar are lost, skipped and counted: {sample.name}", flush=True)
 
     def check_skipped(self, final: bool) -> tuple[int, int]:
         """(decoded, skipped) of all ranks so far; see `count_skipped`."""
@@ -335,10 +387,10 @@ class ImageLabelLoader:
     def count_skipped(self, final: bool) -> tuple[int, Counter]:
         """(decoded, skipped by reason) of all ranks so far. All ranks call it together: one all-reduce of a few numbers.
 
-        When `final`, one gather of the sums per tar more. Of what came out of `iterate`: whoever asks for a batch before
-        the last one is used counts it already.
+        When `final`, one all-reduce of the sums per tar more.
         Raises DataError, on every rank, with counts by reason and examples, when more than `max_skipped_fraction` were
-        skipped; judged from MIN_SAMPLES_TO_JUDGE samples on, or when `final`.
+        skipped; judged from MIN_SAMPLES_TO_JUDGE samples on, or when `final`. Those of damaged and missing tars, which come
+        many in a row, may be that share of an epoch.
         """
         own = [self.ledger.decoded, *(self.ledger.skipped[reason] for reason in SKIP_REASONS)]
         if final and self._skipped_folder is not None:
@@ -347,7 +399,10 @@ class ImageLabelLoader:
         reasons = Counter({reason: count for reason, count in zip(SKIP_REASONS, numbers, strict=True) if count})
         skipped = reasons.total()
         read = decoded + skipped
-        if skipped > self.max_skipped_fraction * read and (final or read >= MIN_SAMPLES_TO_JUDGE):
+        of_tars = sum(reasons[reason] for reason in TAR_PROBLEMS)
+        too_many = skipped - of_tars > self.max_skipped_fraction * read
+        too_many |= skipped > self.max_skipped_fraction * max(read, self._dataset.table.num_samples)
+        if too_many and (final or read >= MIN_SAMPLES_TO_JUDGE):
             names = [name for own in gather_objects(self.ledger.names[:3], self._topology) for name in own]
             raise DataError(
                 f"{skipped} of {read} samples could not be used ({_listed(reasons)}), more than --max_skipped_fraction "
@@ -357,19 +412,49 @@ class ImageLabelLoader:
         return decoded, reasons
 
     def _write_shards(self, path: Path) -> None:
-        """Rank 0 writes, of every tar: its images, and how often one was decoded and skipped since the (re)start."""
-        own = (dict(self.ledger.decoded_of), dict(self.ledger.skipped_of))
-        ledgers = gather_objects(own, self._topology)
+        """Rank 0 writes, of every tar: its images, and how often one was decoded and skipped, for which reasons."""
+        sums = self._summed()
         if not self._topology.is_main:
             return
-        decoded, skipped = (sum((Counter(ledger[i]) for ledger in ledgers), Counter()) for i in (0, 1))
         table = self._dataset.table
         path.parent.mkdir(parents=True, exist_ok=True)
-        rows = enumerate(zip(table.names, table.counts, strict=True))
-        write_json(
-            path,
-            {name: {"images": count, "decoded": decoded[i], "skipped": skipped[i]} for i, (name, count) in rows},
-        )
+        found = {}
+        for name, count, (decoded, *skips) in zip(table.names, table.counts, sums.tolist(), strict=True):
+            reasons = {reason: number for reason, number in zip(SKIP_REASONS, skips, strict=True) if number}
+            found[name] = {"images": count, "decoded": decoded, "skipped": sum(skips), **reasons}
+        write_json(path, found)
+
+    def _summed(self) -> torch.Tensor:
+        """int64 [tars, 1 + reasons], of all ranks: decoded, and skipped for each of SKIP_REASONS. One all-reduce."""
+        sums = np.zeros((len(self._dataset.table.names), 1 + len(SKIP_REASONS)), np.int64)
+        for shard, count in self.ledger.decoded_of.items():
+            sums[shard, 0] = count
+        for (shard, reason), count in self.ledger.skips.items():
+            sums[shard, 1 + SKIP_REASONS.index(reason)] = count
+        return sum_(torch.from_numpy(sums).to(self._topology.device), self._topology).cpu()
+
+    def totals(self) -> dict:
+        """The ledger of all ranks, for a checkpoint: {"columns", "shards": {name: a number for each column}}. Every rank
+        calls it: one all-reduce of a few numbers per tar.
+        """
+        sums = self._summed()
+        used = sums.any(dim=1).nonzero()[:, 0].tolist()
+        names = self._dataset.table.names
+        return {"columns": ["decoded", *SKIP_REASONS], "shards": {names[i]: sums[i].tolist() for i in used}}
+
+    def go_on_from(self, totals: dict) -> None:
+        """Takes over the `totals` of a checkpoint, whatever number of ranks made them; of tars that are listed still."""
+        if not self._topology.is_main:  # all sums are over all ranks
+            return
+        number = {name: i for i, name in enumerate(self._dataset.table.names)}
+        for name, counts in totals["shards"].items():
+            if name not in number:
+                continue
+            for column, count in zip(totals["columns"], counts, strict=True):
+                if column == "decoded":
+                    self.ledger.decoded_of[number[name]] += count
+                elif count:
+                    self.ledger.skips[number[name], column] += count
 
     def close(self) -> None:
         """Ends the loader processes; `iterate` would start new ones."""
@@ -377,15 +462,19 @@ class ImageLabelLoader:
             self._loader._iterator._shutdown_workers()
             self._loader._iterator = None
 
-    def _next(self, arriving: Iterator[_Piece]) -> _Piece:
+    def _next(self, arriving: Iterator[_Piece], step: int) -> _Piece:
         try:
             piece = next(arriving)
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
+            data = self._dataset
+            shards = {shard for _, shard, _ in data.plan.samples(step, data.start, data.stop)}
+            names = [data.table.names[shard] for shard in sorted(shards)]
             raise DataError(
-                f"a loader process died ({str(error).splitlines()[0]}). Out of memory is the usual cause: use fewer "
-                "--workers or less --prefetch, and see that /dev/shm is large enough."
+                f"a loader process died ({str(error).splitlines()[0]}) while step {step + 1} was waited for, whose images "
+                f"are in the tars {', '.join(names[:3])}{', ...' if names[3:] else ''}. Out of memory is the usual cause: "
+                "use fewer --workers or less --prefetch, and see that /dev/shm is large enough; then --resume auto."
             ) from None
         if piece.error is not None:
             raise DataError(piece.error)

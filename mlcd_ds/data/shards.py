@@ -7,8 +7,9 @@ Shapes: n images of a shard, H folders of labels (one per head), l labels used p
 import hashlib
 import os
 from collections import OrderedDict
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ import numpy as np
 from mlcd_ds.batch import NO_LABEL
 from mlcd_ds.collectives import gather_objects
 from mlcd_ds.data.captions import EXTENSIONS, CaptionError, caption_extension, read_caption
+from mlcd_ds.data.decode import ImageError
 from mlcd_ds.data.labels import (
     LabelShard,
     LabelsInfo,
@@ -25,8 +27,8 @@ from mlcd_ds.data.labels import (
     missing_labels,
     read_label_shard,
 )
-from mlcd_ds.data.tar_index import find_index
-from mlcd_ds.data.tars import TarIndex, local_shard, shard_name
+from mlcd_ds.data.tar_index import FoundIndex, examine
+from mlcd_ds.data.tars import MissingTarError, TarIndex, local_shard, shard_name
 from mlcd_ds.errors import DataError
 from mlcd_ds.topology import Topology
 
@@ -36,6 +38,9 @@ KEPT_SAMPLES = 2_000_000
 MAX_OPEN_FILES = 64
 """Tars that one process keeps open: far below the usual limit of 1024 files."""
 
+TAR_PROBLEMS = ("damaged_tar", "missing_tar")
+"""Why all images of a tar, or those from its damage on, cannot be used."""
+
 
 @dataclass(frozen=True)
 class ShardContents:
@@ -44,7 +49,9 @@ class ShardContents:
     keys: bytes [n]. offsets, sizes: int64 [n], of the image in the tar. labels: int32 [n, H*l], folder h's in the columns
     from h*l on, nearest first, NO_LABEL as padding. labelled: bool [n], whether the image is in every folder, or, of a run
     on captions, has a member to hold one. captions: int64 [n, 3], of a run on captions: byte offset and size of that member,
-    and which of captions.EXTENSIONS it is (-1: none).
+    and which of captions.EXTENSIONS it is (-1: none). problem, damage: of a tar that is damaged or missing, one of
+    TAR_PROBLEMS and what is wrong with it; the images it has lost keep their place, with LOST as their offset, so that the
+    order of all others stays.
     """
 
     path: Path
@@ -54,6 +61,8 @@ class ShardContents:
     labels: np.ndarray
     labelled: np.ndarray
     captions: np.ndarray | None = None
+    problem: str = ""
+    damage: str = ""
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -71,8 +80,10 @@ class ShardTable:
     labels, and labels_infos: what the labels of each are of. without_label: images without a label in some folder (they
     are skipped, and counted, in every epoch). duplicates, ignored, without_image: members and samples of the tars that
     are not used (see `TarIndex`). unfit_indexes: side-car indexes that are stale or damaged (their tars were
-    walked). surplus_labels: rows of label files whose image is not in the tar (one that lost whole members looks like that).
-    captions: images are paired with their captions, not with labels; without_label then counts those without one.
+    walked, and the index could not be written anew). surplus_labels: rows of label files whose image is not in the tar (one
+    that lost whole members looks like that). captions: images are paired with their captions, not with labels;
+    without_label then counts those without one. quarantined: the number of a tar that is damaged or missing, how many
+    images it has lost, and what is wrong with it; those images are counted in `counts`, and skipped in every epoch.
     """
 
     shards: tuple[str, ...]
@@ -89,6 +100,9 @@ class ShardTable:
     unfit_indexes: int = 0
     surplus_labels: int = 0
     captions: bool = False
+    quarantined: tuple[tuple[int, int, str], ...] = ()
+    index_folder: Path | None = None
+    allow_pipe: bool = False
     kept: dict[int, ShardContents] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -110,7 +124,14 @@ class ShardTable:
                 "indexes are stale or damaged, their tars were walked: run tools/index_shards.py again",
             ),
         )
-        return tuple(f"{count:,} {text}" for count, text in sentences if count)
+        found = tuple(f"{count:,} {text}" for count, text in sentences if count)
+        if self.quarantined:
+            lost = sum(count for _, count, _ in self.quarantined)
+            found += (
+                f"{lost:,} images are lost in {len(self.quarantined):,} damaged or missing tars: they are skipped, and "
+                f"counted, in every epoch. E.g. {self.quarantined[0][2]}",
+            )
+        return found
 
     def fingerprint(self) -> str:
         """Changes with names, counts or labels: for a checkpoint to compare."""
@@ -119,13 +140,20 @@ class ShardTable:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def load(self, shard: int) -> ShardContents:
-        """Reads a tar's index or headers and its labels again; raises DataError when either changed since the start."""
+        """Reads a tar's index or headers and its labels again.
+
+        Of a tar that is damaged or missing now, what is left of it; every image keeps its place. Raises DataError when tar
+        or labels are others than at the start.
+        """
         if shard in self.kept:
             return self.kept[shard]
-        path = local_shard(self.shards[shard], self.cache_dir)
+        path = self.shards[shard]
         labels = [read_label_shard(label_path(folder, self.names[shard])) for folder in self.labels_dirs]
-        contents = _join(find_index(path).index, labels, self.num_positives, self.captions)
+        found = look_into(path, self.cache_dir, self.allow_pipe, self.index_folder)
+        contents = _join(found, labels, self.num_positives, self.captions)
         infos = tuple(found.info for found in labels)
+        if infos == self.labels_infos and contents.damage and len(contents) != self.counts[shard]:
+            contents = _all_lost(contents, self.counts[shard])
         if len(contents) != self.counts[shard] or infos != self.labels_infos:
             raise DataError(
                 f"{path} or its labels changed while the run was reading them: {self.counts[shard]} images of "
@@ -135,24 +163,52 @@ class ShardTable:
         return contents
 
 
+def look_into(path: str, cache_dir: str | None, allow_pipe: bool, index_folder: Path | None) -> FoundIndex:
+    """`examine`, of a tar that may be remote; one that cannot be fetched is missing. Raises nothing for a bad tar."""
+    try:
+        local = local_shard(path, cache_dir, allow_pipe)
+    except DataError as error:
+        nothing = TarIndex(Path(path), (), {})
+        return FoundIndex(nothing, "absent", damage=MissingTarError(str(error)))
+    found = examine(local, index_folder)
+    if found.damage is None and not found.index.keys:
+        names = [f"{key}.*" for key in found.index.without_image[:3]] or ["nothing"]
+        text = (
+            f"the tar {path} holds no image: found {', '.join(names)}, wanted KEY.jpg, KEY.jpeg, KEY.png or KEY.webp "
+            "(the key ends at the first dot). Take it out of the shard list."
+        )
+        return FoundIndex(found.index, found.source, found.kept, DataError(text))
+    return found
+
+
+LOST = -1
+"""Offset of an image that a damaged or missing tar has lost."""
+
+
 def _join(
-    index: TarIndex, labels: Sequence[LabelShard], num_positives: int, with_captions: bool = False
+    found: FoundIndex, labels: Sequence[LabelShard], num_positives: int, with_captions: bool = False
 ) -> ShardContents:
     """labels: of the same tar, from each of the folders."""
-    joined = np.full((len(index.keys), len(labels), num_positives), NO_LABEL, np.int32)
-    labelled = np.ones(len(index.keys), bool)
-    for folder, found in enumerate(labels):
-        wanted = _rows(index, found)
-        joined[wanted >= 0, folder] = found.labels[wanted[wanted >= 0], :num_positives]
+    index, keys = found.index, _keys(found, labels)
+    joined = np.full((len(keys), len(labels), num_positives), NO_LABEL, np.int32)
+    labelled = np.ones(len(keys), bool)
+    for folder, own in enumerate(labels):
+        wanted = _rows(keys, own)
+        joined[wanted >= 0, folder] = own.labels[wanted[wanted >= 0], :num_positives]
         labelled &= wanted >= 0
-    places = np.array([index.image(key) for key in index.keys], np.int64).reshape(-1, 2)
-    keys = np.array([key.encode() for key in index.keys])
+    there = index.members
+    places = np.array([index.image(key) if key in there else (LOST, 0) for key in keys], np.int64).reshape(-1, 2)
+    encoded = np.array([key.encode() for key in keys], np.bytes_)
     captions = None
     if with_captions:
-        captions = np.array([_caption_place(index.members[key]) for key in index.keys], np.int64).reshape(-1, 3)
-        labelled = captions[:, 2] >= 0
+        captions = np.array([_caption_place(there.get(key, {})) for key in keys], np.int64).reshape(-1, 3)
+        labelled = (captions[:, 2] >= 0) | (places[:, 0] == LOST)  # what is lost had one, for all we know
     columns = places[:, 0], places[:, 1], joined.reshape(len(keys), -1 if len(labels) else 0)
-    return ShardContents(index.path, keys, *columns, labelled, captions)
+    contents = ShardContents(index.path, encoded, *columns, labelled, captions)
+    if found.damage is None:
+        return contents
+    problem = "missing_tar" if isinstance(found.damage, MissingTarError) else "damaged_tar"
+    return replace(contents, problem=problem, damage=str(found.damage))
 
 
 def _caption_place(members: dict[str, tuple[int, int]]) -> tuple[int, int, int]:
@@ -160,10 +216,35 @@ def _caption_place(members: dict[str, tuple[int, int]]) -> tuple[int, int, int]:
     return (0, 0, -1) if extension is None else (*members[extension], EXTENSIONS.index(extension))
 
 
-def _rows(index: TarIndex, labels: LabelShard) -> np.ndarray:
-    """int64 [n]: the row of each image of the tar in its label file, -1 where it has none."""
+def _keys(found: FoundIndex, labels: Sequence[LabelShard]) -> Sequence[str]:
+    """Keys of a tar's images; of a damaged tar, of all that it must have had: by an index of before, else by its labels."""
+    if found.damage is None:
+        return found.index.keys
+    there = found.index.members
+    if found.keys_before and there.keys() <= set(found.keys_before):
+        return found.keys_before
+    return [*found.index.keys, *(key for own in labels[:1] for key in own.keys if key not in there)]
+
+
+def _all_lost(contents: ShardContents, count: int) -> ShardContents:
+    """Of a tar that is so damaged that its images cannot be told: `count` that are lost, without a name."""
+    return ShardContents(
+        contents.path,
+        np.full(count, b""),
+        np.full(count, LOST, np.int64),
+        np.zeros(count, np.int64),
+        np.full((count, contents.labels.shape[1]), NO_LABEL, np.int32),
+        np.ones(count, bool),
+        None if contents.captions is None else np.tile([0, 0, -1], (count, 1)),
+        contents.problem,
+        contents.damage,
+    )
+
+
+def _rows(keys: Sequence[str], labels: LabelShard) -> np.ndarray:
+    """int64 [n]: the row of each key in a label file, -1 where it has none."""
     rows = {key: row for row, key in enumerate(labels.keys)}
-    return np.array([rows.get(key, -1) for key in index.keys], np.int64)
+    return np.array([rows.get(key, -1) for key in keys], np.int64)
 
 
 def _listed(items: Sequence) -> str:
@@ -183,7 +264,9 @@ class _Found:
     duplicates: int = 0
     ignored: int = 0
     without_image: int = 0
-    index_source: str = "absent"
+    unfit_index: bool = False
+    lost: int = 0
+    damage: str = ""
     surplus_labels: int = 0
     missing_labels: Path | None = None  # the folder
     error: str | None = None
@@ -197,25 +280,33 @@ def build_shard_table(
     cache_dir: str | None,
     topology: Topology,
     captions: bool = False,
+    *,
+    index_folder: Path | None = None,
+    allow_missing: bool = False,
+    allow_pipe: bool = False,
 ) -> ShardTable:
     """Walks all tars (or reads their indexes, see tar_index.py), each rank its share, checks them against their labels, and
     tells every rank the result.
 
     labels_dirs: folders of labels, one per head; an image must be in all of them. captions: there are none, the images'
-    captions in the tars take their place. num_positives: labels an image and
-    folder to use. cache_dir: where remote tars are fetched to.
-    Raises DataError, the same on every rank, when a tar is damaged or holds no image, label files are missing, of
-    different centers within a folder or with fewer labels than num_positives, a label is not below k, or more than
-    `max_skipped_fraction` of the images lack a label.
+    captions in the tars take their place. num_positives: labels an image and folder to use. cache_dir: where remote tars
+    are fetched to. index_folder: see `tar_index.examine`; None: no index is written. allow_missing: whether tars may be
+    missing. allow_pipe: see `local_shard`.
+    A tar that is damaged, missing or without images is quarantined: what comes before its damage is used, the images that it
+    has lost (by an index of before, else by its labels) are counted, and skipped in every epoch.
+    Raises DataError, the same on every rank, when more than `max_skipped_fraction` of the images are lost so, or lack a
+    label; when a tar is missing and may not be, or nothing tells what it held; when label files are missing, of different
+    centers within a folder or with fewer labels than num_positives, or a label is not below k.
     One all-gather of a few bytes per shard.
     """
     if not shards:
         raise DataError("no shards: name the image tars with --shards")
     labels_dirs = tuple(Path(folder) for folder in labels_dirs)
+    look = partial(look_into, cache_dir=cache_dir, allow_pipe=allow_pipe, index_folder=index_folder)
     kept: dict[int, ShardContents] = {}
     own = []
     for shard in range(topology.rank, len(shards), topology.world_size):
-        own.append(_examine(shard, shards[shard], labels_dirs, num_positives, cache_dir, kept, captions))
+        own.append(_examine(shard, shards[shard], look, labels_dirs, num_positives, allow_missing, kept, captions))
     found = [entry for part in gather_objects(own, topology) for entry in part]
     found.sort(key=lambda entry: entry.shard)
     names = tuple(shard_name(shard) for shard in shards)
@@ -223,6 +314,7 @@ def build_shard_table(
     for head, folder in enumerate(labels_dirs):
         check_same_labels([(label_path(folder, names[entry.shard]), entry.infos[head]) for entry in found])
         check_enough_labels(folder, found[0].infos[head], num_positives)
+    _check_lost(found, max_skipped_fraction)
     _check_unlabelled(found, shards, labels_dirs, max_skipped_fraction)
     return ShardTable(
         shards=tuple(shards),
@@ -238,7 +330,10 @@ def build_shard_table(
         without_image=sum(entry.without_image for entry in found),
         surplus_labels=sum(entry.surplus_labels for entry in found),
         captions=captions,
-        unfit_indexes=sum(entry.index_source in ("stale", "damaged") for entry in found),
+        unfit_indexes=sum(entry.unfit_index for entry in found),
+        quarantined=tuple((entry.shard, entry.lost, entry.damage) for entry in found if entry.damage),
+        index_folder=index_folder,
+        allow_pipe=allow_pipe,
         kept=kept,
     )
 
@@ -246,24 +341,22 @@ def build_shard_table(
 def _examine(
     shard: int,
     path: str,
+    look: Callable[[str], FoundIndex],
     labels_dirs: Sequence[Path],
     num_positives: int,
-    cache_dir: str | None,
+    allow_missing: bool,
     kept: dict[int, ShardContents],
     captions: bool,
 ) -> _Found:
     """Never raises: what went wrong has to reach the other ranks, which wait in the collective that follows."""
     found = _Found(shard)
     try:
-        whereabouts = find_index(local_shard(path, cache_dir))
-        index, found.index_source = whereabouts.index, whereabouts.source
-        if not index.keys:
-            names = [f"{key}.*" for key in index.without_image[:3]] or ["nothing"]
-            raise DataError(
-                f"the tar {path} holds no image: found {', '.join(names)}, wanted KEY.jpg, KEY.jpeg, KEY.png or KEY.webp "
-                "(the key ends at the first dot). Take it out of the shard list."
-            )
-        found.count, found.duplicates, found.ignored = len(index.keys), index.duplicates, index.ignored
+        found_index = look(path)
+        if isinstance(found_index.damage, MissingTarError) and not allow_missing:
+            raise DataError(f"{found_index.damage} Fetch it, or go on without it by --allow_missing_shards.")
+        index = found_index.index
+        found.unfit_index = found_index.source in ("stale", "damaged") and not found_index.kept
+        found.duplicates, found.ignored = index.duplicates, index.ignored
         found.without_image = len(index.without_image)
         files = [label_path(folder, shard_name(path)) for folder in labels_dirs]
         found.missing_labels = next((file.parent for file in files if not file.is_file()), None)
@@ -273,10 +366,15 @@ def _examine(
         found.infos = tuple(shard_labels.info for shard_labels in labels)
         if min((info.num_positives for info in found.infos), default=num_positives) < num_positives:
             return found
-        contents = _join(index, labels, num_positives, captions)
-        found.lacking_in = tuple(int((_rows(index, shard_labels) < 0).sum()) for shard_labels in labels)
+        contents = _join(found_index, labels, num_positives, captions)
+        if not len(contents):
+            raise DataError(str(found_index.damage))
+        keys = _keys(found_index, labels)
+        found.count, found.damage = len(contents), contents.damage
+        found.lost = int(((contents.offsets == LOST) & contents.labelled).sum())
+        found.lacking_in = tuple(int((_rows(keys, shard_labels) < 0).sum()) for shard_labels in labels)
         found.surplus_labels = sum(
-            len(shard_labels.keys) - len(index.keys) + lacking
+            len(shard_labels.keys) - len(keys) + lacking
             for shard_labels, lacking in zip(labels, found.lacking_in, strict=True)
         )
         lacking = np.nonzero(~contents.labelled)[0]
@@ -302,6 +400,17 @@ def _raise_problems(found: list[_Found], names: Sequence[str]) -> None:
             raise DataError(f"the label folder {folder} does not exist. Write it with tools/assign_labels.py.")
         missing = [names[entry.shard] for entry in found if entry.missing_labels == folder]
         raise DataError(missing_labels(folder, missing, len(found)))
+
+
+def _check_lost(found: list[_Found], allowed: float) -> None:
+    lost, total = sum(entry.lost for entry in found), sum(entry.count for entry in found)
+    if lost <= allowed * total:
+        return
+    damages = [entry.damage for entry in found if entry.lost]
+    more = f" ({len(damages) - 1} more of the {len(found)} shards cannot be used whole either)" if damages[1:] else ""
+    raise DataError(
+        f"{damages[0]}{more} {lost} of {total} images are lost so, more than --max_skipped_fraction {allowed:g} allows."
+    )
 
 
 def _check_unlabelled(found: list[_Found], shards: Sequence[str], labels_dirs: Sequence[Path], allowed: float) -> None:
@@ -351,24 +460,30 @@ class ShardReader:
         return contents
 
     def image_bytes(self, contents: ShardContents, index: int) -> bytes:
-        """The encoded image. Raises DataError when the tar became shorter or unreadable."""
-        return self._bytes(contents, index, int(contents.offsets[index]), int(contents.sizes[index]))
+        """The encoded image. Raises ImageError, its reason one of TAR_PROBLEMS, where the tar has lost it."""
+        return self._bytes(contents, int(contents.offsets[index]), int(contents.sizes[index]))
 
     def caption(self, contents: ShardContents, index: int) -> str:
-        """The caption of an image. Raises CaptionError where there is none that can be used, DataError as `image_bytes`."""
+        """The caption of an image. Raises CaptionError where there is none that can be used, ImageError as `image_bytes`."""
+        if contents.offsets[index] == LOST:
+            raise ImageError(contents.problem, contents.damage)
         offset, size, kind = contents.captions[index].tolist()
         if kind < 0:
             raise CaptionError("no_caption", "its tar has neither KEY.txt nor KEY.json")
-        return read_caption(EXTENSIONS[kind], self._bytes(contents, index, offset, size))
+        return read_caption(EXTENSIONS[kind], self._bytes(contents, offset, size))
 
-    def _bytes(self, contents: ShardContents, index: int, offset: int, size: int) -> bytes:
+    def _bytes(self, contents: ShardContents, offset: int, size: int) -> bytes:
+        if offset == LOST:
+            raise ImageError(contents.problem, contents.damage)
         try:
             # pread, not a map: a tar that shrinks while it is read then gives an error, where a map ends the process.
             data = os.pread(self._file(contents.path), size, offset)
+        except FileNotFoundError:
+            raise ImageError("missing_tar", f"the tar {contents.path} is gone") from None
         except OSError as error:
-            raise DataError(f"cannot read {contents.path} (sample {contents.key(index)}): {error}") from None
+            raise ImageError("damaged_tar", f"cannot read the tar {contents.path}: {error.strerror}") from None
         if len(data) != size:
-            raise DataError(f"{contents.path} became shorter while it was read: sample {contents.key(index)} is cut")
+            raise ImageError("damaged_tar", f"the tar {contents.path} became shorter while it was read")
         return data
 
     def close(self) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 
 from mlcd_ds.collectives import gather_objects
 from mlcd_ds.config import IndexShardsConfig
-from mlcd_ds.data.tars import TarIndex, expand_shards, index_tar, local_shard
+from mlcd_ds.data.tars import TarIndex, examine_tar, expand_shards, local_shard
 from mlcd_ds.errors import DataError
 from mlcd_ds.files import write_bytes
 from mlcd_ds.topology import Topology
@@ -28,10 +28,17 @@ _PARTS = ("about", "keys", "extensions", "without_image", "sample", "extension",
 
 @dataclass(frozen=True)
 class FoundIndex:
-    """An index, and where it comes from: "file", "absent" (walked, no file), "stale" or "damaged" (walked, file ignored)."""
+    """An index, and where it comes from: "file", "absent" (walked, no file), "stale" or "damaged" (walked, file ignored).
+
+    kept: whether a file holds it now. damage: of the tar; then `index` is of what comes before it, and keys_before are the
+    keys of an earlier, whole state of the tar, where an index tells.
+    """
 
     index: TarIndex
     source: str
+    kept: bool = False
+    damage: DataError | None = None
+    keys_before: tuple[str, ...] = ()
 
 
 def index_path(tar: str | Path) -> Path:
@@ -40,10 +47,10 @@ def index_path(tar: str | Path) -> Path:
     return tar.with_name(tar.name.removesuffix(".tar") + "_index.npz")
 
 
-def write_index(index: TarIndex) -> Path:
-    """Writes the index beside its tar, under a temporary name first; the same tar gives the same bytes.
+def write_index(index: TarIndex, path: Path | None = None) -> Path:
+    """Writes the index beside its tar, or to `path`, under a temporary name first; the same tar gives the same bytes.
 
-    Raises DataError when the tar's folder cannot be written to.
+    Raises DataError when it cannot be written there.
     """
     stat = index.path.stat()
     rows = [
@@ -70,8 +77,9 @@ def write_index(index: TarIndex) -> Path:
         "offset": np.array([row[2] for row in rows], np.int64),
         "size": np.array([row[3] for row in rows], np.int64),
     }
-    path = index_path(index.path)
+    path = path or index_path(index.path)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(path, lambda file: np.savez(file, **parts))
     except OSError as error:
         raise DataError(
@@ -82,39 +90,64 @@ def write_index(index: TarIndex) -> Path:
 
 def find_index(path: str | Path) -> FoundIndex:
     """The index of a local tar: from its file where that fits, else by walking the headers (see `index_tar`)."""
+    found = examine(path)
+    if found.damage is not None:
+        raise found.damage
+    return found
+
+
+def examine(path: str | Path, folder: Path | None = None) -> FoundIndex:
+    """As `find_index`, but raises nothing for a tar that is damaged or missing: `damage` tells.
+
+    folder: where an index may lie, too, as NAME_index.npz. With it, the index of a tar that had to be walked is kept: beside
+    the tar, or there where that cannot be written to.
+    """
     path = Path(path)
-    source = "absent"
-    if index_path(path).is_file():
+    places = [index_path(path)] + ([] if folder is None else [folder / index_path(path).name])
+    source, keys_before = "absent", ()
+    for place in places:
+        if not place.is_file():
+            continue
         try:
-            index = _read(path)
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError, NotImplementedError):
+            index, fits = _read(path, place)
+        except (OSError, ValueError, KeyError, IndexError, zipfile.BadZipFile, EOFError, NotImplementedError):
             source = "damaged"
-        else:
-            if index is not None:
-                return FoundIndex(index, "file")
-            source = "stale"
-    return FoundIndex(index_tar(path), source)
+            continue
+        if fits:
+            return FoundIndex(index, "file", kept=True)
+        source, keys_before = "stale", index.keys
+    index, damage = examine_tar(path)
+    if damage is not None:
+        return FoundIndex(index, source, damage=damage, keys_before=keys_before)
+    return FoundIndex(index, source, kept=folder is not None and any(_written(index, place) for place in places))
 
 
-def _read(path: Path) -> TarIndex | None:
-    """None: it is of another state of the tar. Raises one of several exceptions for a damaged file."""
-    stat = path.stat()
-    with np.load(index_path(path), allow_pickle=False) as file:
+def _written(index: TarIndex, place: Path) -> bool:
+    try:
+        write_index(index, place)
+    except DataError:
+        return False
+    return True
+
+
+def _read(path: Path, place: Path) -> tuple[TarIndex, bool]:
+    """An index, and whether the tar is as it was then. Raises one of several exceptions for a damaged file."""
+    with np.load(place, allow_pickle=False) as file:
         parts = {name: file[name] for name in _PARTS}
     about = json.loads(_lines(parts["about"])[0])
     if about["format_version"] != FORMAT_VERSION:
-        return None
-    if (about["tar_bytes"], about["tar_mtime_ns"]) != (stat.st_size, stat.st_mtime_ns):
-        return None
+        return TarIndex(path, (), {}), False
+    stat = path.stat() if path.is_file() else None
+    fits = stat is not None and (about["tar_bytes"], about["tar_mtime_ns"]) == (stat.st_size, stat.st_mtime_ns)
     keys, extensions = _lines(parts["keys"]), _lines(parts["extensions"])
     members: dict[str, dict[str, tuple[int, int]]] = {key: {} for key in keys}
     columns = (parts[name].tolist() for name in ("sample", "extension", "offset", "size"))
     for sample, extension, offset, size in zip(*columns, strict=True):
-        if not 0 <= offset <= offset + size <= stat.st_size:
+        if not 0 <= offset <= offset + size <= about["tar_bytes"]:
             raise ValueError("a member outside the tar")
         members[keys[sample]][extensions[extension]] = (offset, size)
     without = tuple(_lines(parts["without_image"]))
-    return TarIndex(path, tuple(keys), members, int(about["duplicates"]), int(about["ignored"]), without)
+    return TarIndex(path, tuple(keys), members, int(about["duplicates"]), int(about["ignored"]), without), fits
 
 
 def _text(items: Sequence[str]) -> np.ndarray:
@@ -136,13 +169,13 @@ def index_shards(config: IndexShardsConfig) -> dict[str, int]:
 
     topology = Topology.from_environment()
     topology.start(config.timeout_minutes)
-    shards = expand_shards(config.shards)
+    shards = expand_shards(config.shards, config.allow_pipe)
     own = shards[topology.rank :: topology.world_size]
     counts: Counter = Counter()
     problems = []
     for shard in tqdm(own, desc="index", unit="tar", disable=not topology.is_main, mininterval=1):
         try:
-            found = find_index(local_shard(shard, config.shard_cache))
+            found = find_index(local_shard(shard, config.shard_cache, config.allow_pipe))
             if found.source != "file":
                 write_index(found.index)
             counts[found.source] += 1

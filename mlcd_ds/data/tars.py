@@ -6,17 +6,21 @@ IMAGE_EXTENSIONS. Tars are indexed by walking their headers, so a cut or damaged
 where the usual readers end early without a word.
 """
 
+import contextlib
 import glob
 import hashlib
 import io
 import json
 import mmap
 import os
+import re
 import shutil
+import subprocess
 import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -25,6 +29,9 @@ from mlcd_ds.files import write_bytes, write_text
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 """Extensions (any case) that make a sample an image; the first of them that a sample has is its image."""
+
+PIPE = "pipe:"
+"""Begins a shell command whose output is a tar."""
 
 BLOCK = 512
 _ZERO_BLOCK = bytes(BLOCK)
@@ -36,21 +43,23 @@ _CURE = "Fetch or write it again, or take it out of the shard list."
 # ---------------------------------------------------------------------------------------------- which shards
 
 
-def expand_shards(spec: str) -> list[str]:
+def expand_shards(spec: str, allow_pipe: bool = False, allow_missing: bool = False) -> list[str]:
     """Paths and URLs that `spec` names: braces, globs, text files with one path a line; '::' joins several.
 
     Order: as written for braces and lists, sorted for globs. In a list file, blank lines and lines that begin with '#'
-    do not count; a path that does not exist as given is looked for beside the list file.
+    do not count; a path that does not exist as given is looked for beside the list file. allow_pipe: 'pipe:COMMAND' may
+    name a tar. allow_missing: local files need not be there.
     Raises DataError when nothing matches, a local file is missing, or a shard (or shard name) comes twice.
     """
-    shards = [shard for part in spec.split("::") if part.strip() for shard in _expand_part(part.strip(), spec)]
+    parts = [part.strip() for part in spec.split("::") if part.strip()]
+    shards = [shard for part in parts for shard in _expand_part(part, spec, allow_pipe)]
     if not shards:
         raise DataError(f"no tars match {spec!r}: the shard list is empty")
     missing = [shard for shard in shards if not is_url(shard) and not Path(shard).is_file()]
-    if missing:
+    if missing and not allow_missing:
         raise DataError(
             f"{len(missing)} of the {len(shards)} tars in {_short(spec)} do not exist, e.g. {', '.join(missing[:3])}. "
-            "Correct the list, or fetch what is missing."
+            "Correct the list, or fetch what is missing (training goes on without them by --allow_missing_shards)."
         )
     seen: dict[str, str] = {}
     for shard in shards:
@@ -64,11 +73,11 @@ def expand_shards(spec: str) -> list[str]:
     return shards
 
 
-def _expand_part(part: str, spec: str) -> list[str]:
+def _expand_part(part: str, spec: str, allow_pipe: bool) -> list[str]:
     import braceexpand
 
-    if part.startswith("pipe:"):
-        raise DataError(f"{part!r}: 'pipe:' would run a shell command and is refused. Give a path or a plain URL.")
+    if part.startswith(PIPE):
+        _refuse_pipe(part, allow_pipe)
     if part.startswith("file://"):
         part = part.removeprefix("file://")
     try:
@@ -82,7 +91,7 @@ def _expand_part(part: str, spec: str) -> list[str]:
                 raise DataError(f"{name!r}: globs work on local paths only. Use braces, like {{00000..00099}}.tar.")
             found.append(name)
         elif name.endswith(".txt"):
-            found += _read_list(Path(name))
+            found += _read_list(Path(name), allow_pipe)
         elif any(mark in name for mark in "*?[") and not Path(name).exists():
             matches = sorted(glob.glob(name, recursive=True))  # noqa: PTH207 (absolute patterns)
             if not matches:
@@ -95,7 +104,7 @@ def _expand_part(part: str, spec: str) -> list[str]:
     return found
 
 
-def _read_list(path: Path) -> list[str]:
+def _read_list(path: Path, allow_pipe: bool) -> list[str]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -108,8 +117,16 @@ def _read_list(path: Path) -> list[str]:
             raise DataError(f"the shard list {path} names another list, {line!r}: list the tars themselves")
         beside = path.parent / line
         is_beside = not is_url(line) and not Path(line).exists() and beside.exists()
-        found += [str(beside)] if is_beside else _expand_part(line, str(path))
+        found += [str(beside)] if is_beside else _expand_part(line, str(path), allow_pipe)
     return found
+
+
+def _refuse_pipe(url: str, allow_pipe: bool) -> None:
+    if not allow_pipe:
+        raise DataError(
+            f"{url!r}: 'pipe:' would run a shell command and is refused. Give a path or a plain URL, or --allow_pipe if you "
+            "know the command."
+        )
 
 
 def _short(spec: str) -> str:
@@ -117,22 +134,25 @@ def _short(spec: str) -> str:
 
 
 def is_url(path: str) -> bool:
-    """True for s3://..., https://... and their like."""
-    return "://" in path
+    """True for s3://..., https://... and their like, and for pipe:COMMAND."""
+    return "://" in path or path.startswith(PIPE)
 
 
 def shard_name(path: str | Path) -> str:
-    """'00012' of '.../00012.tar': what features and labels of a shard are named after."""
+    """'00012' of '.../00012.tar': what features and labels of a shard are named after; of a pipe, of its last such word."""
+    if str(path).startswith(PIPE) and (tars := re.findall(r"([^/\s'\"=]+)\.tar\b", str(path))):
+        return tars[-1]
     return str(path).split("?")[0].rstrip("/").rsplit("/", 1)[-1].removesuffix(".tar")
 
 
-def local_shard(path: str, cache_dir: str | Path | None) -> Path:
+def local_shard(path: str, cache_dir: str | Path | None, allow_pipe: bool = False) -> Path:
     """A local path as it is; a URL fetched whole into `cache_dir` (once: later calls find it there).
 
+    allow_pipe: of 'pipe:COMMAND' the output of that shell command is fetched.
     Raises DataError when a URL comes without `cache_dir`, or cannot be fetched.
     """
-    if path.startswith("pipe:"):
-        raise DataError(f"{path!r}: 'pipe:' would run a shell command and is refused. Give a path or a plain URL.")
+    if path.startswith(PIPE):
+        _refuse_pipe(path, allow_pipe)
     if not is_url(path):
         return Path(path)
     if cache_dir is None:
@@ -159,12 +179,24 @@ def local_shard(path: str, cache_dir: str | Path | None) -> Path:
 
 def _open_remote(url: str):
     """A readable file of `url`: fsspec where it knows the protocol, else WebDataset's openers (curl, gsutil)."""
+    if url.startswith(PIPE):
+        return _output_of(url.removeprefix(PIPE))
     import fsspec
 
     try:
         return fsspec.open(url, "rb").open()
     except (ImportError, ValueError):  # no such protocol, or its package is not installed
         return import_webdataset().gopen(url, "rb")
+
+
+@contextlib.contextmanager
+def _output_of(command: str) -> Iterator[BinaryIO]:
+    """What a shell command prints. Raises DataError, at the end, where it fails."""
+    # Not by WebDataset's own pipes: for them it would have to be imported in its unsafe mode, which unpickles, too.
+    with subprocess.Popen(command, shell=True, stdout=subprocess.PIPE) as process:
+        yield process.stdout
+    if process.returncode:
+        raise DataError(f"the command {command!r} failed with exit code {process.returncode}")
 
 
 def import_webdataset():
@@ -176,6 +208,10 @@ def import_webdataset():
 
 
 # ---------------------------------------------------------------------------------------------- what is inside
+
+
+class MissingTarError(DataError):
+    """A tar is not there."""
 
 
 @dataclass(frozen=True)
@@ -217,48 +253,72 @@ def index_tar(path: str | Path) -> TarIndex:
     Raises DataError, naming path and byte offset, for a tar that is cut (inside a member, inside a header, or at a
     member's end, before the end mark), has a damaged header or bytes after its end mark, or is no tar at all.
     """
+    index, damage = examine_tar(path)
+    if damage is not None:
+        raise damage
+    return index
+
+
+def examine_tar(path: str | Path) -> tuple[TarIndex, DataError | None]:
+    """What `index_tar` finds, and what it raises: of a damaged tar the members before the damage, which are whole.
+
+    The error is a MissingTarError where there is no such file.
+    """
     path = Path(path)
+    nothing = TarIndex(path, (), {})
     try:
         with path.open("rb") as file:
             if os.fstat(file.fileno()).st_size == 0:
-                raise DataError(f"{path} is empty (0 bytes), not a tar. {_CURE}")
+                return nothing, DataError(f"{path} is empty (0 bytes), not a tar. {_CURE}")
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
                 return _index(path, view)
+    except FileNotFoundError as error:
+        return nothing, MissingTarError(f"cannot read the tar {path}: {error}")
     except OSError as error:
-        raise DataError(f"cannot read the tar {path}: {error}") from None
+        return nothing, DataError(f"cannot read the tar {path}: {error}")
 
 
-def _index(path: Path, view: mmap.mmap) -> TarIndex:
+def _index(path: Path, view: mmap.mmap) -> tuple[TarIndex, DataError | None]:
     samples: dict[str, dict[str, tuple[int, int]]] = {}
     duplicates = ignored = 0
-    for name, kind, offset, size in _walk(path, view):
-        if kind == b"5":
-            continue
-        parts = split_name(name) if kind in _REGULAR else None
-        if parts is None:
-            ignored += 1
-            continue
-        key, extension = parts
-        members = samples.get(key)
-        if members is None:
-            samples[key] = {extension: (offset, size)}
-        elif extension in members:
-            duplicates += 1
-        else:
-            members[extension] = (offset, size)
+    damage = None
+    try:
+        for name, kind, offset, size in _walk(path, view):
+            if kind == b"5":
+                continue
+            parts = split_name(name) if kind in _REGULAR else None
+            if parts is None:
+                ignored += 1
+                continue
+            key, extension = parts
+            members = samples.get(key)
+            if members is None:
+                samples[key] = {extension: (offset, size)}
+            elif extension in members:
+                duplicates += 1
+            else:
+                members[extension] = (offset, size)
+    except DataError as error:
+        damage = error
     images = {key: members for key, members in samples.items() if image_extension(members)}
     without = tuple(key for key in samples if key not in images)
-    return TarIndex(path, tuple(images), images, duplicates, ignored, without)
+    return TarIndex(path, tuple(images), images, duplicates, ignored, without), damage
 
 
-def _walk(path: Path, view: mmap.mmap) -> Iterable[tuple[str, bytes, int, int]]:
-    """(name, type, offset of the contents, size) of each member, long names resolved."""
-    found = _walk_plain(path, view)
-    return _walk_carefully(path, view) if found is None else found
+def _walk(path: Path, view: mmap.mmap) -> Iterator[tuple[str, bytes, int, int]]:
+    """(name, type, offset of the contents, size) of each member, long names resolved; raises DataError at damage."""
+    found = _walk_plain(view)
+    if found is None:
+        yield from _walk_carefully(path, view)
+    else:
+        members, end = found
+        yield from members
+        _check_rest(path, view, end)
 
 
-def _walk_plain(path: Path, view: mmap.mmap) -> list[tuple[str, bytes, int, int]] | None:
-    """The walk over a tar of plain files, several times faster; None where anything else comes: look carefully.
+def _walk_plain(view: mmap.mmap) -> tuple[list[tuple[str, bytes, int, int]], int] | None:
+    """The walk over a tar of plain files, several times faster, and the byte of its end mark; None where anything else
+    comes: look carefully.
 
     Extended headers that name neither path nor size (WebDataset's writer puts a time of change before every file) are passed
     over. The checksums are verified at the end, all at once.
@@ -290,10 +350,7 @@ def _walk_plain(path: Path, view: mmap.mmap) -> list[tuple[str, bytes, int, int]
             position = start + (size + BLOCK - 1) // BLOCK * BLOCK
     except (ValueError, IndexError):  # odd numbers or names, a cut header
         return None
-    if not _checksums_fit(view, blocks, stated):
-        return None
-    _check_rest(path, view, position)
-    return found
+    return (found, position) if _checksums_fit(view, blocks, stated) else None
 
 
 def _checksums_fit(view: mmap.mmap, blocks: list[int], stated: list[int]) -> bool:

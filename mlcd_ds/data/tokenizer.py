@@ -141,6 +141,30 @@ class CaptionTokenizer:
         """int64 [n, T]."""
         return np.stack([self.encode(text, context) for text in texts]) if texts else np.zeros((0, context), np.int64)
 
+    def transformers_files(self, context: int) -> dict[str, str]:
+        """{name: content} of a folder that transformers' AutoTokenizer reads, giving the ids that `encode` gives."""
+        from tokenizers import Tokenizer, processors
+
+        tokenizer, end = Tokenizer.from_str(self.text), self.backend.id_to_token(self.end_token)
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        if tokenizer.encode("").ids[-1:] != [self.end_token]:
+            tokenizer.post_processor = processors.TemplateProcessing(
+                single=f"$A {end}", special_tokens=[(end, self.end_token)]
+            )
+        described = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_max_length": context,
+            "eos_token": end,
+            "pad_token": end,
+            "padding_side": "right",
+            "clean_up_tokenization_spaces": False,
+        }
+        return {
+            FILE: tokenizer.to_str(pretty=True) + "\n",
+            "tokenizer_config.json": json.dumps(described, indent=2) + "\n",
+        }
+
     def __getstate__(self) -> dict:
         return {"text": self.text}
 

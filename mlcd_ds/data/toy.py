@@ -19,7 +19,7 @@ from tqdm import tqdm
 from mlcd_ds.config import ToyShardsConfig
 from mlcd_ds.data.tars import write_tar
 from mlcd_ds.errors import DataError
-from mlcd_ds.files import make_folder, write_json
+from mlcd_ds.files import make_folder, write_json, write_text
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SPLITS = ("train", "test")
@@ -167,7 +167,7 @@ def scene_samples(
 
 
 def write_toy_shards(config: ToyShardsConfig) -> bool:
-    """Writes output_dir/train/00000.tar... and output_dir/test/...; False if they were all there already.
+    """Writes output_dir/train/00000.tar... and output_dir/test/..., with the names of the classes; False if all was there.
 
     Shards finished by an interrupted call with the same settings are kept. Raises DataError where the folder holds
     shards of other settings, or not made by this function.
@@ -186,8 +186,17 @@ def write_toy_shards(config: ToyShardsConfig) -> bool:
             if tar.exists() and tar.with_name(f"{shard:05d}_stats.json").exists():
                 continue
             write_tar(tar, scene_samples(digits, split, shard, min(config.images_per_shard, total - start), config))
+    _write_names(root)
     _write_marker(root, settings, finished=True)
     return True
+
+
+def _write_names(root: Path) -> None:
+    """What tools/zero_shot.py reads of a set in CLIP_benchmark's layout."""
+    write_text(root / "classnames.txt", "".join(f"{word}\n" for word in WORDS))
+    templates = ("a picture of a {c}", "a picture of two {c}s")
+    write_text(root / "zeroshot_classification_templates.txt", "".join(f"{text}\n" for text in templates))
+    write_text(root / "dataset_type.txt", "multilabel\n")
 
 
 def _read_marker(root: Path, settings: dict) -> bool:

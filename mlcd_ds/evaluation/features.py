@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from mlcd_ds import checkpoint
 from mlcd_ds.clustering.features import FeatureFolder, batches_of_images, load_extractor
-from mlcd_ds.config import EvaluationConfig
+from mlcd_ds.config import EvaluationConfig, TextEvaluationConfig
 from mlcd_ds.data.tars import IMAGE_EXTENSIONS, expand_shards, index_tar, local_shard, read_samples, shard_name
 from mlcd_ds.errors import ConfigError, DataError
 from mlcd_ds.files import make_folder, sha256, write_bytes, write_json
@@ -171,7 +171,7 @@ def load_probed(config: EvaluationConfig, device: torch.device) -> Encoder:
 def _name_of_architecture(kind: str, path: str) -> str:
     if kind == "hf":
         return Path(path).name.removeprefix("hf:")
-    return json.loads((checkpoint.find_encoder(path) / "encoder.json").read_text())["model"]
+    return checkpoint.encoder_name(path)
 
 
 def _digest_of_weights(model: torch.nn.Module) -> str:
@@ -317,7 +317,7 @@ def _from_folder(config: EvaluationConfig, folder: FeatureFolder, shard: Path):
     return features, [truth[key] for key in keys], {"without a feature": lost} if lost else {}
 
 
-def check_usable(config: EvaluationConfig, split: str, usable: int, skipped: Counter) -> None:
+def check_usable(config: EvaluationConfig | TextEvaluationConfig, split: str, usable: int, skipped: Counter) -> None:
     """Raises DataError where too many of a split's images were skipped, or none is left."""
     total = usable + skipped.total()
     reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.most_common())

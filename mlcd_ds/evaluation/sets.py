@@ -103,6 +103,7 @@ def evaluate_sets(
         )
     sets, missing = collectives.on_main(topology, _named_sets, config)
     encoder = None if kind == "features" else load_probed(config, topology.device)
+    collectives.on_main(topology, FeatureCache.of, config, encoder)  # one rank makes the folders
     cache = FeatureCache.of(config, encoder)
     tasks = {found.name: Task(config, found, encoder, cache, topology.device) for found in sets}
     kept = collectives.on_main(topology, _finished, tasks, task_name)

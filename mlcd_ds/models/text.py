@@ -152,7 +152,7 @@ class _ClippedExponential(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logarithm):
-        scale = logarithm.float().exp().clamp(max=MAX_SCALE)
+        scale = logarithm.to(torch.promote_types(logarithm.dtype, torch.float32)).exp().clamp(max=MAX_SCALE)
         ctx.save_for_backward(scale)
         return scale
 
@@ -202,7 +202,7 @@ class ImageTextModel(nn.Module):
     def forward(
         self, images_B3HH: torch.Tensor, tokens_BT: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(image embeddings [B, E], text embeddings [B, E], neither normalised; scale of the logits, float32 [1]).
+        """(image embeddings [B, E], text embeddings [B, E], neither normalised; scale of the logits [1]).
 
         images_B3HH: or the image embeddings [B, E] themselves, where a locked tower has made them before.
         """

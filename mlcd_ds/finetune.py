@@ -1,0 +1,401 @@
+"""Fine-tunes an encoder on images of one class each, through the engine, data plan and checkpoints of the training.
+
+The classes of the tars (KEY.cls, or the list of KEY.json) become label shards in RUN/class_labels, so that order,
+augmentation, resuming and the ledger of skipped images are those of train.py. After each epoch the test images are
+classified.
+"""
+
+import itertools
+import math
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mlcd_ds import checkpoint, collectives
+from mlcd_ds.checkpoint import CheckpointStore
+from mlcd_ds.clustering.features import batches_of_images
+from mlcd_ds.config import DeepSpeedDefaults, FinetuneConfig, RunConfig
+from mlcd_ds.data.labels import LabelsInfo, label_path, write_label_shard
+from mlcd_ds.data.loader import ImageLabelLoader, build_shard_table
+from mlcd_ds.data.plan import EpochPlan
+from mlcd_ds.data.tars import IMAGE_EXTENSIONS, expand_shards, index_tar, local_shard, read_samples, shard_name
+from mlcd_ds.ds_config import BatchSizes, load_deepspeed_config, resolve_deepspeed_config
+from mlcd_ds.errors import ConfigError, DataError, Preempted
+from mlcd_ds.evaluation.features import CLASS_EXTENSIONS, labels_of_shard, true_classes
+from mlcd_ds.evaluation.metrics import top_k_accuracy
+from mlcd_ds.evaluation.results import Result, write_result
+from mlcd_ds.finetune_engine import FinetuneEngine
+from mlcd_ds.models.classifier import Classifier
+from mlcd_ds.models.vit import VisionTransformer, VitConfig
+from mlcd_ds.progress import Progress
+from mlcd_ds.run_folder import RunFolder
+from mlcd_ds.schedule import resolve_run_length
+from mlcd_ds.topology import Topology
+from mlcd_ds.train import (
+    BadSteps,
+    RunPlan,
+    Saver,
+    check_launch,
+    check_shared,
+    is_due,
+    naming_memory_settings,
+    open_monitor,
+    resume,
+    stopped,
+)
+from mlcd_ds.watch import Watch
+
+CLASS_LABELS, RESULTS = "class_labels", "results"
+"""Folders of the run."""
+SETTINGS = (
+    "deepspeed_config",
+    "shards",
+    "output_dir",
+    "init_from",
+    "epochs",
+    "steps",
+    "default_epochs",
+    "warmup_steps",
+    "resume",
+    "allow_changed",
+    "seed",
+    "workers",
+    "prefetch",
+    "crop_scale_min",
+    "flip",
+    "shuffle_window",
+    "max_skipped_fraction",
+    "max_pixels",
+    "shard_cache",
+    "save_every_steps",
+    "keep_last",
+    "max_failed_saves",
+    "max_bad_steps",
+    "log_every_steps",
+    "timeout_minutes",
+    "warn_data_wait_seconds",
+    "expect_world_size",
+)
+"""What fine-tuning has in common with training."""
+
+
+def finetune(config: FinetuneConfig) -> None:
+    """Fine-tunes an encoder with a classifier on it, and reports top-1 and top-5 on the test images after each epoch.
+
+    Start it with the launcher, `deepspeed [--hostfile hosts] tools/finetune.py ...`.
+    """
+    topology = Topology.from_environment()
+    shared = as_run_config(config, "encoder")
+    check_launch(shared, topology)
+    raw = load_deepspeed_config(config.deepspeed_config)
+    topology.start(config.timeout_minutes)
+    run = RunFolder(config.output_dir)
+    with Watch(topology, config.timeout_minutes, config.warn_data_wait_seconds, run.ended_at_once) as watch:
+        try:
+            with watch.naming_peers(), naming_memory_settings(run):
+                _finetune_in(run, config, raw, topology, watch)
+        except Preempted as stop:
+            watch.stop_beating()
+            if topology.is_main or not watch.in_loop:
+                run.fail(stop, topology.rank)
+            raise
+        except Exception as error:
+            watch.stop_beating()
+            run.fail(error, topology.rank)
+            raise
+    topology.stop()
+
+
+def as_run_config(config: FinetuneConfig, model_name: str) -> RunConfig:
+    """The settings that training's loader, engine and checkpoints read: one label an image, the class."""
+    shared = {name: getattr(config, name) for name in SETTINGS}
+    labels = str(Path(config.output_dir) / CLASS_LABELS)
+    return RunConfig(objective="cd", num_positives=1, labels=labels, model=model_name, **shared)
+
+
+def _finetune_in(run: RunFolder, config: FinetuneConfig, raw: dict, topology: Topology, watch: Watch) -> None:
+    collectives.on_main(topology, run.open, config.resume == "auto")
+    batch = BatchSizes.resolve(raw, topology.world_size, collectives.on_main(topology, run.global_batch))
+    encoder, name = load_encoder(config)
+    shared = as_run_config(config, name)
+    shards = collectives.on_main(topology, expand_shards, config.shards)
+    test = TestImages(config, collectives.on_main(topology, expand_shards, config.test_shards), topology)
+    num_classes = make_class_labels(config, shards, run.path / CLASS_LABELS, topology)
+    collectives.barrier(topology)
+    table = build_shard_table(
+        shards, shared.labels_folders, 1, config.max_skipped_fraction, config.shard_cache, topology
+    )
+    order = EpochPlan(config.seed, table.counts, batch.global_batch, config.shuffle_window)
+    plan = plan_finetuning(config, shared, raw, batch, encoder.config, topology, table.num_samples, num_classes)
+    if topology.is_main:
+        print("\n".join([plan.card, *(f"  - {text}" for text in table.unused())]), flush=True)
+    record = plan.record(shared, table.fingerprint(), order.fingerprint()) | {"settings": config.model_dump()}
+    collectives.on_main(topology, run.write_config, record, config.allow_changed)
+    check_shared(run, topology)
+    run.is_ours = True
+
+    store = CheckpointStore(run.path, topology, config.keep_last, heads=0)
+    found = store.find() if config.resume == "auto" else None
+    loader = ImageLabelLoader(shared, table, order, encoder.config.image_size, topology, run.path / "skipped")
+    topology.seed_torch(config.seed)
+    engine = FinetuneEngine(Classifier(encoder, num_classes, config.seed), plan.settings, config, shared, topology)
+    step = 0 if found is None else resume(found, config.seed, plan, engine, topology)
+    monitor = open_monitor(run, engine, step, plan, topology)
+    progress = FinetuneProgress(
+        monitor,
+        topology,
+        first_step=step,
+        total_steps=plan.length.total_steps,
+        global_batch=plan.settings.global_batch,
+        samples_per_epoch=table.num_samples,
+        watch=watch,
+    )
+    run.step = step
+    bad_steps = BadSteps(config.max_bad_steps, store)
+    saver = Saver(run, shared, plan, store, engine, monitor)
+    watch.enter_loop()
+    for images in progress.timing_waits(loader.iterate(step, plan.length.total_steps)):
+        reported = is_due(step + 1, config.log_every_steps, plan.length) or step + 1 == 1
+        watch.does("computes", step)
+        result = engine.train_step(images, step, collect_stats=reported, stop_wanted=watch.stop_wanted)
+        step = run.step = step + 1
+        bad_steps.judge(step, result)
+        if reported:
+            progress.report(step, images, result, loader, engine.skipped_steps, histograms=False)
+        stops = result.stop_ranks > 0 and step < plan.length.total_steps
+        if ends_epoch(step, plan, table.num_samples) and not stops:
+            watch.does("evaluates", step)
+            metrics = test.evaluate(engine)
+            if topology.is_main:
+                samples = step * plan.settings.global_batch
+                monitor.scalars(step, samples, {f"test_{name}": value for name, value in metrics.items()})
+                epoch = samples / table.num_samples
+                path = save_result(run, config, name, plan, step, epoch, metrics, test)
+                shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items() if not math.isnan(value))
+                print(f"epoch {epoch:.2f}: {shown} on {test.count} test images; {path}", flush=True)
+        if stops or is_due(step, config.save_every_steps, plan.length):
+            watch.does("saves", step)
+            saved = saver.save(step)
+        if stops:
+            raise stopped(step, saved, watch, store)
+    loader.close()
+    if topology.is_main:
+        monitor.close()
+        run.status("done", step)
+        print(f"done: {step} steps. Encoder: {checkpoint.find_encoder(run.path)}", flush=True)
+
+
+def load_encoder(config: FinetuneConfig) -> tuple[VisionTransformer, str]:
+    """(the encoder of --init_from at --image_size, the name of its architecture). Raises ConfigError for another multiple
+    than of its patches."""
+    encoder = checkpoint.load_encoder(config.init_from)
+    name = Path(config.init_from.removeprefix(checkpoint.HUGGING_FACE)).name
+    if not config.init_from.startswith(checkpoint.HUGGING_FACE):
+        name = checkpoint.encoder_name(config.init_from)
+    if config.image_size in (None, encoder.config.image_size):
+        return encoder.train(), name
+    try:
+        resized = VitConfig(**encoder.config.model_dump() | {"image_size": config.image_size})
+    except ValueError:
+        raise ConfigError(
+            f"--image_size {config.image_size} is no multiple of the encoder's patches of {encoder.config.patch_size} pixels"
+        ) from None
+    model = VisionTransformer(resized, seed=config.seed)
+    checkpoint.fit_weights(model, encoder.state_dict(), config.init_from)
+    return model.train(), name
+
+
+def make_class_labels(config: FinetuneConfig, shards: list[str], folder: Path, topology: Topology) -> int:
+    """Writes a label shard per tar with the class of each image, each rank its share; the number of classes.
+
+    Raises DataError for an image without one class, or with one that is not below --num_classes.
+    """
+    found, largest = {}, -1
+    for shard in shards[topology.rank :: topology.world_size]:
+        path = local_shard(shard, config.shard_cache)
+        classes = labels_of_shard(path, config.classes_key)
+        wrong = next((key for key, own in classes.items() if len(own) != 1), None)
+        if wrong is not None:
+            raise DataError(
+                f"{path}: image {wrong} has the classes {list(classes[wrong])}: fine-tuning wants one an image"
+            )
+        found[shard] = classes
+        largest = max([largest, *(own[0] for own in classes.values())])
+    largest = max(collectives.gather_objects(largest, topology))
+    num_classes = largest + 1 if config.num_classes is None else config.num_classes
+    if largest >= num_classes:
+        raise DataError(f"an image of {config.shards} is of class {largest}, --num_classes is {num_classes}: raise it")
+    info = LabelsInfo(num_classes, 1, "classes", f"{config.classes_key} of KEY.json, or KEY.cls")
+    for shard, classes in found.items():
+        rows = np.array([own[0] for own in classes.values()], np.int32).reshape(-1, 1)
+        write_label_shard(
+            label_path(folder, shard_name(shard)), list(classes), rows, np.zeros(rows.shape, np.float16), info
+        )
+    return num_classes
+
+
+def plan_finetuning(
+    config: FinetuneConfig,
+    shared: RunConfig,
+    raw: dict,
+    batch: BatchSizes,
+    encoder: VitConfig,
+    topology: Topology,
+    num_samples: int,
+    num_classes: int,
+) -> RunPlan:
+    """Resolves what the run is. Raises ConfigError for what does not fit together."""
+    length = resolve_run_length(shared, samples_per_epoch=num_samples, global_batch=batch.global_batch)
+    settings = resolve_deepspeed_config(
+        raw,
+        batch=batch,
+        total_steps=length.total_steps,
+        warmup_steps=length.warmup_steps,
+        output_dir=config.output_dir,
+        device_type=topology.device.type,
+        defaults=DeepSpeedDefaults(),
+    )
+    schedule = settings.json.get("scheduler", {}).get("type")
+    if config.layer_decay < 1 and schedule not in (None, "WarmupCosineLR"):
+        raise ConfigError(
+            f"the DeepSpeed JSON's scheduler {schedule} gives all layers one learning rate: take WarmupCosineLR, "
+            f"which scales "
+            "each layer's own, or --layer_decay 1"
+        )
+    mixing = ", ".join(f"{name} {getattr(config, name):g}" for name in ("mixup", "cutmix", "label_smoothing"))
+    lowest = config.layer_decay ** (encoder.layers + 1)
+    rows = (
+        ("fine-tuning", f"{config.init_from}, {shared.model} at {encoder.image_size} px, {num_classes:,} classes"),
+        (
+            "ranks",
+            f"{topology.world_size} on {topology.device.type}, {settings.precision}, ZeRO stage {settings.zero_stage}",
+        ),
+        (
+            "global batch",
+            f"{settings.global_batch:,} images = {settings.micro_batch} a micro-batch x {settings.accumulation} "
+            f"accumulated x "
+            f"{topology.world_size} ranks",
+        ),
+        ("length", f"{length.total_steps:,} steps = {length.epochs:.4g} epochs of {num_samples:,} images"),
+        (
+            "learning rate",
+            f"{settings.learning_rate:g} for the classifier, x {config.layer_decay:g} a block down to x {lowest:.3g}; "
+            f"{length.warmup_steps:,} steps of warm-up",
+        ),
+        ("targets", mixing),
+    )
+    lines = [f"  {name:<13}  {text}" for name, text in rows]
+    notes = [f"  - {note}" for note in (*settings.notes, *length.notes)]
+    card = "\n".join(["mlcd_ds", *lines, "why:", *notes])
+    info = LabelsInfo(num_classes, 1, "classes", CLASS_LABELS)
+    return RunPlan(settings, encoder, length, (info,), topology.world_size, card)
+
+
+def ends_epoch(step: int, plan: RunPlan, num_samples: int) -> bool:
+    """Whether the `step`-th step is the first that has seen another whole epoch, or the last."""
+    before, after = ((step - back) * plan.settings.global_batch // num_samples for back in (1, 0))
+    return after > before or step == plan.length.total_steps
+
+
+class TestImages:
+    """The test images, every W-th on each rank. count: usable ones, once evaluated. skipped: {reason: images} of this
+    rank.
+    """
+
+    __test__ = False  # no test, whatever pytest makes of its name
+
+    def __init__(self, config: FinetuneConfig, shards: list[str], topology: Topology):
+        self.config, self.topology = config, topology
+        self.shards = [local_shard(shard, config.shard_cache) for shard in shards]
+        self.total = sum(len(index_tar(shard).keys) for shard in self.shards)
+        self.count, self.skipped = 0, Counter()
+
+    def _own(self) -> Iterator[tuple[str, dict[str, bytes]]]:
+        samples = itertools.chain.from_iterable(
+            read_samples(shard, (*IMAGE_EXTENSIONS, *CLASS_EXTENSIONS)) for shard in self.shards
+        )
+        return itertools.islice(samples, self.topology.rank, None, self.topology.world_size)
+
+    def evaluate(self, engine: FinetuneEngine) -> dict[str, float]:
+        """acc1 and acc5 (NaN below five classes) over the images of all ranks. Every rank calls it.
+
+        Raises DataError for images without one class, of a class that the training images lack, or too many that cannot be
+        used.
+        """
+        config, size = self.config, engine.engine.module.encoder.config.image_size
+        rows, hits, self.skipped = engine.settings.micro_batch, [], Counter()
+        batches = batches_of_images(self._own(), size, rows, max(1, config.workers), config.max_pixels)
+        # Every rank makes as many passes: at ZeRO stage 3 each one gathers parameters from all.
+        for _ in range(math.ceil(math.ceil(self.total / self.topology.world_size) / rows)):
+            batch = next(batches, None)
+            images = torch.zeros(0, 3, size, size, dtype=torch.uint8) if batch is None else batch.images
+            padding = torch.zeros(rows - len(images), 3, size, size, dtype=torch.uint8)
+            logits = engine.logits(torch.cat([images, padding]))[: len(images)].cpu().double().numpy()
+            if batch is None:
+                continue
+            self.skipped.update(reason.partition(":")[0] for _, reason in batch.skipped)
+            truth = [self._class(key, parts, engine) for key, parts in zip(batch.keys, batch.parts, strict=True)]
+            if truth:
+                found = [top_k_accuracy(np.array(truth), logits, k) * len(truth) for k in (1, 5)]
+                hits.append([*found, len(truth)])
+        own = torch.tensor(
+            [*np.sum(hits, axis=0), self.skipped.total()] if hits else [0.0, 0.0, 0.0, self.skipped.total()]
+        )
+        top1, top5, count, lost = collectives.sum_(own.double().to(self.topology.device), self.topology).tolist()
+        if lost > config.max_skipped_fraction * (count + lost) or not count:
+            raise DataError(
+                f"{lost:.0f} of {count + lost:.0f} test images cannot be used, more than --max_skipped_fraction "
+                f"{config.max_skipped_fraction:g} allows; of this rank: {dict(self.skipped)}. Mend or take them out."
+            )
+        self.count = round(count)
+        return {"acc1": top1 / count, "acc5": top5 / count if engine.num_classes >= 5 else math.nan}
+
+    def _class(self, key: str, parts: dict[str, bytes], engine: FinetuneEngine) -> int:
+        found = true_classes(Path(self.config.test_shards), key, parts, self.config.classes_key)
+        if len(found) != 1 or found[0] >= engine.num_classes:
+            raise DataError(
+                f"{self.config.test_shards}: image {key} has the classes {list(found)}: expected one below "
+                f"{engine.num_classes}, the number of classes of the training images"
+            )
+        return found[0]
+
+
+class FinetuneProgress(Progress):
+    """Tells of a run with a classifier."""
+
+    @staticmethod
+    def _of_pairs(values: dict) -> list[str]:
+        return [
+            f"loss {values['train_loss']:.3f}",
+            f"right {values['accuracy_mixed']:.1%} of mixed images",
+            f"lr {values['lr_encoder']:.2e}",
+            f"grad {values['grad_norm']:.2f}",
+        ]
+
+
+def save_result(
+    run: RunFolder,
+    config: FinetuneConfig,
+    name: str,
+    plan: RunPlan,
+    step: int,
+    epoch: float,
+    metrics: dict[str, float],
+    test: TestImages,
+) -> Path:
+    """Writes the result of the newest epoch into RUN/results."""
+    details = {
+        "main_metric": "acc1",
+        "protocol": f"fine-tuned from {config.init_from}, {epoch:.4g} epochs",
+        "step": step,
+        "total_steps": plan.length.total_steps,
+        "n_test": test.count,
+        "settings": config.model_dump(),
+    }
+    dataset = config.dataset_name or config.test_shards
+    return write_result(
+        run.path / RESULTS, Result(dataset, name, f"run:{run.path}", "finetune", metrics, details=details)
+    )
