@@ -1,7 +1,7 @@
 """Peak memory of real training steps beside what is planned for them: the processes of test_step_plan.py.
 
-PYTHONPATH=.:tests python tests/memory_worker.py [RESULT.json [CASE ...]] prints a line per case. DeepSpeed is imported once; every case has
-ranks of its own, forked from here. A tiny run in each wakes the libraries before anything is counted.
+PYTHONPATH=.:tests python tests/memory_worker.py [RESULT.json [CASE ...]] prints a line per case. DeepSpeed is imported once;
+every case has ranks of its own, forked from here. A tiny run in each wakes the libraries before anything is counted.
 """
 
 import ctypes
