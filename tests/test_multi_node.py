@@ -152,5 +152,4 @@ def test_fewer_hosts_go_on_to_the_end(runs, two, killed):
     assert [line["step"] for line in of_both] == list(range(1, STEPS + 1))
     for curve in (killed["curve"], of_both):
         for one, other in zip(whole, curve, strict=curve is of_both):
-            assert other["batch_crc32"] == one["batch_crc32"] or curve is killed["curve"]
             assert other["train_loss"] == pytest.approx(one["train_loss"], rel=1e-4), one["step"]
