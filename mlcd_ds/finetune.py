@@ -44,6 +44,7 @@ from mlcd_ds.train import (
     naming_memory_settings,
     open_monitor,
     resume,
+    samples_per_second_at_peak,
     stopped,
 )
 from mlcd_ds.watch import Watch
@@ -152,6 +153,7 @@ def _finetune_in(run: RunFolder, config: FinetuneConfig, raw: dict, topology: To
         global_batch=plan.settings.global_batch,
         samples_per_epoch=table.num_samples,
         watch=watch,
+        samples_per_second_at_peak=samples_per_second_at_peak(shared, plan, topology),
     )
     run.step = step
     bad_steps = BadSteps(config.max_bad_steps, store)
