@@ -23,7 +23,7 @@ from mlcd_ds.data.loader import ImageLabelLoader, build_shard_table
 from mlcd_ds.data.plan import EpochPlan
 from mlcd_ds.data.tars import IMAGE_EXTENSIONS, expand_shards, index_tar, local_shard, read_samples, shard_name
 from mlcd_ds.ds_config import BatchSizes, load_deepspeed_config, resolve_deepspeed_config
-from mlcd_ds.errors import ConfigError, DataError, Preempted
+from mlcd_ds.errors import ConfigError, DataError
 from mlcd_ds.evaluation.features import CLASS_EXTENSIONS, labels_of_shard, true_classes
 from mlcd_ds.evaluation.metrics import top_k_accuracy
 from mlcd_ds.evaluation.results import Result, write_result
@@ -41,11 +41,11 @@ from mlcd_ds.train import (
     check_launch,
     check_shared,
     is_due,
-    naming_memory_settings,
     open_monitor,
     resume,
     samples_per_second_at_peak,
     stopped,
+    watched,
 )
 from mlcd_ds.watch import Watch
 
@@ -94,19 +94,8 @@ def finetune(config: FinetuneConfig) -> None:
     raw = load_deepspeed_config(config.deepspeed_config)
     topology.start(config.timeout_minutes)
     run = RunFolder(config.output_dir)
-    with Watch(topology, config.timeout_minutes, config.warn_data_wait_seconds, run.ended_at_once) as watch:
-        try:
-            with watch.naming_peers(), naming_memory_settings(run):
-                _finetune_in(run, config, raw, topology, watch)
-        except Preempted as stop:
-            watch.stop_beating()
-            if topology.is_main or not watch.in_loop:
-                run.fail(stop, topology.rank)
-            raise
-        except Exception as error:
-            watch.stop_beating()
-            run.fail(error, topology.rank)
-            raise
+    with watched(run, shared, topology) as watch:
+        _finetune_in(run, config, raw, topology, watch)
     topology.stop()
 
 

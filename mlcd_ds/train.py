@@ -74,10 +74,18 @@ def train(config: RunConfig) -> None:
     raw = load_deepspeed_config(config.deepspeed_config)
     topology.start(longest_wait(config))
     run = RunFolder(config.output_dir)
+    with watched(run, config, topology) as watch:
+        train_in(run, config, raw, topology, watch)
+    topology.stop()
+
+
+@contextlib.contextmanager
+def watched(run: RunFolder, config: RunConfig, topology: Topology) -> Iterator[Watch]:
+    """The watch over a run, which is within it; what ends the run is written to its folder and raised again."""
     with Watch(topology, config.timeout_minutes, config.warn_data_wait_seconds, run.ended_at_once) as watch:
         try:
             with watch.naming_peers(), naming_memory_settings(run):
-                train_in(run, config, raw, topology, watch)
+                yield watch
         except Preempted as stop:
             watch.stop_beating()
             if topology.is_main or not watch.in_loop:
@@ -87,7 +95,6 @@ def train(config: RunConfig) -> None:
             watch.stop_beating()
             run.fail(error, topology.rank)
             raise
-    topology.stop()
 
 
 @contextlib.contextmanager
