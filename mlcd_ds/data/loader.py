@@ -70,17 +70,18 @@ class Ledger:
     @property
     def skipped(self) -> Counter:
         """Skipped, by reason."""
-        found: Counter = Counter()
-        for (_, reason), count in self.skips.items():
-            found[reason] += count
-        return found
+        return self._skipped_by(1)
 
     @property
     def skipped_of(self) -> Counter:
         """Skipped, by shard."""
+        return self._skipped_by(0)
+
+    def _skipped_by(self, part: int) -> Counter:
+        """Skipped, by one part of (shard, reason)."""
         found: Counter = Counter()
-        for (shard, _), count in self.skips.items():
-            found[shard] += count
+        for key, count in self.skips.items():
+            found[key[part]] += count
         return found
 
     @property
