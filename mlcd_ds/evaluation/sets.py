@@ -30,6 +30,7 @@ from mlcd_ds.evaluation.features import (
     split_model,
 )
 from mlcd_ds.evaluation.results import Result, file_name, read_result, write_result
+from mlcd_ds.files import make_folder
 from mlcd_ds.topology import Topology
 
 NOT_THE_RESULTS = (
@@ -207,6 +208,44 @@ def summary(evaluated: Evaluated) -> str:
     if evaluated.missing:
         lines.append(f"missing, in no mean ({len(evaluated.missing)}): {', '.join(evaluated.missing)}")
     return "\n".join(lines)
+
+
+def run_and_tell(
+    config: EvaluationConfig,
+    evaluate: Callable[[EvaluationConfig, Topology], Evaluated],
+    describe: Callable[[Result, str, str], list[str]],
+) -> None:
+    """The whole of a tool: `evaluate` on all ranks, and on rank 0 a line per set and the summary.
+
+    describe(result, name of the set, whether it was kept or its seconds) -> parts of its line. Raises what `evaluate`
+    raises, and DataError as `raise_failed`.
+    """
+    topology = Topology.from_environment()
+    if topology.is_distributed:
+        topology.start(config.timeout_minutes)
+    if config.output is not None:
+        make_folder(Path(config.output).parent)
+    evaluated = evaluate(config, topology)
+    if topology.is_main:
+        for name, result in evaluated.results.items():
+            kept = name in evaluated.kept
+            print(
+                "; ".join(
+                    describe(
+                        result, name, "newer than its inputs: kept" if kept else f"{result.details['seconds']:.1f} s"
+                    )
+                )
+            )
+        if config.root is not None:
+            print(summary(evaluated))
+    topology.stop()
+    raise_failed(evaluated)
+
+
+def skipped_images(details: dict) -> list[str]:
+    """["skipped ..."] where a split has images that could not be used; else none."""
+    skipped = {split: counts for split, counts in details["skipped"].items() if counts}
+    return [f"skipped {skipped}"] if skipped else []
 
 
 def raise_failed(evaluated: Evaluated) -> None:
