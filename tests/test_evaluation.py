@@ -8,6 +8,7 @@ import pytest
 import torch
 from data_factory import picture
 from ranks import run_ranks
+from tiny_vit import TINY
 
 from mlcd_ds.checkpoint import save_encoder
 from mlcd_ds.config import KnnConfig, ProbeConfig
@@ -22,22 +23,10 @@ from mlcd_ds.evaluation.probe import probe, probe_sets
 from mlcd_ds.evaluation.results import read_results
 from mlcd_ds.evaluation.sets import raise_failed, shared_out, summary
 from mlcd_ds.evaluation.softmax import SoftmaxRegressions
-from mlcd_ds.models.vit import VisionTransformer, VitConfig
+from mlcd_ds.models.vit import VisionTransformer
 from mlcd_ds.topology import Topology
 
 CPU = torch.device("cpu")
-TINY = VitConfig(
-    image_size=16,
-    patch_size=8,
-    layers=1,
-    width=16,
-    heads=2,
-    mlp_width=32,
-    embed_dim=8,
-    rope=False,
-    activation="gelu",
-    norm_eps=1e-5,
-)
 
 
 # --- softmax regression

@@ -13,6 +13,7 @@ import pytest
 import torch
 from data_factory import picture
 from tiny_clip import write_tiny_clip
+from tiny_vit import TINY
 
 from mlcd_ds.checkpoint import save_encoder
 from mlcd_ds.config import ProbeConfig
@@ -22,23 +23,11 @@ from mlcd_ds.evaluation.features import read_features
 from mlcd_ds.evaluation.logistic import LogisticRegressions
 from mlcd_ds.evaluation.metrics import average_precision, average_precisions
 from mlcd_ds.evaluation.probe import probe, search
-from mlcd_ds.models.vit import VisionTransformer, VitConfig
+from mlcd_ds.models.vit import VisionTransformer
 from mlcd_ds.topology import Topology
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
-TINY = VitConfig(
-    image_size=16,
-    patch_size=8,
-    layers=1,
-    width=16,
-    heads=2,
-    mlp_width=32,
-    embed_dim=8,
-    rope=False,
-    activation="gelu",
-    norm_eps=1e-5,
-)
 
 
 # --- mathematics
