@@ -65,8 +65,8 @@ def why_not() -> str:
         return f"{', '.join(lacking)} not found: apt-get install iproute2 openssh-server openssh-client pdsh"
     tried = subprocess.run(
         ["unshare", "--net", "--uts", "--mount", "--pid", "--fork", "--mount-proc", "sh", "-c",
-         "ip link set lo up && ip link add end0 type veth peer name end1 && ip link add br0 type bridge && mount -t "
-         "tmpfs x /run"],
+         "ip link set lo up && ip link add end0 type veth peer name end1 && ip link add br0 type bridge "
+         "&& mount -t tmpfs x /run"],
         capture_output=True, text=True, env=os.environ | {"PATH": PATH}, check=False,
     )  # fmt: skip
     return (

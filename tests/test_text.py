@@ -175,6 +175,16 @@ def test_a_folder_of_transformers_gives_the_ids_that_transformers_gives(tmp_path
     ).tolist()  # fmt: skip
 
 
+def test_the_same_captions_give_the_same_tokenizer(tmp_path):
+    captions = [
+        f"a picture of {number} {kind}" for number in ("one", "two", "ten") for kind in ("ships", "cats", "deer")
+    ]
+    files = [tmp_path / f"{attempt}.json" for attempt in range(4)]
+    for file in files:
+        train_tokenizer(captions, 560, file)
+    assert len({file.read_bytes() for file in files}) == 1
+
+
 def test_what_is_no_tokenizer_is_refused_with_the_cure(tmp_path):
     with pytest.raises(DataError, match="does not exist, and nothing is downloaded.*train_tokenizer.py"):
         CaptionTokenizer.load(tmp_path / "absent.json")

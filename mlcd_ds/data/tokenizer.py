@@ -208,7 +208,10 @@ def train_tokenizer(captions: Iterable[str], vocabulary: int, output: Path) -> C
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary - 2 - len(alphabet),
+        vocab_size=vocabulary - 2,
+        # The trainer numbers bytes at a word's end as a hash table comes by them, and parts equal counts by these numbers:
+        # the same captions would give another vocabulary each time. Known beforehand, they have one order.
+        special_tokens=[f"{letter}</w>" for letter in alphabet],
         initial_alphabet=alphabet,
         end_of_word_suffix="</w>",
         show_progress=False,
@@ -216,11 +219,8 @@ def train_tokenizer(captions: Iterable[str], vocabulary: int, output: Path) -> C
     tokenizer.train_from_iterator(counted(), trainer)
     if not count:
         raise DataError("no caption to train a tokenizer on: expected KEY.txt, or KEY.json with a caption, in the tars")
-    # A byte that no word of the captions ended with would be dropped from words that do.
     described = json.loads(tokenizer.to_str())
-    entries = described["model"]["vocab"]
-    for token in (f"{letter}</w>" for letter in alphabet):
-        entries.setdefault(token, len(entries))
+    described["added_tokens"] = []  # they are pieces of words, not tokens of their own
     tokenizer = Tokenizer.from_str(json.dumps(described))
     # Behind all others, as in CLIP's vocabulary: the end token is the highest.
     tokenizer.add_special_tokens([START, END])
