@@ -108,16 +108,10 @@ def patch_features(
     layer = len(model.blocks) if config.layer is None else config.layer
     if layer > len(model.blocks):
         raise ConfigError(f"--layer {layer}: the encoder has {len(model.blocks)} blocks")
-    kept: list[torch.Tensor] = []
-    hook = model.blocks[layer - 1].register_forward_hook(lambda _module, _inputs, tokens_BTW: kept.append(tokens_BTW))
     found = []
-    try:
-        for start in range(0, len(images_nHH3), config.batch_size):
-            batch = torch.from_numpy(images_nHH3[start : start + config.batch_size]).permute(0, 3, 1, 2)
-            model.forward_features(batch.contiguous().to(device))
-            found.append(model.norm_post(kept.pop()[:, 1:]).float().cpu())
-    finally:
-        hook.remove()
+    for start in range(0, len(images_nHH3), config.batch_size):
+        batch = torch.from_numpy(images_nHH3[start : start + config.batch_size]).permute(0, 3, 1, 2)
+        found.append(model.patch_features(batch.contiguous().to(device), layer).float().cpu())
     return torch.cat(found)
 
 

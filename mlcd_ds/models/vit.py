@@ -517,6 +517,17 @@ class VisionTransformer(nn.Module):
             x_BTW = self._run_block(block, *inputs) if is_run else block(*inputs)
         return self.norm_post(x_BTW[:, 0])
 
+    def patch_features(self, images_B3HH: torch.Tensor, blocks: int | None = None) -> torch.Tensor:
+        """The patch tokens after the first `blocks` blocks (None: all) and the last norm, [B, N, W]. Nothing is dropped.
+
+        Unlike `forward_features` it lets all tokens through the last block.
+        """
+        x_BTW = self.norm_pre(self.embeddings(images_B3HH))
+        angles_Tr = None if self.angles is None else self.angles()
+        for block in self.blocks[:blocks]:
+            x_BTW = block(x_BTW, angles_Tr)
+        return self.norm_post(x_BTW[:, -(self.config.grid**2) :])
+
     def forward(self, images_B3HH: torch.Tensor, visit: Visit | None = None) -> torch.Tensor:
         """[B, E], not normalised. Images: uint8 [B, 3, H, H], or floats already normalised with CLIP's values.
 
