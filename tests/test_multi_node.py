@@ -152,5 +152,8 @@ def test_fewer_hosts_go_on_to_the_end(runs, two, killed):
     assert [line["step"] for line in of_both] == list(range(1, STEPS + 1))
     for curve in (killed["curve"], of_both):
         for one, other in zip(whole, curve, strict=curve is of_both):
-            assert other["batch_crc32"] == one["batch_crc32"] or curve is killed["curve"]
             assert other["train_loss"] == pytest.approx(one["train_loss"], rel=1e-4), one["step"]
+    # Rank 0's images of a step are the same again as soon as there are two ranks again.
+    since = len(killed["curve"])
+    checksums = [[line["batch_crc32"] for line in curve[since:]] for curve in (whole, of_both)]
+    assert checksums[0] == checksums[1]
