@@ -49,7 +49,7 @@ def worked(tmp_path_factory):
     config = {
         "train_batch_size": 24,
         "train_micro_batch_size_per_gpu": 12,
-        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "eps": 1e-4, "weight_decay": 0.05, "torch_adam": True}},
+        "optimizer": {"type": "AdamW", "params": {"lr": 3e-4, "eps": 1e-4, "weight_decay": 0.05, "torch_adam": True}},
         "zero_optimization": {"stage": 1, "reduce_bucket_size": 1000000, "allgather_bucket_size": 1000000},
         "tensorboard": {"enabled": True},
     }
@@ -165,7 +165,9 @@ def test_it_trains_and_shows_what_it_does(worked):
     assert ended(worked, "whole")["code"] == 0, output[-3000:]
     lines = metrics(run)
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
-    assert lines[-1]["train_loss"] < lines[0]["train_loss"]
+    # Two passes over the same images, three steps each: single steps differ by their images more than by what is learnt.
+    losses = [line["train_loss"] for line in lines]
+    assert sum(losses[3:]) < sum(losses[:3])
     assert json.loads((run / "status.json").read_text())["state"] == "done"
     for name in ("logit_scale", "accuracy_image_to_text", "accuracy_text_to_image", "cosine_positive", "grad_norm"):
         assert all(name in line for line in lines)
