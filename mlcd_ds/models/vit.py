@@ -183,6 +183,7 @@ PRESETS: dict[str, VitConfig] = {
     # small images, for CPUs and tests
     "vit_toy": _clip_vit(32, 4, 4, 128, 4, 128),
     "vit_toy64": _clip_vit(64, 8, 4, 128, 4, 128),
+    "vit_toy64_p16": _clip_vit(64, 16, 4, 128, 4, 128),
     "vit_ti": _clip_vit(64, 8, 12, 192, 3, 192),
     "vit_s": _clip_vit(64, 8, 12, 384, 6, 384),
 }
