@@ -126,7 +126,7 @@ def test_deepspeed_accepts_shipped_file_and_reads_what_we_say(name, device, monk
         assert theirs.gradient_clipping == settings.gradient_clipping == 1.0
         assert theirs.optimizer_name == "adamw"
         assert theirs.optimizer_params["lr"] == settings.learning_rate
-        assert theirs.optimizer_params["torch_adam"] == (device == "cpu" or name == "cpu.json")
+        assert theirs.optimizer_params["torch_adam"] == (device == "cpu" or name in ON_CPUS)
         assert theirs.grad_accum_dtype == ("fp32" if name not in ON_CPUS else None)
         assert theirs.scheduler_params["warmup_type"] == "linear"
         assert theirs.scheduler_params["total_num_steps"] == 1000
@@ -135,9 +135,9 @@ def test_deepspeed_accepts_shipped_file_and_reads_what_we_say(name, device, monk
             "run/tensorboard"
         )
         assert theirs.checkpoint_tag_validation_fail
-    rates = {"cpu.json": 1e-3, "finetune_8gpu.json": 5e-4, "vit_b": 5e-4}
+    rates = {"cpu.json": 1e-3, "reproduce.json": 1e-3, "finetune_8gpu.json": 5e-4, "vit_b": 5e-4}
     assert settings.learning_rate == rates.get(name, 4e-4 if re.match("vit_(l|h|bigg)", name) else rates["vit_b"])
-    assert settings.weight_decay == (0.05 if name in ("cpu.json", "finetune_8gpu.json") else 0.2)
+    assert settings.weight_decay == (0.05 if name in (*ON_CPUS, "finetune_8gpu.json") else 0.2)
     assert settings.activation_checkpointing == (name in CHECKPOINTED)
 
 
