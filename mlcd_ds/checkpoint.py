@@ -5,7 +5,7 @@
         step_000001000/
             manifest.json           size and SHA-256 of every other file: written last, before the folder gets its name
             state.json              step, samples, world size, what the run was
-            ledger.json             samples decoded and skipped, by reason, of each tar, up to this step
+            ledger.json             samples decoded and skipped, by reason, of each tar, up to this step (older ones lack it)
             engine/...              DeepSpeed's own files
             head/rows_START_STOP.safetensors   centers, moments, step counts of these global rows
             head_1/, head_2/ ...    the same of the other heads, where there are several
@@ -327,6 +327,24 @@ def read_state(path: Path) -> Checkpoint:
         return Checkpoint(path, int(state["step"]), state)
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{path / 'state.json'} cannot be read: {error}") from None
+
+
+def read_ledger(path: Path) -> dict | None:
+    """What `ImageLabelLoader.totals` gave for the checkpoint in `path`; None where that was made before ledgers were kept.
+
+    Raises CheckpointError where it cannot be read.
+    """
+    file = path / LEDGER
+    try:
+        totals = json.loads(file.read_text())
+        if all(len(counts) == len(totals["columns"]) for counts in totals["shards"].values()):
+            return totals
+        problem = "a number for each column was expected of every tar"
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        problem = f"{type(error).__name__}: {error}"
+    raise CheckpointError(f"{file} cannot be read: {problem}")
 
 
 def save_rows(folder: Path, start: int, stop: int, num_classes: int, tensors: dict[str, torch.Tensor]) -> None:

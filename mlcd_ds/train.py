@@ -523,9 +523,17 @@ def resume(
     found: Checkpoint, seed: int, plan: RunPlan, engine: TrainEngine, loader: ImageLabelLoader, topology: Topology
 ) -> int:
     """Loads a checkpoint, the ledger of its samples included; the step to go on from."""
+    totals = checkpoint.read_ledger(found.path)
     engine.load(found, seed)
     engine.skipped_steps = found.state["skipped_steps"]
-    loader.go_on_from(json.loads((found.path / checkpoint.LEDGER).read_text()))
+    if totals is not None:
+        loader.go_on_from(totals)
+    elif topology.is_main:
+        print(
+            f"WARNING: {found.path} has no {checkpoint.LEDGER}, an earlier version has written it: the sums of samples "
+            f"decoded and skipped count from step {found.step} on, not from the start of the run.",
+            flush=True,
+        )
     if topology.is_main:
         ranks = found.state["world_size"]
         by = "" if ranks == topology.world_size else f", written by {ranks} ranks, on {topology.world_size}"

@@ -2,11 +2,12 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from mlcd_ds import checkpoint
+from mlcd_ds import checkpoint, train
 from mlcd_ds.checkpoint import CheckpointStore, load_rows, published, save_rows
 from mlcd_ds.errors import CheckpointError, NewerFormatError, SaveError
 from mlcd_ds.files import save_tensors, sha256, write_json
@@ -208,6 +209,29 @@ def test_newer_format_is_no_damage(tmp_path):
     assert path.is_dir()
     with pytest.raises(CheckpointError, match="Update this program"):
         checkpoint.verify(path)
+
+
+def test_a_checkpoint_from_before_ledgers_goes_on_with_sums_that_begin_at_its_step(tmp_path, capsys):
+    """One that cannot be read is an error, before anything is loaded."""
+    found, taken, totals = checkpoint.read_state(write(tmp_path, 2)), [], {"columns": ["decoded"], "shards": {"0": [3]}}
+    found.state["skipped_steps"], found.state["world_size"] = 4, 1
+    engine, plan = SimpleNamespace(load=lambda *_: None), SimpleNamespace(length=SimpleNamespace(total_steps=9))
+
+    def resume():
+        return train.resume(found, 0, plan, engine, SimpleNamespace(go_on_from=taken.append), Topology.single())
+
+    assert resume() == 2 and engine.skipped_steps == 4 and taken == []
+    warning, resumed = capsys.readouterr().out.splitlines()
+    assert "WARNING" in warning and "no ledger.json" in warning and "count from step 2 on" in warning
+    assert resumed.startswith("resumed from")
+    write_json(found.path / "ledger.json", totals)
+    assert resume() == 2 and taken == [totals]
+    assert "WARNING" not in capsys.readouterr().out
+    engine.load = lambda *_: pytest.fail("loaded")
+    for broken in ("{", "[]", "null", '{"columns": ["decoded"], "shards": {"0": [3, 4]}}', '{"columns": []}'):
+        (found.path / "ledger.json").write_text(broken)
+        with pytest.raises(CheckpointError, match="ledger.json cannot be read"):
+            resume()
 
 
 @pytest.mark.parametrize(("saved", "loaded"), [(1, 3), (3, 1), (2, 3), (3, 2), (2, 2)])
