@@ -1,5 +1,6 @@
 """The order of samples, and batches that depend on neither ranks nor loader processes."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -23,6 +24,7 @@ from toy_data import encode, labels_of, make_shards, picture, write_labels
 from mlcd_ds.batch import NO_IMAGE, NO_LABEL, ImageLabelBatch
 from mlcd_ds.config import RunConfig
 from mlcd_ds.data import loader as loader_module
+from mlcd_ds.data import tars
 from mlcd_ds.data.labels import LabelsInfo, draw_positives, label_path, write_label_shard
 from mlcd_ds.data.loader import ImageLabelLoader
 from mlcd_ds.data.plan import EpochPlan, augmentation_generator, positives_generator
@@ -579,6 +581,56 @@ def test_a_tar_that_is_damaged_or_missing_at_the_start_is_counted_up_to_the_limi
     for (_, _, keys), (_, _, keys2) in zip(found, whole, strict=True):
         assert all(key in ("", key2) for key, key2 in zip(keys, keys2, strict=True))
     assert loader.ledger.skips == {(1, reason): lost} and loader.ledger.read == 40
+
+
+def failing_reads(monkeypatch, name, number):
+    """os.open or os.pread of 00001.tar fails."""
+    function = getattr(os, name)
+
+    def call(what, *arguments, **options):
+        path = what if name == "open" else Path(f"/proc/self/fd/{what}").readlink()
+        if str(path).endswith("00001.tar"):
+            raise OSError(number, os.strerror(number))
+        return function(what, *arguments, **options)
+
+    monkeypatch.setattr(os, name, call)
+
+
+@pytest.mark.parametrize("kept", [0, 100])
+@pytest.mark.parametrize("name, number", [("open", errno.EMFILE), ("open", errno.EACCES), ("pread", errno.ESTALE)])
+def test_what_the_machine_lacks_ends_the_run_and_is_never_a_skip(tmp_path, monkeypatch, name, number, kept):
+    monkeypatch.setattr(tars.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr("mlcd_ds.data.shards.KEPT_SAMPLES", kept)
+    shards = make_shards(tmp_path, [30, 10])
+    loader = make_loader(tmp_path, shards)
+    failing_reads(monkeypatch, name, number)
+    cure = {errno.EMFILE: "ulimit -n", errno.EACCES: "may not read it", errno.ESTALE: "file server"}[number]
+    with pytest.raises(DataError, match=f"00001.tar: {os.strerror(number)}.*{cure}"):
+        collect(loader, 0, 5)
+    assert loader.ledger.num_skipped == 0
+    with pytest.raises(DataError, match=f"00001.tar: {os.strerror(number)}.*{cure}"):
+        build_shard_table(shards, [tmp_path / "labels"], 3, 1.0, None, Topology.single(), allow_missing=True)
+
+
+def test_too_many_open_files_of_batches_are_told_with_the_cure(data):
+    def arriving():
+        raise RuntimeError("Too many open files. Communication with the workers is no longer possible. Please increase")
+        yield
+
+    with pytest.raises(DataError, match="too many open files while step 4 was waited for.*ulimit -n"):
+        make_loader(*data)._next(arriving(), 3)
+
+
+@pytest.mark.parametrize("name", ["open", "pread"])
+def test_a_bad_disk_is_waited_for_once_and_its_images_are_counted(tmp_path, monkeypatch, name):
+    waits = []
+    monkeypatch.setattr(tars.time, "sleep", waits.append)
+    loader = make_loader(tmp_path, make_shards(tmp_path, [30, 10]))
+    failing_reads(monkeypatch, name, errno.EIO)
+    collect(loader, 0, 5)
+    assert loader.ledger.skips == {(1, "damaged_tar"): 10}
+    assert "Input/output error" in loader.ledger.names[0]
+    assert waits == list(tars.RETRY_SECONDS)
 
 
 def test_a_lost_tar_is_judged_by_its_share_of_an_epoch(tmp_path, monkeypatch):

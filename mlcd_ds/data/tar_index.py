@@ -52,7 +52,11 @@ def write_index(index: TarIndex, path: Path | None = None) -> Path:
 
     Raises DataError when it cannot be written there.
     """
-    stat = index.path.stat()
+    path = path or index_path(index.path)
+    try:
+        stat = index.path.stat()
+    except OSError as error:
+        raise DataError(f"the tar {index.path} is gone, its index cannot be written: {error}") from None
     rows = [
         (sample, extension, *place)
         for sample, key in enumerate(index.keys)
@@ -77,7 +81,6 @@ def write_index(index: TarIndex, path: Path | None = None) -> Path:
         "offset": np.array([row[2] for row in rows], np.int64),
         "size": np.array([row[3] for row in rows], np.int64),
     }
-    path = path or index_path(index.path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(path, lambda file: np.savez(file, **parts))
