@@ -31,8 +31,8 @@ from mlcd_ds.data.centers import Centers, load_center_rows
 from mlcd_ds.data.labels import LabelsInfo, check_label_folder
 from mlcd_ds.data.loader import ImageLabelLoader, build_shard_table
 from mlcd_ds.data.plan import EpochPlan
-from mlcd_ds.data.tar_index import find_index
-from mlcd_ds.data.tars import expand_shards, local_shard, shard_name
+from mlcd_ds.data.shards import look_into, missing_tar
+from mlcd_ds.data.tars import MissingTarError, expand_shards, shard_name
 from mlcd_ds.data.tokenizer import CaptionTokenizer
 from mlcd_ds.ds_config import BatchSizes, DeepSpeedSettings, load_deepspeed_config, resolve_deepspeed_config
 from mlcd_ds.engine import StepResult, TrainEngine
@@ -316,17 +316,37 @@ def dry_run(config: RunConfig, topology: Topology) -> None:
     names = [shard_name(shard) for shard in shards]
     found = [check_label_folder(folder, names, config.num_positives) for folder in config.labels_folders]
     labels, images = tuple(info for info, _ in found), max((sum(rows) for _, rows in found), default=0)
+    unused: tuple[str, ...] = ()
     if config.on_captions:
-        images = sum(
-            len(find_index(local_shard(shard, config.shard_cache, config.allow_pipe)).index.keys) for shard in shards
-        )
+        images, unused = count_images(config, shards)
     raw = load_deepspeed_config(config.deepspeed_config)
     kept = RunFolder(config.output_dir).global_batch() if config.resume == "auto" else None
     batch = BatchSizes.resolve(raw, world_size, kept)
-    plan = plan_run(config, raw, batch, planned, images, len(shards), labels, tokenizer=load_tokenizer(config))
+    tokenizer = load_tokenizer(config)
+    plan = plan_run(config, raw, batch, planned, images, len(shards), labels, unused, tokenizer)
     check_start(config, plan)
     if topology.is_main:
         print(plan.card)
+
+
+def count_images(config: RunConfig, shards: Sequence[str]) -> tuple[int, tuple[str, ...]]:
+    """(images of all tars, what to tell of those that are damaged or missing), by indexes or headers; writes none.
+
+    Raises DataError for a missing tar without --allow_missing_shards.
+    """
+    count, bad = 0, []
+    for shard in shards:
+        found = look_into(shard, config.shard_cache, config.allow_pipe, None)
+        if found.damage is not None:
+            if isinstance(found.damage, MissingTarError) and not config.allow_missing_shards:
+                raise missing_tar(found.damage)
+            bad.append(str(found.damage))
+        count += len(found.keys_before or found.index.keys)
+    if not bad:
+        return count, ()
+    return count, (
+        f"{len(bad):,} tars are damaged or missing, what no index tells of them is not counted. E.g. {bad[0]}",
+    )
 
 
 def check_shared(run: RunFolder, topology: Topology) -> None:

@@ -21,6 +21,7 @@ from PIL import Image
 from ranks import run_ranks
 from toy_data import encode, labels_of, make_shards, picture, write_labels
 
+from mlcd_ds import train
 from mlcd_ds.batch import NO_IMAGE, NO_LABEL, ImageLabelBatch
 from mlcd_ds.config import RunConfig
 from mlcd_ds.data import loader as loader_module
@@ -29,6 +30,7 @@ from mlcd_ds.data.labels import LabelsInfo, draw_positives, label_path, write_la
 from mlcd_ds.data.loader import ImageLabelLoader
 from mlcd_ds.data.plan import EpochPlan, augmentation_generator, positives_generator
 from mlcd_ds.data.shards import ShardReader, build_shard_table
+from mlcd_ds.data.tar_index import write_index
 from mlcd_ds.data.tars import index_tar
 from mlcd_ds.errors import ConfigError, DataError
 from mlcd_ds.topology import Topology
@@ -631,6 +633,27 @@ def test_a_bad_disk_is_waited_for_once_and_its_images_are_counted(tmp_path, monk
     assert loader.ledger.skips == {(1, "damaged_tar"): 10}
     assert "Input/output error" in loader.ledger.names[0]
     assert waits == list(tars.RETRY_SECONDS)
+
+
+def test_a_dry_run_on_captions_counts_what_is_there_and_takes_what_the_run_takes(tmp_path):
+    samples = [(f"{i:09d}", {"jpg": encode(picture(i)), "txt": b"a word"}) for i in range(6)]
+    for name in ("0", "1", "2"):
+        tars.write_tar(tmp_path / f"{name}.tar", [(f"{name}{key}", parts) for key, parts in samples])
+    write_index(index_tar(tmp_path / "1.tar"))
+    shards = [str(tmp_path / f"{name}.tar") for name in "012"]
+    assert train.count_images(config(), shards) == (18, ())
+    os.truncate(shards[1], 4000)
+    remove(shards[2])
+    with pytest.raises(DataError, match="2.tar.*Fetch it, or go on without it by --allow_missing_shards"):
+        train.count_images(config(), shards)
+    count, (told,) = train.count_images(config(allow_missing_shards=True), shards)
+    assert count == 12  # the index of the cut one tells of all six
+    assert told.startswith("2 tars are damaged or missing, what no index tells of them is not counted. E.g. the tar ")
+    with pytest.raises(
+        DataError, match="2.tar.* No index of before tells which images it held: take it out of --shards"
+    ):
+        build_shard_table(shards, [], 1, 1.0, None, Topology.single(), captions=True, allow_missing=True)
+    assert len(list(tmp_path.iterdir())) == 2 + 3 + 1
 
 
 def test_a_lost_tar_is_judged_by_its_share_of_an_epoch(tmp_path, monkeypatch):

@@ -264,6 +264,11 @@ def _listed(items: Sequence) -> str:
     return " and ".join(map(str, items))
 
 
+def missing_tar(damage: DataError) -> DataError:
+    """The error for a tar that is missing, where none may be."""
+    return DataError(f"{damage} Fetch it, or go on without it by --allow_missing_shards.")
+
+
 @dataclass
 class _Found:
     """What one rank learnt about one shard, to be exchanged."""
@@ -370,7 +375,7 @@ def _examine(
     try:
         found_index = look(path)
         if isinstance(found_index.damage, MissingTarError) and not allow_missing:
-            raise DataError(f"{found_index.damage} Fetch it, or go on without it by --allow_missing_shards.")
+            raise missing_tar(found_index.damage)
         index = found_index.index
         found.unfit_index = found_index.source in ("stale", "damaged") and not found_index.kept
         found.duplicates, found.ignored = index.duplicates, index.ignored
@@ -385,7 +390,9 @@ def _examine(
             return found
         contents = _join(found_index, labels, num_positives, captions)
         if not len(contents):
-            raise DataError(str(found_index.damage))
+            missing = isinstance(found_index.damage, MissingTarError)
+            untold = " No index of before tells which images it held: take it out of --shards." if missing else ""
+            raise DataError(f"{found_index.damage}{untold}")
         keys = _keys(found_index, labels)
         found.count, found.damage = len(contents), contents.damage
         found.lost = int(((contents.offsets == LOST) & contents.labelled).sum())
