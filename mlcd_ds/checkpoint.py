@@ -38,7 +38,7 @@ from mlcd_ds.batch import head_suffix
 from mlcd_ds.data import tokenizer as tokenizers
 from mlcd_ds.data.tokenizer import CaptionTokenizer
 from mlcd_ds.errors import CheckpointError, NewerFormatError, SaveError
-from mlcd_ds.files import save_tensors, sha256, sync_file, sync_folder, write_json, write_text
+from mlcd_ds.files import comes_into_sight, save_tensors, sha256, sync_file, sync_folder, write_json, write_text
 from mlcd_ds.models import hf, hf_text
 from mlcd_ds.models.hf import PROJECTION
 from mlcd_ds.models.text import TextConfig, TextTransformer
@@ -136,6 +136,7 @@ class CheckpointStore:
         try:
             for name in files[self.topology.rank :: self.topology.world_size]:
                 path = staging / name
+                comes_into_sight(path.is_file)  # another host has written it
                 sync_file(path)
                 hashed[name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
         except OSError as error:
@@ -253,7 +254,27 @@ def head_folder(index: int) -> str:
 
 
 def _parts(staging: Path, world_size: int, head_folders: list[str], shards: int | None) -> list[str]:
-    """All files of a staged checkpoint, relative to it. Raises CheckpointError where a rank's part is not among them."""
+    """All files of a staged checkpoint, relative to it. Raises CheckpointError where a rank's part is not among them, nor
+    comes into sight.
+    """
+    found: list[tuple[list[str], list[str]]] = []
+
+    def complete() -> bool:
+        found.append(_parts_in_sight(staging, world_size, head_folders, shards))
+        return not found[-1][1]
+
+    if not comes_into_sight(complete):
+        raise CheckpointError(
+            f"{staging} lacks {found[-1][1][0]}, though every rank has written its own: do all hosts see the same file "
+            "system under --output_dir? Give a folder that they share."
+        )
+    return found[-1][0]
+
+
+def _parts_in_sight(
+    staging: Path, world_size: int, head_folders: list[str], shards: int | None
+) -> tuple[list[str], list[str]]:
+    """(all files of a staged checkpoint, the parts that lack among them)."""
     names = sorted(str(path.relative_to(staging)) for path in staging.rglob("*") if path.is_file())
     ranks = range(world_size if shards is None else 0)
     missing = [f"ranks/{rank_file(rank)}" for rank in ranks if f"ranks/{rank_file(rank)}" not in names]
@@ -262,12 +283,7 @@ def _parts(staging: Path, world_size: int, head_folders: list[str], shards: int 
         rows = [name for name in names if name.startswith(f"{folder}/")]
         if len(rows) != shards:
             missing.append(f"{shards - len(rows)} of the {shards} files in {folder}/")
-    if missing:
-        raise CheckpointError(
-            f"{staging} lacks {missing[0]}, though every rank has written its own: do all hosts see the same file system "
-            "under --output_dir? Give a folder that they share."
-        )
-    return names
+    return names, missing
 
 
 def rank_file(rank: int) -> str:

@@ -46,7 +46,7 @@ from mlcd_ds.errors import (
     SaveError,
     UserError,
 )
-from mlcd_ds.files import write_json, write_text
+from mlcd_ds.files import comes_into_sight, write_json, write_text
 from mlcd_ds.machine import check_machine, needs_of
 from mlcd_ds.models import flops
 from mlcd_ds.models.text import ImageTextModel, TextConfig, TextTransformer, text_preset
@@ -351,7 +351,7 @@ def count_images(config: RunConfig, shards: Sequence[str]) -> tuple[int, tuple[s
 
 def check_shared(run: RunFolder, topology: Topology) -> None:
     """Refuses hosts that do not share the run folder, now rather than at the first checkpoint."""
-    sees = collectives.gather_objects((run.path / "config.json").is_file(), topology)
+    sees = collectives.gather_objects(comes_into_sight((run.path / "config.json").is_file), topology)
     if not all(sees):
         blind = [rank for rank, found in enumerate(sees) if not found]
         raise CheckpointError(

@@ -2,12 +2,13 @@
 
 import json
 import shutil
+import threading
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from mlcd_ds import checkpoint, train
+from mlcd_ds import checkpoint, files, train
 from mlcd_ds.checkpoint import CheckpointStore, load_rows, published, save_rows
 from mlcd_ds.errors import CheckpointError, NewerFormatError, SaveError
 from mlcd_ds.files import save_tensors, sha256, write_json
@@ -57,7 +58,7 @@ def test_staged_checkpoint_is_never_found_and_goes_with_the_next_save(tmp_path):
 
 
 @pytest.mark.parametrize(("part", "words"), [("head", "1 of the 1 files in head/"), ("ranks", "ranks/rank_00000")])
-def test_part_that_rank_0_does_not_see_is_not_published(tmp_path, part, words):
+def test_part_that_rank_0_does_not_see_is_not_published(tmp_path, monkeypatch, part, words):
     """As where the hosts of a run have different disks under the same path."""
     writer = store(tmp_path)
     staging = writer.stage(1)
@@ -65,12 +66,30 @@ def test_part_that_rank_0_does_not_see_is_not_published(tmp_path, part, words):
         save_rows(staging / "head", 0, 5, 5, {"centers": torch.zeros(5, 2)})
     if part != "ranks":
         save_tensors(staging / "ranks" / checkpoint.rank_file(0), {"torch": torch.get_rng_state()})
+    monkeypatch.setattr(files, "VISIBLE_SECONDS", 0.3)
     with pytest.raises(CheckpointError, match=f"lacks {words}.*same file system"):
         writer.publish(1)
     assert published(tmp_path / "checkpoints") == []
 
 
-def test_rows_of_every_head_must_be_there(tmp_path):
+def test_a_part_that_comes_into_sight_late_is_waited_for(tmp_path, monkeypatch):
+    """As on a network file system: rank 0 lists, and another rank hashes, what a third has written a moment ago."""
+    writer = store(tmp_path)
+    staging = writer.stage(1)
+    fill(staging, 1)
+    hidden = staging / "ranks" / checkpoint.rank_file(0)
+    hidden.rename(tmp_path / "hidden")
+    late = threading.Timer(0.5, lambda: (tmp_path / "hidden").rename(hidden))
+    late.start()
+    path = writer.publish(1)
+    late.join()
+    checkpoint.verify(path)
+    looks = iter((False, False, True))
+    assert files.comes_into_sight(lambda: next(looks)) and not files.comes_into_sight(lambda: False, seconds=0.1)
+
+
+def test_rows_of_every_head_must_be_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "VISIBLE_SECONDS", 0.3)
     writer = CheckpointStore(tmp_path, Topology.single(), 3, heads=2)
     staging = writer.stage(1)
     save_rows(staging / "head", 0, 5, 5, {"centers": torch.zeros(5, 2)})

@@ -237,7 +237,26 @@ def test_a_signal_while_the_run_starts_is_raised_in_it():
             time.sleep(5)
 
 
-def test_only_errors_of_collectives_are_a_lost_peer(monkeypatch):
+def test_stacks_are_printed_on_demand_and_where_a_process_is_ended(monkeypatch, capfd):
+    ended = []
+    monkeypatch.setattr(watch.os, "_exit", ended.append)
+
+    def stands_here(seconds: float) -> None:
+        time.sleep(seconds)
+
+    with watch.Watch(Topology.single(), 0.005, 60) as mine:
+        os.kill(os.getpid(), signal.SIGUSR2)
+        stands_here(0.1)
+        stacks = capfd.readouterr().err
+        assert "in stands_here" in stacks and "in _listen" in stacks  # the main thread and the watch's own
+        mine.does(watch.WAITS_FOR_DATA, 4)
+        stands_here(2.5)
+    said = capfd.readouterr()
+    assert "in stands_here" in said.err and ended[0] == NO_DATA
+    assert "ends at once: no data for step 5" in said.out
+
+
+def test_only_errors_of_collectives_are_a_lost_peer(monkeypatch, capfd):
     mine = watch.Watch(Topology(0, 2, 0, 2, Topology.single().device), 1, 60)
     monkeypatch.setattr(mine, "peers", lambda: "rank(s) [1] do not answer")
     mine.does("saves", 12)
@@ -250,6 +269,7 @@ def test_only_errors_of_collectives_are_a_lost_peer(monkeypatch):
             raise RuntimeError(
                 "[/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:4. This is typical"
             )
+    assert "rank 0 stood in a collective, whose stack was:\n  File " in capfd.readouterr().err
 
 
 def test_lack_of_device_memory_names_what_takes_it(tmp_path):
