@@ -253,7 +253,7 @@ def test_a_checkpoint_from_before_ledgers_goes_on_with_sums_that_begin_at_its_st
             resume()
 
 
-@pytest.mark.parametrize(("saved", "loaded"), [(1, 3), (3, 1), (2, 3), (3, 2), (2, 2)])
+@pytest.mark.parametrize(("saved", "loaded"), [(1, 3), (3, 1), (2, 3), (3, 2), (2, 2), (4, 3), (2, 4)])
 def test_rows_are_found_at_another_number_of_ranks(tmp_path, saved, loaded):
     values, steps = torch.randn(11, 3), torch.arange(11, dtype=torch.int32)
     partition = ClassPartition(11, saved)

@@ -70,6 +70,7 @@ def test_the_second_signal_ends_a_rank_that_hangs_at_once(found):
     assert run["status"]["state"] == "failed"
     assert "a second SIGTERM" in run["status"]["reason"]
     assert "ends at once: a second SIGTERM" in run["output"][0]
+    assert " in stuck\n" in run["output"][0]  # the stack of its main thread
     assert run["checkpoints"] == [2]
 
 
@@ -93,6 +94,7 @@ def test_a_frozen_rank_ends_the_others_within_the_timeout(found):
     assert run["finished"]
     assert run["codes"][0] == PEER_LOST and run["codes"][1] not in (0, None)
     last = run["output"][0].strip().splitlines()[-1]
+    assert "rank 0 stood in " in run["output"][0] and "whose stack was:" in run["output"][0]
     for words in ("rank 0 computes after step", "Timed out", "rank(s) [1] do not answer", "last heard of: rank 1"):
         assert words in last
 
@@ -246,11 +248,12 @@ def test_stacks_are_printed_on_demand_and_where_a_process_is_ended(monkeypatch, 
 
     with watch.Watch(Topology.single(), 0.005, 60) as mine:
         os.kill(os.getpid(), signal.SIGUSR2)
-        stands_here(0.1)
         stacks = capfd.readouterr().err
-        assert "in stands_here" in stacks and "in _listen" in stacks  # the main thread and the watch's own
+        assert "in test_stacks_are_printed" in stacks and "in _listen" in stacks  # the main thread and the watch's own
         mine.does(watch.WAITS_FOR_DATA, 4)
-        stands_here(2.5)
+        until = time.monotonic() + 60
+        while not ended and time.monotonic() < until:
+            stands_here(0.1)
     said = capfd.readouterr()
     assert "in stands_here" in said.err and ended[0] == NO_DATA
     assert "ends at once: no data for step 5" in said.out
