@@ -43,7 +43,7 @@ def needs_of(
     checkpoint: int,
     total_steps: int,
 ) -> Needs:
-    """What a run needs. checkpoint: bytes of one, see `card.checkpoint_bytes`."""
+    """What a run needs. checkpoint: bytes of one, see `memory.checkpoint_bytes`."""
     pieces = pieces_of(images_per_rank)
     # Each loader process reads `prefetch` pieces ahead; the loop holds two batches, and one more is put together. Where data
     # are what a run waits for, and a GPU takes them at once, little more than one piece is there at a time.
