@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -298,6 +299,22 @@ def test_a_host_with_other_code_versions_or_settings_is_refused_by_every_rank():
         first, second = run_ranks(2, refusal)
         said = f"rank 1 runs another program than rank 0: {words} {own[name]} on rank 0, else on rank 1"
         assert first == second and said in first
+
+
+def test_ranks_that_cannot_meet_say_why(monkeypatch):
+    """A port that is in use; a rank 0, then a rank 1, that never come."""
+    port = free_port()
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(port))
+    first, second = (Topology(rank, 2, rank, 2, torch.device("cpu")) for rank in range(2))
+    with socket.create_server(("127.0.0.1", port)):
+        with pytest.raises(ConfigError, match=f"port {port} is in use, perhaps by another run.*--master_port"):
+            first.start(0.02)
+    for rank in (second, first):
+        said = f"rank {rank.rank} of 2 has not met the others at 127.0.0.1:{port} within 0.02 minutes .*is a host down"
+        with pytest.raises(PeerError, match=said):
+            rank.start(0.02)
+    assert not torch.distributed.is_initialized()
 
 
 def test_no_launcher_no_watch(monkeypatch):
