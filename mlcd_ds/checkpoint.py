@@ -5,7 +5,7 @@
         step_000001000/
             manifest.json           size and SHA-256 of every other file: written last, before the folder gets its name
             state.json              step, samples, world size, what the run was
-            ledger.json             samples decoded and skipped, by reason, of each tar, up to this step
+            ledger.json             samples decoded and skipped, by reason, of each tar, up to this step (older ones lack it)
             engine/...              DeepSpeed's own files
             head/rows_START_STOP.safetensors   centers, moments, step counts of these global rows
             head_1/, head_2/ ...    the same of the other heads, where there are several
@@ -38,7 +38,7 @@ from mlcd_ds.batch import head_suffix
 from mlcd_ds.data import tokenizer as tokenizers
 from mlcd_ds.data.tokenizer import CaptionTokenizer
 from mlcd_ds.errors import CheckpointError, NewerFormatError, SaveError
-from mlcd_ds.files import save_tensors, sha256, sync_file, sync_folder, write_json, write_text
+from mlcd_ds.files import comes_into_sight, save_tensors, sha256, sync_file, sync_folder, write_json, write_text
 from mlcd_ds.models import hf, hf_text
 from mlcd_ds.models.hf import PROJECTION
 from mlcd_ds.models.text import TextConfig, TextTransformer
@@ -136,6 +136,7 @@ class CheckpointStore:
         try:
             for name in files[self.topology.rank :: self.topology.world_size]:
                 path = staging / name
+                comes_into_sight(path.is_file)  # another host has written it
                 sync_file(path)
                 hashed[name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
         except OSError as error:
@@ -253,7 +254,27 @@ def head_folder(index: int) -> str:
 
 
 def _parts(staging: Path, world_size: int, head_folders: list[str], shards: int | None) -> list[str]:
-    """All files of a staged checkpoint, relative to it. Raises CheckpointError where a rank's part is not among them."""
+    """All files of a staged checkpoint, relative to it. Raises CheckpointError where a rank's part is not among them, nor
+    comes into sight.
+    """
+    found: list[tuple[list[str], list[str]]] = []
+
+    def complete() -> bool:
+        found.append(_parts_in_sight(staging, world_size, head_folders, shards))
+        return not found[-1][1]
+
+    if not comes_into_sight(complete):
+        raise CheckpointError(
+            f"{staging} lacks {found[-1][1][0]}, though every rank has written its own: do all hosts see the same file "
+            "system under --output_dir? Give a folder that they share."
+        )
+    return found[-1][0]
+
+
+def _parts_in_sight(
+    staging: Path, world_size: int, head_folders: list[str], shards: int | None
+) -> tuple[list[str], list[str]]:
+    """(all files of a staged checkpoint, the parts that lack among them)."""
     names = sorted(str(path.relative_to(staging)) for path in staging.rglob("*") if path.is_file())
     ranks = range(world_size if shards is None else 0)
     missing = [f"ranks/{rank_file(rank)}" for rank in ranks if f"ranks/{rank_file(rank)}" not in names]
@@ -262,12 +283,7 @@ def _parts(staging: Path, world_size: int, head_folders: list[str], shards: int 
         rows = [name for name in names if name.startswith(f"{folder}/")]
         if len(rows) != shards:
             missing.append(f"{shards - len(rows)} of the {shards} files in {folder}/")
-    if missing:
-        raise CheckpointError(
-            f"{staging} lacks {missing[0]}, though every rank has written its own: do all hosts see the same file system "
-            "under --output_dir? Give a folder that they share."
-        )
-    return names
+    return names, missing
 
 
 def rank_file(rank: int) -> str:
@@ -327,6 +343,24 @@ def read_state(path: Path) -> Checkpoint:
         return Checkpoint(path, int(state["step"]), state)
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{path / 'state.json'} cannot be read: {error}") from None
+
+
+def read_ledger(path: Path) -> dict | None:
+    """What `ImageLabelLoader.totals` gave for the checkpoint in `path`; None where that was made before ledgers were kept.
+
+    Raises CheckpointError where it cannot be read.
+    """
+    file = path / LEDGER
+    try:
+        totals = json.loads(file.read_text())
+        if all(len(counts) == len(totals["columns"]) for counts in totals["shards"].values()):
+            return totals
+        problem = "a number for each column was expected of every tar"
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        problem = f"{type(error).__name__}: {error}"
+    raise CheckpointError(f"{file} cannot be read: {problem}")
 
 
 def save_rows(folder: Path, start: int, stop: int, num_classes: int, tensors: dict[str, torch.Tensor]) -> None:

@@ -417,6 +417,7 @@ class FinetuneConfig(Settings):
     max_skipped_fraction: Finite = Field(0.01, ge=0, le=1, description="stop above this share of unusable samples")
     max_pixels: int = Field(50_000_000, ge=1, description="larger images are skipped, judged by their header")
     shard_cache: str | None = Field(None, description="folder for remote tars; needed for URLs")
+    allow_pipe: bool = Field(False, description="take tars from pipe:COMMAND, which runs that shell command")
     save_every_steps: int = Field(1000, ge=1)
     keep_last: int = Field(2, ge=1, description="checkpoints kept")
     max_failed_saves: int = Field(3, ge=1, description="stop when so many saves in a row could not be written")
@@ -482,6 +483,7 @@ class TokenizerConfig(Settings):
     vocab_size: int = Field(8192, ge=3, description="tokens at most, special ones included (CLIP: 49,408)")
     max_captions: int | None = Field(None, ge=1, description="captions to learn from at most; none: all")
     shard_cache: str | None = Field(None, description="folder for remote tars; needed for URLs")
+    allow_pipe: bool = Field(False, description="take tars from pipe:COMMAND, which runs that shell command")
     force: bool = Field(False, description="replace output where it exists")
 
 
@@ -686,6 +688,7 @@ class EvaluationConfig(Settings):
     max_skipped_fraction: Finite = Field(0.01, ge=0, le=1, description="stop above this share of unusable images")
     max_pixels: int = Field(50_000_000, ge=1)
     shard_cache: str | None = Field(None, description="folder for remote tars; needed for URLs")
+    allow_pipe: bool = Field(False, description="take tars from pipe:COMMAND, which runs that shell command")
     timeout_minutes: Finite = Field(60.0, gt=0, description="longest wait for another rank")
 
     @model_validator(mode="after")

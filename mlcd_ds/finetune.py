@@ -71,6 +71,7 @@ SETTINGS = (
     "max_skipped_fraction",
     "max_pixels",
     "shard_cache",
+    "allow_pipe",
     "save_every_steps",
     "keep_last",
     "max_failed_saves",
@@ -111,12 +112,19 @@ def _finetune_in(run: RunFolder, config: FinetuneConfig, raw: dict, topology: To
     batch = BatchSizes.resolve(raw, topology.world_size, collectives.on_main(topology, run.global_batch))
     encoder, name = load_encoder(config)
     shared = as_run_config(config, name)
-    shards = collectives.on_main(topology, expand_shards, config.shards)
-    test = TestImages(config, collectives.on_main(topology, expand_shards, config.test_shards), topology)
+    shards = collectives.on_main(topology, expand_shards, config.shards, config.allow_pipe)
+    test_shards = collectives.on_main(topology, expand_shards, config.test_shards, config.allow_pipe)
+    test = TestImages(config, test_shards, topology)
     num_classes = make_class_labels(config, shards, run.path / CLASS_LABELS, topology)
     collectives.barrier(topology)
     table = build_shard_table(
-        shards, shared.labels_folders, 1, config.max_skipped_fraction, config.shard_cache, topology
+        shards,
+        shared.labels_folders,
+        1,
+        config.max_skipped_fraction,
+        config.shard_cache,
+        topology,
+        allow_pipe=config.allow_pipe,
     )
     order = EpochPlan(config.seed, table.counts, batch.global_batch, config.shuffle_window)
     plan = plan_finetuning(config, shared, raw, batch, encoder.config, topology, table.num_samples, num_classes)
@@ -209,7 +217,7 @@ def make_class_labels(config: FinetuneConfig, shards: list[str], folder: Path, t
     def read_own() -> int:
         largest = -1
         for shard in shards[topology.rank :: topology.world_size]:
-            path = local_shard(shard, config.shard_cache)
+            path = local_shard(shard, config.shard_cache, config.allow_pipe)
             classes = labels_of_shard(path, config.classes_key)
             wrong = next((key for key, own in classes.items() if len(own) != 1), None)
             if wrong is not None:
@@ -305,7 +313,7 @@ class TestImages:
 
     def __init__(self, config: FinetuneConfig, shards: list[str], topology: Topology):
         self.config, self.topology = config, topology
-        self.shards = [local_shard(shard, config.shard_cache) for shard in shards]
+        self.shards = [local_shard(shard, config.shard_cache, config.allow_pipe) for shard in shards]
         self.total = sum(len(index_tar(shard).keys) for shard in self.shards)
         self.count, self.skipped = 0, Counter()
 

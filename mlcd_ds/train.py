@@ -31,8 +31,8 @@ from mlcd_ds.data.centers import Centers, load_center_rows
 from mlcd_ds.data.labels import LabelsInfo, check_label_folder
 from mlcd_ds.data.loader import ImageLabelLoader, build_shard_table
 from mlcd_ds.data.plan import EpochPlan
-from mlcd_ds.data.tar_index import find_index
-from mlcd_ds.data.tars import expand_shards, local_shard, shard_name
+from mlcd_ds.data.shards import look_into, missing_tar
+from mlcd_ds.data.tars import MissingTarError, expand_shards, shard_name
 from mlcd_ds.data.tokenizer import CaptionTokenizer
 from mlcd_ds.ds_config import BatchSizes, DeepSpeedSettings, load_deepspeed_config, resolve_deepspeed_config
 from mlcd_ds.engine import StepResult, TrainEngine
@@ -46,7 +46,7 @@ from mlcd_ds.errors import (
     SaveError,
     UserError,
 )
-from mlcd_ds.files import write_json, write_text
+from mlcd_ds.files import comes_into_sight, write_json, write_text
 from mlcd_ds.machine import check_machine, needs_of
 from mlcd_ds.models import flops
 from mlcd_ds.models.text import ImageTextModel, TextConfig, TextTransformer, text_preset
@@ -316,22 +316,42 @@ def dry_run(config: RunConfig, topology: Topology) -> None:
     names = [shard_name(shard) for shard in shards]
     found = [check_label_folder(folder, names, config.num_positives) for folder in config.labels_folders]
     labels, images = tuple(info for info, _ in found), max((sum(rows) for _, rows in found), default=0)
+    unused: tuple[str, ...] = ()
     if config.on_captions:
-        images = sum(
-            len(find_index(local_shard(shard, config.shard_cache, config.allow_pipe)).index.keys) for shard in shards
-        )
+        images, unused = count_images(config, shards)
     raw = load_deepspeed_config(config.deepspeed_config)
     kept = RunFolder(config.output_dir).global_batch() if config.resume == "auto" else None
     batch = BatchSizes.resolve(raw, world_size, kept)
-    plan = plan_run(config, raw, batch, planned, images, len(shards), labels, tokenizer=load_tokenizer(config))
+    tokenizer = load_tokenizer(config)
+    plan = plan_run(config, raw, batch, planned, images, len(shards), labels, unused, tokenizer)
     check_start(config, plan)
     if topology.is_main:
         print(plan.card)
 
 
+def count_images(config: RunConfig, shards: Sequence[str]) -> tuple[int, tuple[str, ...]]:
+    """(images of all tars, what to tell of those that are damaged or missing), by indexes or headers; writes none.
+
+    Raises DataError for a missing tar without --allow_missing_shards.
+    """
+    count, bad = 0, []
+    for shard in shards:
+        found = look_into(shard, config.shard_cache, config.allow_pipe, None)
+        if found.damage is not None:
+            if isinstance(found.damage, MissingTarError) and not config.allow_missing_shards:
+                raise missing_tar(found.damage)
+            bad.append(str(found.damage))
+        count += len(found.keys_before or found.index.keys)
+    if not bad:
+        return count, ()
+    return count, (
+        f"{len(bad):,} tars are damaged or missing, what no index tells of them is not counted. E.g. {bad[0]}",
+    )
+
+
 def check_shared(run: RunFolder, topology: Topology) -> None:
     """Refuses hosts that do not share the run folder, now rather than at the first checkpoint."""
-    sees = collectives.gather_objects((run.path / "config.json").is_file(), topology)
+    sees = collectives.gather_objects(comes_into_sight((run.path / "config.json").is_file), topology)
     if not all(sees):
         blind = [rank for rank, found in enumerate(sees) if not found]
         raise CheckpointError(
@@ -523,9 +543,17 @@ def resume(
     found: Checkpoint, seed: int, plan: RunPlan, engine: TrainEngine, loader: ImageLabelLoader, topology: Topology
 ) -> int:
     """Loads a checkpoint, the ledger of its samples included; the step to go on from."""
+    totals = checkpoint.read_ledger(found.path)
     engine.load(found, seed)
     engine.skipped_steps = found.state["skipped_steps"]
-    loader.go_on_from(json.loads((found.path / checkpoint.LEDGER).read_text()))
+    if totals is not None:
+        loader.go_on_from(totals)
+    elif topology.is_main:
+        print(
+            f"WARNING: {found.path} has no {checkpoint.LEDGER}, an earlier version has written it: the sums of samples "
+            f"decoded and skipped count from step {found.step} on, not from the start of the run.",
+            flush=True,
+        )
     if topology.is_main:
         ranks = found.state["world_size"]
         by = "" if ranks == topology.world_size else f", written by {ranks} ranks, on {topology.world_size}"

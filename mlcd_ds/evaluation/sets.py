@@ -42,6 +42,7 @@ NOT_THE_RESULTS = (
     "batch_size",
     "workers",
     "shard_cache",
+    "allow_pipe",
     "timeout_minutes",
 )
 """Settings that a result does not depend on."""
@@ -142,7 +143,8 @@ def _named_sets(config: EvaluationConfig) -> tuple[list[EvaluationSet], list[str
                 f"{Path(config.root) / 'cifar10'} with train/ and test/, in CLIP_benchmark's layout"
             )
         return sets, missing
-    shards = {"train": expand_shards(config.train_shards), "test": expand_shards(config.test_shards)}
+    specs = {"train": config.train_shards, "test": config.test_shards}
+    shards = {part: expand_shards(spec, config.allow_pipe) for part, spec in specs.items()}
     return [EvaluationSet(config.dataset_name or config.test_shards, shards, None)], []
 
 
@@ -158,7 +160,7 @@ def _extract(tasks: list[Task], topology: Topology) -> dict[str, str]:
         if name in failed:
             continue
         try:
-            local = local_shard(shard, task.config.shard_cache)
+            local = local_shard(shard, task.config.shard_cache, task.config.allow_pipe)
             labels_of_shard(local, task.config.classes_key)  # better now than after hours
             encode_shard(task.config, task.encoder, task.cache, local)
         except UserError as error:
