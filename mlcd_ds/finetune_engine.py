@@ -79,10 +79,11 @@ class FinetuneEngine(TrainEngine):
         config: FinetuneConfig,
         run: RunConfig,
         topology: Topology,
+        timeout_minutes: float,
     ):
         self.finetune, self._smoothing = config, config.label_smoothing
         self.num_classes = model.head.out_features
-        super().__init__(model, [], settings, run, topology, config.timeout_minutes)
+        super().__init__(model, [], settings, run, topology, timeout_minutes)
 
     def _parameter_groups(self, model: Classifier) -> list[dict]:
         return layer_groups(model, self.settings.weight_decay, self.settings.learning_rate, self.finetune.layer_decay)
