@@ -12,6 +12,8 @@
             ranks/rank_00000.safetensors       random number generators
             encoder/encoder.safetensors, encoder.json   the encoder alone, float32, for every tool that reads it
             text/text.safetensors, text.json, tokenizer.json   of a run on captions: the text tower with the logits' scale
+            classifier.safetensors  of fine-tuning: the classifier
+            average/encoder/..., average/classifier.safetensors   of fine-tuning with --ema_decay: both, averaged
 
 A checkpoint is written as step_N.tmp by all ranks, hashed, given its manifest, synced, renamed; then `latest` follows.
 Whatever dies before the rename leaves a .tmp folder that nobody reads and the next save removes. What cannot be written on
@@ -49,6 +51,9 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 REGISTERS = "embeddings.registers"
 LEDGER = "ledger.json"
+CLASSIFIER = "classifier.safetensors"
+AVERAGE = "average"
+"""Folder in a checkpoint; RUN/average stands for that of the run's newest."""
 HUGGING_FACE = "hf:"
 """Begins the name of an encoder that lies in a Hugging Face folder."""
 
@@ -455,12 +460,15 @@ def load_text(path: str | Path) -> TextTower:
 
 
 def find_encoder(path: str | Path) -> Path:
-    """The encoder folder of a run folder (its newest checkpoint's), of a checkpoint folder, or `path` itself.
+    """The encoder folder of a run folder (its newest checkpoint's), of a checkpoint folder, or `path` itself; RUN/average:
+    of the run's averaged weights.
 
     Raises CheckpointError saying what was looked for.
     """
     path = Path(path)
     candidates = [path, path / "encoder", *(p / "encoder" for p in reversed(published(path / "checkpoints")))]
+    if path.name == AVERAGE:
+        candidates += [p / AVERAGE / "encoder" for p in reversed(published(path.parent / "checkpoints"))]
     for folder in candidates:
         if (folder / "encoder.json").is_file():
             return folder

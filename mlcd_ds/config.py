@@ -376,6 +376,16 @@ class FinetuneConfig(RunSettings):
     label_smoothing: Finite = Field(0.1, ge=0, lt=1, description="share of the target that all classes get alike")
     mixup: Finite = Field(0.8, ge=0, description="alpha of mixup's Beta(alpha, alpha); 0: off")
     cutmix: Finite = Field(1.0, ge=0, description="alpha of CutMix's; both on: each takes half of the batches; 0: off")
+    drop_path: Finite = Field(
+        0.0, ge=0, lt=1, description="stochastic depth: rate of the last block, falling linearly to 0 at the first"
+    )
+    ema_decay: Finite = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of a moving average of the weights that stays at each step, like 0.9999; it is evaluated and "
+        "saved besides; 0: off",
+    )
     mix_probability: Finite = Field(1.0, ge=0, le=1, description="share of the micro-batches that are mixed")
     workers: int = Field(4, ge=0, description="loader processes per rank; as many threads decode test images")
     crop_scale_min: Finite = Field(0.08, gt=0, le=1, description="smallest area share of the random resized crop")

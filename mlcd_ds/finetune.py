@@ -8,7 +8,8 @@ classified.
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,7 @@ from mlcd_ds.evaluation.metrics import top_k_accuracy
 from mlcd_ds.evaluation.results import Result, write_result
 from mlcd_ds.finetune_engine import FinetuneEngine
 from mlcd_ds.models.classifier import Classifier
-from mlcd_ds.models.vit import VisionTransformer, VitConfig
+from mlcd_ds.models.vit import Dropping, VisionTransformer, VitConfig
 from mlcd_ds.monitor import Monitor
 from mlcd_ds.progress import Progress
 from mlcd_ds.run_folder import RunFolder
@@ -72,7 +73,8 @@ def as_run_config(config: FinetuneConfig, model_name: str) -> RunConfig:
     """The settings that training's loader, engine and checkpoints read: one label an image, the class."""
     shared = {name: getattr(config, name) for name in RunSettings.model_fields}
     labels = str(Path(config.output_dir) / CLASS_LABELS)
-    return RunConfig(objective="cd", num_positives=1, labels=labels, model=model_name, **shared)
+    own = {"labels": labels, "model": model_name, "drop_path": config.drop_path}
+    return RunConfig(objective="cd", num_positives=1, **own, **shared)
 
 
 def _finetune_in(run: RunFolder, config: FinetuneConfig, raw: dict, topology: Topology, watch: Watch) -> None:
@@ -100,7 +102,7 @@ def _finetune_in(run: RunFolder, config: FinetuneConfig, raw: dict, topology: To
     plan = plan_finetuning(config, shared, raw, batch, encoder.config, topology, table.num_samples, num_classes)
     if topology.is_main:
         print("\n".join([plan.card, *(f"  - {text}" for text in table.unused())]), flush=True)
-    check_this_machine(shared, plan, topology, run, _checkpoint_bytes(shared, plan, num_classes))
+    check_this_machine(shared, plan, topology, run, _checkpoint_bytes(config, shared, plan, num_classes))
     record = plan.record(config, table.fingerprint(), order.fingerprint())
     collectives.on_main(topology, run.write_config, record, config.allow_changed)
     check_shared(run, topology)
@@ -118,14 +120,19 @@ def _finetune_in(run: RunFolder, config: FinetuneConfig, raw: dict, topology: To
             return
         watch.does("evaluates", step)
         with longer_waits(longest_wait(config), config.timeout_minutes):
-            metrics = test.evaluate(engine)
+            metrics_of = {"": test.evaluate(engine, engine.logits)}
+            if (averaged := engine.averaged()) is not None:
+                metrics_of[checkpoint.AVERAGE] = test.evaluate(engine, partial(_logits, averaged, topology.device))
         if topology.is_main:
             samples = step * plan.settings.global_batch
-            monitor.scalars(step, samples, {f"test_{name}": value for name, value in metrics.items()})
             epoch = samples / table.num_samples
-            path = save_result(run, config, name, plan, step, epoch, metrics, test)
-            shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items() if not math.isnan(value))
-            print(f"epoch {epoch:.2f}: {shown} on {test.count} test images; {path}", flush=True)
+            for weights, metrics in metrics_of.items():
+                behind = f"_{weights}" if weights else ""
+                monitor.scalars(step, samples, {f"test_{name}{behind}": value for name, value in metrics.items()})
+                path = save_result(run, config, name, plan, step, epoch, metrics, test, weights)
+                shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items() if not math.isnan(value))
+                of = " of the averaged weights" if weights else ""
+                print(f"epoch {epoch:.2f}: {shown}{of} on {test.count} test images; {path}", flush=True)
 
     run_steps(
         run,
@@ -143,11 +150,17 @@ def _finetune_in(run: RunFolder, config: FinetuneConfig, raw: dict, topology: To
     )
 
 
-def _checkpoint_bytes(shared: RunConfig, plan: RunPlan, num_classes: int) -> int:
+def _checkpoint_bytes(config: FinetuneConfig, shared: RunConfig, plan: RunPlan, num_classes: int) -> int:
     """About how large a checkpoint is: the encoder's, and as many bytes for each of the classifier's weights."""
     encoder = checkpoint_bytes(plan.encoder, plan.settings, shared, num_classes=())
-    parameters = count_parameters(plan.encoder)
-    return round(encoder * (1 + num_classes * (plan.encoder.width + 1) / parameters))
+    of_encoder, of_classifier = count_parameters(plan.encoder), num_classes * (plan.encoder.width + 1)
+    averaged = 4 * (of_encoder + of_classifier) if config.ema_decay else 0
+    return round(encoder * (1 + of_classifier / of_encoder)) + averaged
+
+
+@torch.no_grad()
+def _logits(model: Classifier, device: torch.device, images_b3HH: torch.Tensor) -> torch.Tensor:
+    return model(images_b3HH.to(device)).float()
 
 
 def load_encoder(config: FinetuneConfig) -> tuple[VisionTransformer, str]:
@@ -157,15 +170,17 @@ def load_encoder(config: FinetuneConfig) -> tuple[VisionTransformer, str]:
     name = Path(config.init_from.removeprefix(checkpoint.HUGGING_FACE)).name
     if not config.init_from.startswith(checkpoint.HUGGING_FACE):
         name = checkpoint.encoder_name(config.init_from)
-    if config.image_size in (None, encoder.config.image_size):
+    dropping = Dropping(config.seed, config.drop_path)
+    if config.image_size in (None, encoder.config.image_size) and not dropping.is_on:
         return encoder.train(), name
+    size = config.image_size or encoder.config.image_size
     try:
-        resized = VitConfig(**encoder.config.model_dump() | {"image_size": config.image_size})
+        resized = VitConfig(**encoder.config.model_dump() | {"image_size": size})
     except ValueError:
         raise ConfigError(
             f"--image_size {config.image_size} is no multiple of the encoder's patches of {encoder.config.patch_size} pixels"
         ) from None
-    model = VisionTransformer(resized, seed=config.seed)
+    model = VisionTransformer(resized, config.seed, dropping=dropping)
     checkpoint.fit_weights(model, encoder.state_dict(), config.init_from)
     return model.train(), name
 
@@ -253,12 +268,21 @@ def plan_finetuning(
             f"{length.warmup_steps:,} steps of warm-up",
         ),
         ("targets", mixing),
+        *([("drop path", f"{config.drop_path:g} in the last block, 0 in the first")] if config.drop_path else []),
+        *([("average", _average_line(config.ema_decay, length.total_steps))] if config.ema_decay else []),
     )
     lines = [f"  {name:<13}  {text}" for name, text in rows]
     notes = [f"  - {note}" for note in (*settings.notes, *length.notes)]
     card = "\n".join(["mlcd_ds", *lines, "why:", *notes])
     info = LabelsInfo(num_classes, 1, "classes", CLASS_LABELS)
     return RunPlan(settings, encoder, length, (info,), topology.world_size, card)
+
+
+def _average_line(decay: float, steps: int) -> str:
+    return (
+        f"of the weights, {decay:g} of it kept at each step: the last {1 / (1 - decay):,.0f} steps make most of it; at the "
+        f"end {decay**steps:.1%} are the weights that the run began with"
+    )
 
 
 def ends_epoch(step: int, plan: RunPlan, num_samples: int) -> bool:
@@ -286,8 +310,8 @@ class TestImages:
         )
         return itertools.islice(samples, self.topology.rank, None, self.topology.world_size)
 
-    def evaluate(self, engine: FinetuneEngine) -> dict[str, float]:
-        """acc1 and acc5 (NaN below five classes) over the images of all ranks. Every rank calls it.
+    def evaluate(self, engine: FinetuneEngine, logits_of: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
+        """acc1 and acc5 (NaN below five classes) of `logits_of`, over the images of all ranks. Every rank calls it.
 
         Raises DataError for images without one class, of a class that the training images lack, or too many that cannot be
         used.
@@ -300,7 +324,7 @@ class TestImages:
             batch = next(batches, None)
             images = torch.zeros(0, 3, size, size, dtype=torch.uint8) if batch is None else batch.images
             padding = torch.zeros(rows - len(images), 3, size, size, dtype=torch.uint8)
-            logits = engine.logits(torch.cat([images, padding]))[: len(images)].cpu().double().numpy()
+            logits = logits_of(torch.cat([images, padding]))[: len(images)].cpu().double().numpy()
             if batch is None:
                 continue
             self.skipped.update(reason.partition(":")[0] for _, reason in batch.skipped)
@@ -352,8 +376,9 @@ def save_result(
     epoch: float,
     metrics: dict[str, float],
     test: TestImages,
+    weights: str = "",
 ) -> Path:
-    """Writes the result of the newest epoch into RUN/results."""
+    """Writes the result of the newest epoch into RUN/results. weights: "", or the folder of the averaged ones."""
     details = {
         "main_metric": "acc1",
         "protocol": f"fine-tuned from {config.init_from}, {epoch:.4g} epochs",
@@ -364,5 +389,5 @@ def save_result(
     }
     dataset = config.dataset_name or config.test_shards
     return write_result(
-        run.path / RESULTS, Result(dataset, name, f"run:{run.path}", "finetune", metrics, details=details)
+        run.path / RESULTS, Result(dataset, name, f"run:{run.path / weights}", "finetune", metrics, details=details)
     )

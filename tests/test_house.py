@@ -35,6 +35,7 @@ FLOORS = {  # DESIGN's table: a file imports from its own floor or below; a fold
     "partial_fc": 2,
     "contrastive": 2,
     "optim": 2,
+    "averaging": 2,
     "kernels": 2,
     "models": 2,
     "data": 3,
