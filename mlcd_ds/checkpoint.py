@@ -412,7 +412,7 @@ class TextTower:
     digest: str
 
 
-def _text_folder(encoder: Path) -> Path | None:
+def text_folder(encoder: Path) -> Path | None:
     """Beside an encoder folder in a checkpoint, within one that `consolidate` made; None where there is none."""
     places = (encoder / "text", encoder.parent / "text")
     return next((folder for folder in places if (folder / "text.json").is_file()), None)
@@ -420,7 +420,7 @@ def _text_folder(encoder: Path) -> Path | None:
 
 def has_text(path: str | Path) -> bool:
     """Whether a text tower lies beside the encoder under `path` (see `find_encoder`)."""
-    return _text_folder(find_encoder(path)) is not None
+    return text_folder(find_encoder(path)) is not None
 
 
 def load_text(path: str | Path) -> TextTower:
@@ -433,7 +433,7 @@ def load_text(path: str | Path) -> TextTower:
         config, weights, log_scale = hf_text.read_text(folder)
         name, tokenizer = folder.name, CaptionTokenizer.load(folder)
     else:
-        folder = _text_folder(find_encoder(path))
+        folder = text_folder(find_encoder(path))
         if folder is None:
             raise CheckpointError(
                 f"{path} has no text tower: its run was trained on labels. Train one on captions: train.py --objective clip "

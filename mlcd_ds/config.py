@@ -633,6 +633,7 @@ class EvaluationConfig(Settings):
     dataset_name: str | None = Field(None, description="what results call --test_shards; none: the shards")
     output: str | None = Field(None, description="JSON to write; one that is newer than all inputs is kept")
     output_dir: str | None = Field(None, description="folder for a JSON per set, each kept like --output")
+    overwrite: bool = Field(False, description="evaluate sets anew whose result is there, too")
     cache: str | None = Field(
         None, description="folder for features, found again by hashes of weights and tars; needed with many ranks"
     )
@@ -709,7 +710,10 @@ class TextEvaluationConfig(Settings):
     root: str = Field(description="folder of evaluation sets in CLIP_benchmark's layout")
     datasets: str = Field("all", description="names of sets below the root, joined by commas; all: every one that fits")
     split: str = Field("test", description="folder of a set whose tars are evaluated")
-    output_dir: str | None = Field(None, description="folder for a result JSON per set")
+    output_dir: str | None = Field(
+        None, description="folder for a result JSON per set; one that is newer than all inputs is kept"
+    )
+    overwrite: bool = Field(False, description="evaluate sets anew whose result is there, too")
     language: str = Field("en", description="of the texts, for the result files")
     precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 on GPUs")
     batch_size: int = Field(256, ge=1, description="images, and texts, per forward pass")
