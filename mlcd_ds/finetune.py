@@ -16,7 +16,6 @@ import numpy as np
 import torch
 
 from mlcd_ds import checkpoint, collectives
-from mlcd_ds.card import checkpoint_bytes, count_parameters
 from mlcd_ds.checkpoint import CheckpointStore
 from mlcd_ds.clustering.features import batches_of_images
 from mlcd_ds.config import DeepSpeedDefaults, FinetuneConfig, RunConfig, RunSettings
@@ -30,6 +29,7 @@ from mlcd_ds.evaluation.features import CLASS_EXTENSIONS, labels_of_shard, true_
 from mlcd_ds.evaluation.metrics import top_k_accuracy
 from mlcd_ds.evaluation.results import Result, write_result
 from mlcd_ds.finetune_engine import FinetuneEngine
+from mlcd_ds.memory import checkpoint_bytes, count_parameters
 from mlcd_ds.models.classifier import Classifier
 from mlcd_ds.models.vit import Dropping, VisionTransformer, VitConfig
 from mlcd_ds.monitor import Monitor

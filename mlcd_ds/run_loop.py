@@ -133,7 +133,7 @@ def check_this_machine(
 ) -> None:
     """Refuses, on every rank, a machine that one of them cannot run on; rank 0 prints what may become short.
 
-    checkpoint_bytes: of one, see `card.checkpoint_bytes`.
+    checkpoint_bytes: of one, see `memory.checkpoint_bytes`.
     """
     needs = needs_of(
         config,

@@ -16,7 +16,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mlcd_ds import checkpoint, cli, collectives
-from mlcd_ds.card import checkpoint_bytes, head_precisions, startup_card
+from mlcd_ds.card import head_precisions, startup_card
 from mlcd_ds.checkpoint import Checkpoint, CheckpointStore
 from mlcd_ds.config import DeepSpeedDefaults, RunConfig, split_paths
 from mlcd_ds.contrastive_engine import ContrastiveEngine
@@ -30,6 +30,7 @@ from mlcd_ds.data.tokenizer import CaptionTokenizer
 from mlcd_ds.ds_config import BatchSizes, load_deepspeed_config, resolve_deepspeed_config
 from mlcd_ds.engine import TrainEngine
 from mlcd_ds.errors import ConfigError, DataError
+from mlcd_ds.memory import checkpoint_bytes
 from mlcd_ds.models.text import ImageTextModel, TextTransformer, text_preset
 from mlcd_ds.models.vit import VisionTransformer, norm_class, preset
 from mlcd_ds.partial_fc import PartialFC
