@@ -126,9 +126,13 @@ def _finetune_in(run: RunFolder, config: FinetuneConfig, raw: dict, topology: To
         if topology.is_main:
             samples = step * plan.settings.global_batch
             epoch = samples / table.num_samples
+            curves = {
+                f"test_{name}_{weights}".removesuffix("_"): value
+                for weights, metrics in metrics_of.items()
+                for name, value in metrics.items()
+            }
+            monitor.scalars(step, samples, curves)
             for weights, metrics in metrics_of.items():
-                behind = f"_{weights}" if weights else ""
-                monitor.scalars(step, samples, {f"test_{name}{behind}": value for name, value in metrics.items()})
                 path = save_result(run, config, name, plan, step, epoch, metrics, test, weights)
                 shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items() if not math.isnan(value))
                 of = " of the averaged weights" if weights else ""
