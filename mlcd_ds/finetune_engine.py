@@ -21,6 +21,7 @@ from mlcd_ds.ds_config import DeepSpeedSettings
 from mlcd_ds.engine import Computed, StepResult, TrainEngine
 from mlcd_ds.models.classifier import ENCODER, HEAD, Classifier, layer_groups
 from mlcd_ds.models.vit import VisionTransformer
+from mlcd_ds.profiling import BACKWARD, FORWARD
 from mlcd_ds.topology import Topology
 
 AVERAGED = "averaged."
@@ -123,6 +124,7 @@ class FinetuneEngine(TrainEngine):
         weight = self.topology.world_size * len(micro_batches) / max(images, 1.0)
         losses, right, broken = [], [], []
         for index, micro in enumerate(micro_batches):
+            self.clock.begin(FORWARD)
             labels_b = micro.labels_BL[:, 0].to(device, non_blocking=True)
             place = self.topology.rank * len(micro_batches) + index
             generator = np.random.default_rng([self.finetune.seed, 3, step, place])
@@ -130,6 +132,7 @@ class FinetuneEngine(TrainEngine):
             mixed, targets_bC = mix(pixels, targets_of(labels_b, self.num_classes), self.finetune, generator)
             logits_bC = self.engine(mixed, *self._visit(step, index))
             loss = soft_cross_entropy(logits_bC, targets_bC, self._smoothing)
+            self.clock.begin(BACKWARD)
             self.engine.backward(loss * weight)
             losses.append(loss.detach())
             right.append((logits_bC.detach().argmax(1) == targets_bC.argmax(1))[labels_b != NO_IMAGE].sum())
