@@ -12,6 +12,8 @@
             ranks/rank_00000.safetensors       random number generators
             encoder/encoder.safetensors, encoder.json   the encoder alone, float32, for every tool that reads it
             text/text.safetensors, text.json, tokenizer.json   of a run on captions: the text tower with the logits' scale
+            classifier.safetensors  of fine-tuning: the classifier
+            average/encoder/..., average/classifier.safetensors   of fine-tuning with --ema_decay: both, averaged
 
 A checkpoint is written as step_N.tmp by all ranks, hashed, given its manifest, synced, renamed; then `latest` follows.
 Whatever dies before the rename leaves a .tmp folder that nobody reads and the next save removes. What cannot be written on
@@ -49,6 +51,9 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 REGISTERS = "embeddings.registers"
 LEDGER = "ledger.json"
+CLASSIFIER = "classifier.safetensors"
+AVERAGE = "average"
+"""Folder in a checkpoint; RUN/average stands for that of the run's newest."""
 HUGGING_FACE = "hf:"
 """Begins the name of an encoder that lies in a Hugging Face folder."""
 
@@ -441,7 +446,7 @@ class TextTower:
     digest: str
 
 
-def _text_folder(encoder: Path) -> Path | None:
+def text_folder(encoder: Path) -> Path | None:
     """Beside an encoder folder in a checkpoint, within one that `consolidate` made; None where there is none."""
     places = (encoder / "text", encoder.parent / "text")
     return next((folder for folder in places if (folder / "text.json").is_file()), None)
@@ -449,7 +454,7 @@ def _text_folder(encoder: Path) -> Path | None:
 
 def has_text(path: str | Path) -> bool:
     """Whether a text tower lies beside the encoder under `path` (see `find_encoder`)."""
-    return _text_folder(find_encoder(path)) is not None
+    return text_folder(find_encoder(path)) is not None
 
 
 def load_text(path: str | Path) -> TextTower:
@@ -462,7 +467,7 @@ def load_text(path: str | Path) -> TextTower:
         config, weights, log_scale = hf_text.read_text(folder)
         name, tokenizer = folder.name, CaptionTokenizer.load(folder)
     else:
-        folder = _text_folder(find_encoder(path))
+        folder = text_folder(find_encoder(path))
         if folder is None:
             raise CheckpointError(
                 f"{path} has no text tower: its run was trained on labels. Train one on captions: train.py --objective clip "
@@ -489,12 +494,15 @@ def load_text(path: str | Path) -> TextTower:
 
 
 def find_encoder(path: str | Path) -> Path:
-    """The encoder folder of a run folder (its newest checkpoint's), of a checkpoint folder, or `path` itself.
+    """The encoder folder of a run folder (its newest checkpoint's), of a checkpoint folder, or `path` itself; RUN/average:
+    of the run's averaged weights.
 
     Raises CheckpointError saying what was looked for.
     """
     path = Path(path)
     candidates = [path, path / "encoder", *(p / "encoder" for p in reversed(published(path / "checkpoints")))]
+    if path.name == AVERAGE:
+        candidates += [p / AVERAGE / "encoder" for p in reversed(published(path.parent / "checkpoints"))]
     for folder in candidates:
         if (folder / "encoder.json").is_file():
             return folder

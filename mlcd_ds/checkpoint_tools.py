@@ -97,8 +97,11 @@ def reshard(config: ReshardConfig, to_universal: Callable[[Path, Path], None]) -
             shutil.rmtree(scratch)
             state["engine_format"] = UNIVERSAL
         shutil.copytree(found.path / "encoder", staging / "encoder", dirs_exist_ok=True)
-        if (found.path / "text").is_dir():
-            shutil.copytree(found.path / "text", staging / "text")
+        for part in ("text", checkpoint.AVERAGE):
+            if (found.path / part).is_dir():
+                shutil.copytree(found.path / part, staging / part)
+        if (found.path / checkpoint.CLASSIFIER).is_file():
+            shutil.copyfile(found.path / checkpoint.CLASSIFIER, staging / checkpoint.CLASSIFIER)
         for head, partition in zip(heads, partitions, strict=True):
             for shard in tqdm(range(config.world_size), desc=head, unit="shard"):
                 rows = read_rows(found.path / head, partition.start(shard), partition.stop(shard))

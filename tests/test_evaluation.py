@@ -260,6 +260,8 @@ def test_all_sets_by_name_missing_ones_told_and_the_same_on_two_ranks(root, tmp_
         run_ranks(2, lambda topology: probe_sets(ProbeConfig(**flags(root)), topology))
     again = probe_sets(config, Topology.single())
     assert again.kept == list(alone.results)
+    anew = config.model_copy(update={"overwrite": True, "datasets": "cifar10"})
+    assert list((found := probe_sets(anew, Topology.single())).results) == ["cifar10"] and not found.kept
     (tmp_path / "other").mkdir()
     (tmp_path / "other/cifar10").symlink_to(root / "sets/cifar10")
     other = config.model_copy(update={"root": str(tmp_path / "other")})

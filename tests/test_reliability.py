@@ -14,13 +14,13 @@ import torch
 from processes import ROOT, free_port
 from ranks import run_ranks
 
-from mlcd_ds import soak, train, watch
+from mlcd_ds import run_loop, soak, watch
 from mlcd_ds.checkpoint import published, step_of
 from mlcd_ds.config import RunConfig
 from mlcd_ds.errors import ConfigError, DeviceMemoryError, PeerError, Preempted
 from mlcd_ds.run_folder import RunFolder
+from mlcd_ds.run_loop import naming_memory_settings
 from mlcd_ds.topology import Topology
-from mlcd_ds.train import naming_memory_settings
 
 PREEMPTED, BAD_NUMBERS, PEER_LOST, NOT_SAVED, NO_DATA = 75, 5, 6, 7, 3
 
@@ -286,14 +286,14 @@ def test_lack_of_device_memory_names_what_takes_it(tmp_path):
 
 def test_a_host_with_other_code_versions_or_settings_is_refused_by_every_rank():
     config = RunConfig(deepspeed_config="-", shards="-", labels="-", output_dir="-")
-    own = train.program(config, {"train_batch_size": 8})
+    own = run_loop.program(config, {"train_batch_size": 8})
     assert own["torch"] == torch.__version__.split("+")[0] or own["torch"] == torch.__version__
-    run_ranks(2, lambda topology: train.check_same_program(own, topology))
+    run_ranks(2, lambda topology: run_loop.check_same_program(own, topology))
     for name, words in (("torch", "torch"), ("files of mlcd_ds", "files of mlcd_ds"), ("--seed", "--seed")):
 
         def refusal(topology, name=name):
             with pytest.raises(ConfigError) as caught:
-                train.check_same_program(own | ({name: "else"} if topology.rank == 1 else {}), topology)
+                run_loop.check_same_program(own | ({name: "else"} if topology.rank == 1 else {}), topology)
             return str(caught.value)
 
         first, second = run_ranks(2, refusal)
