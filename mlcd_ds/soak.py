@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import deepspeed
 import numpy as np
 import torch
 from PIL import Image
@@ -61,6 +62,7 @@ IMPORTED_ON_THE_WAY = (
     "torch.distributed.fsdp",
     "deepspeed.runtime.zero.muon.muon_optimizer",
     "torch.utils.tensorboard",
+    "pyarrow.dataset",
 )
 ONLY_ON_RANK_0 = ("deepspeed", "encoder", "json", "sync_folder", "rename", "latest")
 
@@ -74,6 +76,7 @@ def import_ahead() -> None:
     for name in IMPORTED_ON_THE_WAY:
         with contextlib.suppress(ImportError):  # of another version of DeepSpeed or torch
             importlib.import_module(name)
+    getattr(deepspeed.ops, "__compatible_ops__", None)  # looked up with a compiler when first asked for, then kept
 
 
 class ForkedRanks:

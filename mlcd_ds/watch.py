@@ -97,6 +97,8 @@ class Watch:
         signal.set_wakeup_fd(self._wakeup_before)
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        with contextlib.suppress(BlockingIOError):
+            self._writer.send(b"\0")  # no signal's number: it wakes the listener
         self._threads[0].join()
         self._reader.close()
         self._writer.close()

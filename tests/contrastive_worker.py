@@ -1,7 +1,7 @@
 """Runs on captions: the processes of test_contrastive_runs.py.
 
 First the engine alone, at several ZeRO stages and numbers of ranks, from one checkpoint to another; then train.py, killed
-and resumed. DeepSpeed and what it imports at its first engine are imported once; ranks are forks.
+and resumed. Ranks are forks of this process, which has imported all that they need (fork_server.py).
 """
 
 import multiprocessing

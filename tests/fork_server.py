@@ -1,14 +1,14 @@
 """Forks processes that run a script: an interpreter each, but torch and DeepSpeed are imported once for all of them.
 
-processes.py starts it and talks to it, a line of JSON each way. {"script", "arguments", "environment", "log"}: the answer
-is the process id of `python SCRIPT ARGUMENTS`, its output in the file LOG. {"wait": process id}: the answer is its exit
-code, negative where a signal ended it, or null while it lives. At the end of the input all that live are killed.
+processes.py starts it, writes lines of JSON to its input and reads one line each from the descriptor that the argument
+names. {"script", "arguments", "environment", "log"}: the answer is the process id of `python SCRIPT ARGUMENTS`, its output
+in the file LOG. {"wait": process id}: the answer is its exit code, negative where a signal ended it, or null while it lives.
+At the end of the input all that live are killed.
 """
 
 import atexit
 import contextlib
 import gc
-import importlib
 import json
 import os
 import runpy
@@ -17,23 +17,16 @@ import sys
 import threading
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-IMPORTED = (
-    "faiss",
-    "torch.utils.tensorboard",
-    "deepspeed.runtime.zero.muon.muon_optimizer",  # with torch's compiler, as DeepSpeed's first engine does
-    "torch._inductor.compile_fx",
-    "mlcd_ds.train",
-    "mlcd_ds.clustering.two_level",
-)
+import faiss  # noqa: F401
+
+import mlcd_ds.clustering.two_level  # noqa: F401
+from mlcd_ds import soak
 
 
 def serve() -> dict:
     """Answers until a request starts a process: there, it returns the request."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    for name in IMPORTED:
-        importlib.import_module(name)
+    answers = os.fdopen(int(sys.argv[1]), "w")
+    soak.import_ahead()
     threads = {
         path.read_text().strip()
         for path in Path("/proc/self/task").glob("*/comm")

@@ -5,7 +5,7 @@ python tests/forked_runs.py FOLDER: FOLDER/runs.json lists the runs, {"name", "w
 output, and of each step the keys of its images with their CRC-32. A run with a "tool" instead is that tool with `flags`.
 "remove": a folder that is removed before the run.
 
-DeepSpeed and what it imports at its first engine are imported once; ranks are forks.
+Ranks are forks of this process, which has imported all that they need (fork_server.py).
 """
 
 import json
@@ -17,10 +17,8 @@ import sys
 import zlib
 from pathlib import Path
 
-import deepspeed.runtime.zero.muon.original_muon  # noqa: F401  with torch's compiler
 import fire
 import torch
-import torch.utils.tensorboard
 from processes import ROOT, free_port
 
 from mlcd_ds import cli

@@ -42,16 +42,20 @@ class ForkServer:
     def __init__(self, environment: dict[str, str]):
         self.fixed = {name: environment.get(name) for name in READ_AT_IMPORT}
         self._lock = threading.Lock()
-        command = [sys.executable, ROOT / "tests" / "fork_server.py"]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        self._process = subprocess.Popen(command, env=environment, cwd=ROOT, text=True, **pipes)
+        answers, end = os.pipe()
+        self._process = subprocess.Popen(
+            [sys.executable, ROOT / "tests" / "fork_server.py", str(end)], env=environment, cwd=ROOT, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, pass_fds=[end],
+        )  # fmt: skip
+        os.close(end)
+        self._answers = os.fdopen(answers)
         atexit.register(self.close)
 
     def ask(self, **request):
         """The answer to a request."""
         with self._lock:
             print(json.dumps(request), file=self._process.stdin, flush=True)
-            line = self._process.stdout.readline()
+            line = self._answers.readline()
         assert line, "tests/fork_server.py has ended"
         return json.loads(line)
 
