@@ -292,7 +292,7 @@ class Case:
             "model": "vit_toy", "image_size": IMAGE_SIZE, "output_dir": run, "steps": steps, "workers": self.workers,
             "prefetch": 1, "save_every_steps": SAVE_EVERY, "keep_last": 2, "log_every_steps": 1,
             "histogram_every_steps": 100, "sample_rate": 0.3, "timeout_minutes": 2, "start_timeout_minutes": 2,
-            "resume": "auto",
+            "resume": "auto", "peak_tflops": 1,
         }  # fmt: skip
         return [f"--{name}={value}" for name, value in values.items()]
 

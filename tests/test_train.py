@@ -98,7 +98,7 @@ def whole_run(data, tmp_path_factory):
         "DS_ACCELERATOR": "cpu",
         "PATH": f"{launcher.parent}:{os.environ['PATH']}",
     }
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=180)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return run, done.stdout
 
