@@ -1,158 +1,14 @@
 """The startup card: what a run is about to do, every number with its reason; before anything is started."""
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-
-import torch
 
 from mlcd_ds.config import RunConfig, split_paths
-from mlcd_ds.contrastive import CHUNK_BYTES
 from mlcd_ds.ds_config import DeepSpeedSettings
-from mlcd_ds.models.recompute import Recompute, resolve_recompute
-from mlcd_ds.models.text import TextConfig, TextTransformer
-from mlcd_ds.models.vit import Dropping, VisionTransformer, VitConfig
-from mlcd_ds.partial_fc import workspace_bytes
+from mlcd_ds.memory import checkpoint_bytes, count_parameters, plan_memory, recompute_of, sampled_rows
+from mlcd_ds.models.text import TextConfig
+from mlcd_ds.models.vit import VitConfig
 from mlcd_ds.partition import ClassPartition
 from mlcd_ds.schedule import RunLength
-
-ACTIVATIONS_PER_TOKEN = 16
-"""Tensors as wide as the token that a block keeps for its backward: input, 2 norms, q, k, v, attention (2), residual,
-MLP hidden (4) and its activation (4), minus what is recomputed in place. With attention by
-scaled_dot_product_attention no [T, T] matrix is among them."""
-
-
-KEPT_PRODUCTS_PER_TOKEN = 10
-"""What selective checkpointing keeps of a block: its input, q, k, v, attention, its projection, MLP hidden (4)."""
-
-
-@dataclass(frozen=True)
-class MemoryPlan:
-    """Bytes on one rank, by part; estimates from shapes, not measurements. host: what offloading puts beside the GPU."""
-
-    weights: int
-    gradients: int
-    optimizer: int
-    activations: int
-    head: int
-    head_step: int
-    host: int = 0
-
-    @property
-    def total(self) -> int:
-        """All parts on the device."""
-        return self.weights + self.gradients + self.optimizer + self.activations + self.head + self.head_step
-
-
-def count_parameters(tower: VitConfig | TextConfig) -> int:
-    """Parameters of an encoder or a text tower, without allocating them."""
-    with torch.device("meta"):
-        model = VisionTransformer(tower) if isinstance(tower, VitConfig) else TextTransformer(tower)
-        return sum(parameter.numel() for parameter in model.parameters())
-
-
-def plan_memory(
-    encoder: VitConfig,
-    settings: DeepSpeedSettings,
-    config: RunConfig,
-    num_classes: Sequence[int],
-    world_size: int,
-    text: TextConfig | None = None,
-) -> MemoryPlan:
-    """What one rank will need, by the arithmetic of ZeRO (Rajbhandari et al. 2020, section 5) and of the heads.
-
-    num_classes: of each head. text: the text tower of a run on captions, which has no heads.
-    """
-    of_image, of_text = count_parameters(encoder), 0 if text is None else count_parameters(text)
-    parameters = of_image + of_text
-    trained = of_text if config.lock_image else parameters
-    size = 2 if settings.precision == "bfloat16" else 4
-    stage, ranks = settings.zero_stage, world_size
-    master = 4 if size == 2 else 0
-    kept_patches = Dropping(0, patch_dropout=config.patch_dropout).kept_patches(encoder.grid**2)
-    tokens = 1 + encoder.registers + kept_patches
-    recompute = recompute_of(config, settings, encoder, text)
-    activations = 0
-    if not config.lock_image:
-        activations = _activations(recompute, encoder.layers) * settings.micro_batch * tokens * encoder.width * size
-    if text is not None:
-        per_image = text.context * text.width * size
-        activations += _activations(recompute, text.layers) * settings.micro_batch * per_image
-    heads = [_head_bytes(encoder, settings, config, classes, world_size) for classes in num_classes]
-    weights = parameters * size // (ranks if stage == 3 else 1)
-    optimizer = trained * (8 + master) // (ranks if stage >= 1 else 1)
-    offloaded = {key for key in ("offload_param", "offload_optimizer") if key in settings.json["zero_optimization"]}
-    return MemoryPlan(
-        weights=0 if "offload_param" in offloaded else weights,
-        gradients=trained * 4 // (ranks if stage >= 2 else 1),
-        optimizer=0 if "offload_optimizer" in offloaded else optimizer,
-        activations=activations,
-        head=sum(centers for centers, _, _ in heads),
-        # The heads' gradients live until the step; a workspace only until its head is done.
-        head_step=sum(step for _, step, _ in heads)
-        + max((workspace for _, _, workspace in heads), default=_contrast_bytes(encoder, settings, world_size)),
-        host=weights * ("offload_param" in offloaded) + optimizer * ("offload_optimizer" in offloaded),
-    )
-
-
-def recompute_of(
-    config: RunConfig, settings: DeepSpeedSettings, encoder: VitConfig, text: TextConfig | None
-) -> Recompute:
-    """Which blocks are computed again. Raises ConfigError as `resolve_recompute`."""
-    layers = max(encoder.layers, 0 if text is None else text.layers)
-    return resolve_recompute(config.checkpoint_layers, settings.json.get("activation_checkpointing"), layers)
-
-
-def _activations(recompute: Recompute, layers: int) -> int:
-    """Tensors as wide as the tokens that a tower keeps for its backward pass."""
-    again = min(recompute.blocks, layers)
-    kept_of_each = KEPT_PRODUCTS_PER_TOKEN if recompute.selective else 1
-    at_once = ACTIVATIONS_PER_TOKEN if again else 0  # the block that is being computed again
-    return again * kept_of_each + (layers - again) * ACTIVATIONS_PER_TOKEN + at_once
-
-
-def checkpoint_bytes(
-    encoder: VitConfig,
-    settings: DeepSpeedSettings,
-    config: RunConfig,
-    num_classes: Sequence[int],
-    text: TextConfig | None = None,
-) -> int:
-    """About how large a checkpoint of all ranks is: weights as trained and in float32, for users; moments; heads' rows.
-
-    num_classes: of each head. text: the text tower of a run on captions. Under ZeRO the engine keeps its own
-    float32 weights beside.
-    """
-    weights = (2 if settings.precision == "bfloat16" else 4) + 4 + (4 if settings.zero_stage else 0)
-    row = encoder.embed_dim * (8 if config.head_moments == "bfloat16" else 12) + 4
-    parameters = count_parameters(encoder) + (0 if text is None else count_parameters(text))
-    return parameters * (weights + 8) + sum(num_classes) * row
-
-
-def _contrast_bytes(encoder: VitConfig, settings: DeepSpeedSettings, world_size: int) -> int:
-    """Bytes of the contrastive loss: both sides' embeddings of all ranks, two chunks of logits, own gradients."""
-    own = settings.global_batch // world_size
-    logits = min(CHUNK_BYTES, own * settings.global_batch * 4)
-    return (2 * settings.global_batch + 6 * own) * encoder.embed_dim * 4 + 2 * logits
-
-
-def _head_bytes(
-    encoder: VitConfig, settings: DeepSpeedSettings, config: RunConfig, num_classes: int, world_size: int
-) -> tuple[int, int, int]:
-    """Bytes on one rank of one head: centers with moments, what a step keeps, workspace."""
-    rows = ClassPartition(num_classes, world_size).max_size
-    sampled = sampled_rows(config, settings.micro_batch * world_size, num_classes, world_size)
-    gathered = settings.micro_batch * world_size
-    # Micro-steps draw different rows: the sum of their gradients has them all.
-    bfloat16 = "bfloat16" in (settings.precision, config.head_precision) and config.head_precision != "float32"
-    # Logits in float32, and their exponentials rounded beside them; the kernels keep those alone.
-    per_logit = (2 if config.head_kernels == "triton" else 6) if bfloat16 else 4
-    merged = math.ceil(rows * (1 - (1 - sampled / rows) ** settings.accumulation)) if settings.accumulation > 1 else 0
-    return (
-        rows * (encoder.embed_dim * (8 if config.head_moments == "bfloat16" else 12) + 4),
-        (3 * sampled + merged + 2 * gathered) * encoder.embed_dim * 4 + bfloat16 * sampled * encoder.embed_dim * 2,
-        min(workspace_bytes(config.workspace_mb, sampled * per_logit), gathered * sampled * per_logit),
-    )
 
 
 def head_precisions(config: RunConfig, settings: DeepSpeedSettings, device_type: str) -> tuple[str, str]:
@@ -161,21 +17,6 @@ def head_precisions(config: RunConfig, settings: DeepSpeedSettings, device_type:
     if config.head_precision != "auto":
         products = config.head_precision
     return products, products if config.gather_precision == "auto" else config.gather_precision
-
-
-def sampled_rows(config: RunConfig, images: int, num_classes: int, world_size: int) -> int:
-    """Rows of one shard in one micro-step, as expected: the distinct positives P, and negatives by --sample_budget.
-
-    P of `images` images with l uniform labels each: K (1 - exp(-images l / K)). With --positives_drawn l is that number;
-    with cd it is 1.
-    """
-    labels = 1 if config.objective == "cd" else config.labels_per_visit
-    positives = num_classes * -math.expm1(-images * labels / num_classes)
-    if config.sample_budget == "total":
-        rows = max(config.sample_rate * num_classes, positives)
-    else:
-        rows = positives + config.sample_rate * (num_classes - positives)
-    return math.ceil(rows / world_size)
 
 
 def startup_card(
@@ -197,7 +38,7 @@ def startup_card(
     num_classes: of each head, in the order of --labels. unused: what of the tars takes no part in the run
     (ShardTable.unused). text: the text tower of a run on captions.
     """
-    memory = plan_memory(encoder, settings, config, num_classes, world_size, text)
+    memory = plan_memory(encoder, settings, config, num_classes, world_size, text, device)
     parameters = count_parameters(encoder)
     patches = (encoder.image_size // encoder.patch_size) ** 2
     rows = [
@@ -228,10 +69,8 @@ def startup_card(
         ),
         (
             "memory a rank",
-            f"{_gb(memory.total)} (estimate): weights {_gb(memory.weights)}, gradients {_gb(memory.gradients)}, optimizer "
-            f"{_gb(memory.optimizer)}, activations {_gb(memory.activations)}, "
-            + (f"centers with moments {_gb(memory.head)}, head's step " if text is None else "contrastive loss ")
-            + _gb(memory.head_step)
+            f"{_gb(memory.total)} (estimate, at the {memory.peak}): "
+            + ", ".join(f"{part} {_gb(size)}" for part, size in memory.parts.items())
             + (f"; beside it {_gb(memory.host)} of host memory" if memory.host else ""),
         ),
         (

@@ -145,21 +145,26 @@ class HeadConfig(Settings):
         return self
 
 
-class EncoderOptions(Settings):
-    """How an encoder is trained beside what its preset says: what is left out at random, recomputed, compiled."""
+class EncoderWork(Settings):
+    """What decides, beside an encoder's preset, the memory and the FLOPs of its training."""
 
     register_tokens: int = Field(0, ge=0, description="learned tokens beside class token and patches; not exportable")
-    drop_path: Finite = Field(
-        0.0, ge=0, lt=1, description="stochastic depth: rate of the last block, falling linearly to 0 at the first"
-    )
     patch_dropout: Finite = Field(0.0, ge=0, lt=1, description="share of an image's patches left out in training")
-    norm: Literal["torch", "apex"] = Field(
-        "torch", description="layer norms: torch's, or the fused ones of NVIDIA's apex"
-    )
     checkpoint_layers: Annotated[str | int | None, BeforeValidator(_layers_of)] = Field(
         None,
         description="activation checkpointing: all, so many first blocks, or selective (keeps matrix products); none: all "
         "where the JSON has the section activation_checkpointing",
+    )
+
+
+class EncoderOptions(EncoderWork):
+    """How an encoder is trained beside what its preset says: what is left out at random, recomputed, compiled."""
+
+    drop_path: Finite = Field(
+        0.0, ge=0, lt=1, description="stochastic depth: rate of the last block, falling linearly to 0 at the first"
+    )
+    norm: Literal["torch", "apex"] = Field(
+        "torch", description="layer norms: torch's, or the fused ones of NVIDIA's apex"
     )
     compile: bool = Field(False, description="torch.compile for each block; the first start takes a minute more")
     compile_cache: str | None = Field(
@@ -337,6 +342,34 @@ class RunConfig(HeadConfig, EncoderOptions):
         if self.device is not None and not self.dry_run:
             raise ValueError("--device only means something with --dry_run; a run takes a GPU where there is one")
         return self
+
+
+class PlanConfig(EncoderWork, HeadConfig):
+    """tools/plan.py. What it assumes of a machine stands here, and on the page that it prints."""
+
+    model: str = Field(description="encoder preset")
+    image_size: int | None = Field(None, ge=8, description="pixels; none: the preset's")
+    num_classes: int = Field(1_000_000, ge=1, description="k")
+    deepspeed_config: str = Field(description="DeepSpeed JSON (ds_configs/) to plan with")
+    gpus: int = Field(ge=1, description="ranks")
+    gpus_per_node: int = Field(8, ge=1, description="of one machine")
+    gpu_gb: Finite = Field(80.0, gt=0, description="memory of one GPU, of which 8% are left alone")
+    device: Literal["cuda", "cpu"] = Field("cuda", description="what to plan for")
+    samples: int = Field(400_000_000, ge=1, description="images of an epoch")
+    epochs: Finite = Field(32.0, gt=0, description="length of the run")
+    tflops: Finite | None = Field(None, gt=0, description="of a large matrix product on one GPU; none: measured here")
+    efficiency: Finite = Field(0.5, gt=0, le=1, description="share of that rate that the encoder reaches")
+    head_efficiency: Finite = Field(0.5, gt=0, le=1, description="share of that rate that the head's products reach")
+    memory_gb_per_s: Finite = Field(3000.0, gt=0, description="read or written by one GPU in its own memory")
+    link_gb_per_s: Finite = Field(50.0, gt=0, description="of the network card of one GPU (400 Gb/s), 80% of it used")
+    node_link_gb_per_s: Finite = Field(300.0, gt=0, description="of one GPU to others of its machine (NVLink)")
+    latency_us: Finite = Field(3.0, ge=0, description="of one hop of a collective")
+    images_per_core: Finite = Field(
+        250.0, gt=0, description="decoded and cropped per core and second: docs/data.md has the measured ones"
+    )
+    cores_per_gpu: Finite = Field(12.0, gt=0, description="for the loader")
+    suggest: bool = Field(False, description="print the JSON of the fastest configuration that fits")
+    fake: bool = Field(False, description="take one step of rank 0's head in a pretended group and compare the bytes")
 
 
 class FinetuneConfig(Settings):

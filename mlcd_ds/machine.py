@@ -40,7 +40,7 @@ def needs_of(
     checkpoint: int,
     total_steps: int,
 ) -> Needs:
-    """What a run needs. checkpoint: bytes of one, see `card.checkpoint_bytes`."""
+    """What a run needs. checkpoint: bytes of one, see `memory.checkpoint_bytes`."""
     pieces = pieces_of(images_per_rank)
     # Each loader process reads `prefetch` pieces ahead; the loop holds two batches, and one more is put together.
     under_way = (config.workers * config.prefetch + 3 * pieces) if config.workers else 0

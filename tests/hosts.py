@@ -144,10 +144,6 @@ class Hosts:
         """A signal to processes of a host."""
         self._output(name, f"kill -{number} {' '.join(map(str, pids))}")
 
-    def cut(self, name: str) -> None:
-        """Takes the host's network card down."""
-        self._inside(name, "ip link set eth0 down")
-
     def _start(self, name: str, command: Sequence, *namespaces: str) -> None:
         log = (self.folder / f"{name}.log").open("w")
         fork = ("--fork", "--kill-child") if namespaces else ()

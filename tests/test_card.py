@@ -84,12 +84,14 @@ def test_memory_of_weights_and_head_is_that_of_real_tensors():
     model = VisionTransformer(encoder, seed=0)
     assert count_parameters(encoder) == sum(p.numel() for p in model.parameters())
     memory = plan_memory(encoder, settings, config, num_classes=(1001,), world_size=2)
-    assert memory.weights == sum(p.numel() * p.element_size() for p in model.parameters())
-    assert memory.optimizer == memory.weights * 2 // 2  # two moments, split over two ranks at ZeRO 1
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    assert memory.resident["weights"] == weights
+    assert memory.resident["moments of the weights"] == weights * 2 // 2  # two, split over two ranks at ZeRO 1
     head = PartialFC(1001, encoder.embed_dim, Topology(0, 2, 0, 2, torch.device("cpu")))
-    assert memory.head == head.centers.numel() * 4 * 3 + len(head.centers) * 4
-    parts = (memory.weights, memory.gradients, memory.optimizer, memory.activations, memory.head, memory.head_step)
-    assert memory.total == sum(parts)
+    assert memory.resident["centers"] == head.centers.numel() * 4
+    assert memory.resident["moments of the centers"] == head.centers.numel() * 4 * 2 + len(head.centers) * 4
+    assert memory.total == sum(memory.resident.values()) + max(sum(m.values()) for m in memory.moments.values())
+    assert memory.total == sum(memory.parts.values())
 
 
 def test_card_has_a_line_for_each_head_and_memory_for_all():
@@ -106,9 +108,12 @@ def test_card_has_a_line_for_each_head_and_memory_for_all():
     assert "501 centers" in lines["rows a rank"] and "; 150 centers" in lines["rows a rank"]
     first, second = (plan_memory(encoder, settings, config, (k,), 2) for k in (1001, 300))
     together = plan_memory(encoder, settings, both, (1001, 300), 2)
-    assert together.head == first.head + second.head
-    assert first.head_step < together.head_step < first.head_step + second.head_step  # one workspace at a time
-    assert together.weights == first.weights and together.activations == first.activations
+    assert together.resident["centers"] == first.resident["centers"] + second.resident["centers"]
+    one, other, both_of = (plan.moments["head"] for plan in (first, second, together))
+    assert both_of["rows of the head"] == one["rows of the head"] + other["rows of the head"]
+    assert both_of["workspace of the head"] == one["workspace of the head"]  # one at a time
+    assert together.resident["weights"] == first.resident["weights"]
+    assert both_of["activations"] == one["activations"]
 
 
 @pytest.mark.parametrize(("file", "world_size", "model"), [
@@ -128,9 +133,11 @@ def test_a_run_on_captions_has_a_text_tower_and_a_locked_tower_no_state():
     locked = config.model_copy(update={"lock_image": True, "init_from": "run/"})
     of_text, of_image = (count_parameters(tower) for tower in (text, encoder))
     both, lit = (plan_memory(encoder, settings, each, (), 2, text) for each in (config, locked))
-    assert both.weights == lit.weights == 4 * (of_text + of_image)
-    assert (both.gradients, lit.gradients) == (4 * (of_text + of_image), 4 * of_text)
-    assert lit.optimizer == 8 * of_text // 2 and lit.activations < both.activations and both.head == 0
+    assert both.resident["weights"] == lit.resident["weights"] == 4 * (of_text + of_image)
+    assert both.resident["moments of the weights"] == 8 * (of_text + of_image) // 2
+    assert lit.resident["moments of the weights"] == 8 * of_text // 2
+    assert lit.moments["backward"]["activations"] < both.moments["backward"]["activations"]
+    assert not any("centers" in part for part in both.parts) and both.total > lit.total
     for each, words in ((config, "both towers learn"), (locked, "the image tower stays as run/ has it (LiT)")):
         card = startup_card(
             each, settings, encoder, length,

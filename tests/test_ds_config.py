@@ -23,8 +23,15 @@ SHIPPED = {  # file: world sizes it is for
     "vit_l14_80gpu.json": (40, 80, 160),
     "vit_h14_zero3.json": (8, 16, 32, 40, 80, 160),
     "finetune_8gpu.json": (1, 2, 4, 8, 16),
+    **{f"vit_{name}_1gpu.json": (1,) for name in ("b32", "b16", "l14", "l14_336", "h14", "bigg14")},
+    **{f"vit_{name}_8gpu.json": (8,) for name in ("b16", "l14_336", "h14", "bigg14")},
+    **{f"vit_{name}_80gpu.json": (80,) for name in ("b32", "b16", "l14_336", "h14", "bigg14")},
+    **{f"vit_{name}_256gpu.json": (256,) for name in ("b32", "b16", "l14", "l14_336", "h14", "bigg14")},
+    "vit_bigg14_256gpu_40gb.json": (256,),
 }
-BATCHES = {"cpu.json": 64, "finetune_8gpu.json": 1024}  # of those that are not the paper's
+CHECKPOINTED = ("cpu.json", "vit_h14_zero3.json")
+BATCHES = {"cpu.json": 64, "finetune_8gpu.json": 1024} | {name: 32_768 for name in SHIPPED if "_256gpu" in name}
+"""Images of a step where they are not the paper's 32,800."""
 
 
 def minimal(**changes) -> dict:
@@ -123,10 +130,10 @@ def test_deepspeed_accepts_shipped_file_and_reads_what_we_say(name, device, monk
             "run/tensorboard"
         )
         assert theirs.checkpoint_tag_validation_fail
-    rates = {"vit_b32_8gpu.json": 5e-4, "cpu.json": 1e-3, "finetune_8gpu.json": 5e-4}
-    assert settings.learning_rate == rates.get(name, 4e-4)
-    assert settings.weight_decay == (0.05 if name in BATCHES else 0.2)
-    assert settings.activation_checkpointing == (name in ("cpu.json", "vit_h14_zero3.json"))
+    rates = {"cpu.json": 1e-3, "finetune_8gpu.json": 5e-4, "vit_b": 5e-4}
+    assert settings.learning_rate == rates.get(name, 4e-4 if re.match("vit_(l|h|bigg)", name) else rates["vit_b"])
+    assert settings.weight_decay == (0.05 if name in ("cpu.json", "finetune_8gpu.json") else 0.2)
+    assert settings.activation_checkpointing == (name in CHECKPOINTED)
 
 
 def test_the_cpu_schedule_in_deepspeeds_own_class_ends_where_the_run_does():

@@ -48,6 +48,8 @@ FLOORS = {  # DESIGN's table: a file imports from its own floor or below; a fold
     "finetune_engine": 4,
     "card": 4,
     "profiling": 4,
+    "memory": 4,
+    "step_plan": 4,
     "machine": 4,
     "clustering": 4,
     "evaluation": 4,

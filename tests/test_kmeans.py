@@ -400,7 +400,8 @@ def test_blocks_are_made_ahead_one_at_a_time_in_their_order():
         assert go.wait(10)
         return f"{name}{number}"
 
-    blocks = ahead(make, zip(itertools.count(), "abcdef", strict=False))
+    gpu = torch.device("cuda")  # a name alone: nothing is put there
+    blocks = ahead(make, zip(itertools.count(), "abcdef", strict=False), gpu)
     go.set()
     assert next(blocks) == "a0"
     go.clear()
@@ -413,12 +414,15 @@ def test_blocks_are_made_ahead_one_at_a_time_in_their_order():
     with pytest.raises(DataError, match="block 3 is bad"):
         next(blocks)
     assert 5 not in started and not _ahead_threads()
-    left = ahead(make, [(0, "a"), (1, "b"), (2, "c")])
+    left = ahead(make, [(0, "a"), (1, "b"), (2, "c")], gpu)
     for _ in left:
         break
     left.close()
     assert not _ahead_threads()
-    assert list(ahead(make, [])) == []
+    assert list(ahead(make, [], gpu)) == []
+    started.clear()
+    for block in ahead(make, [(0, "a"), (1, "b")], torch.device("cpu")):
+        assert not _ahead_threads() and len(started) == 1 + int(block[1:])  # on CPUs each when it is asked for
 
 
 def _ahead_threads() -> list[threading.Thread]:

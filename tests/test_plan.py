@@ -34,7 +34,7 @@ def test_laion_by_hand():
     )
     assert plan.whole_seconds(parts, "cuda") == pytest.approx(32.0 + 0.3024 + 2 * 3.072 / 5)
     assert plan.whole_seconds(parts | {"search": 1.0}, "cuda") == pytest.approx(4.8 + 1.92 + 0.3024 + 2 * 3.072 / 5)
-    assert plan.whole_seconds(parts, "cpu") == pytest.approx(4.8 + 32.0 + 0.3024 + 2 * 3.072 / 5)
+    assert plan.whole_seconds(parts, "cpu") == pytest.approx(4.8 + 1.92 + 32.0 + 0.3024 + 2 * 3.072 / 5)
     total = sum(
         plan.whole_seconds(plan.seconds(one, LAION, rates), LAION.device) * one.times for one in plan.passes(LAION)
     )

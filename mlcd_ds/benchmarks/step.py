@@ -1,7 +1,8 @@
 """Whole optimizer steps: images a second, MFU, memory and the head's share, ours against transformers' encoder.
 
 Both encoders are trained by the same engine, with the same head, on the same images; the contenders of one shape run in
-turn, with a large bare product among them, whose rate is what MFU is a share of. One rank: a GPU where there is one.
+turn, with a large bare product among them, whose rate is what MFU is a share of. A GPU where there is one; under a launcher
+(`deepspeed --num_gpus 8 tools/bench.py step ...`) all its ranks, of which a step takes as long as the slowest.
 """
 
 import platform
@@ -159,7 +160,7 @@ class Step:
         self.encoder = preset(setting.preset, config.image_size)
         classes = config.classes or DEFAULT_CLASSES[topology.device.type]
         raw = {
-            "train_batch_size": setting.micro_batch,
+            "train_batch_size": setting.micro_batch * topology.world_size,
             "train_micro_batch_size_per_gpu": setting.micro_batch,
             "optimizer": {"type": "AdamW", "params": {"lr": 1e-4, "weight_decay": 0.2, "torch_adam": True}},
             "zero_optimization": {"stage": setting.zero_stage},
@@ -172,7 +173,7 @@ class Step:
             raw |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
         self.settings = resolve_deepspeed_config(
             raw,
-            batch=BatchSizes.resolve(raw, 1),
+            batch=BatchSizes.resolve(raw, topology.world_size),
             total_steps=1_000_000,
             warmup_steps=1000,
             output_dir=".",
@@ -194,7 +195,7 @@ class Step:
         self.engine = TrainEngine(
             model, [head], self.settings, head_config, topology, timeout_minutes, options_of(setting)
         )
-        self.fake = fake_batch(self.encoder.image_size, setting.micro_batch, classes, config)
+        self.fake = fake_batch(self.encoder.image_size, setting.micro_batch, classes, config, topology.rank)
         if topology.device.type == "cuda":
             self.fake = self.fake.pin_memory()
         self.steps = 0
@@ -220,9 +221,9 @@ class Step:
         return seconds[HEAD] / sum(seconds.values())
 
 
-def fake_batch(image_size: int, images: int, classes: int, config: BenchStepConfig) -> ImageLabelBatch:
-    """Random pixels and random distinct labels."""
-    generator = torch.Generator().manual_seed(config.seed)
+def fake_batch(image_size: int, images: int, classes: int, config: BenchStepConfig, rank: int = 0) -> ImageLabelBatch:
+    """Random pixels and random distinct labels, others on each rank."""
+    generator = torch.Generator().manual_seed(config.seed + rank)
     pixels = torch.randint(0, 256, (images, 3, image_size, image_size), dtype=torch.uint8, generator=generator)
     width = classes // config.labels_per_image
     first_L = torch.arange(config.labels_per_image) * width
@@ -239,12 +240,16 @@ def bench_step(config: BenchStepConfig) -> dict:
         raise ConfigError("--shards and --labels belong together: give both, or neither for toy images made on the way")
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    device = torch.device(device_type())
-    topology = Topology.single(device).start(timeout_minutes=60.0)
+    topology = Topology.from_environment()
+    if topology.world_size > 1:
+        check_several(config)
+    topology.start(timeout_minutes=60.0)
+    device = topology.device
     name = torch.cuda.get_device_name() if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
     result = {
         "command": command_line("step", config),
         "device": f"{device.type}, {name}",
+        "ranks": topology.world_size,
         "threads": torch.get_num_threads(),
         "precision": Step.precision(config),
         "torch": torch.__version__,
@@ -254,12 +259,16 @@ def bench_step(config: BenchStepConfig) -> dict:
         "steps": [],
         "data": [],
     }
-    print(f"steps on {result['device']}, {result['threads']} threads, {result['precision']}, torch {torch.__version__}")
+    if topology.is_main:
+        print(
+            f"steps on {result['device']}, {topology.world_size} ranks, {result['threads']} threads each, "
+            f"{result['precision']}, torch {torch.__version__}"
+        )
 
     def keep(part: str, rows: list[dict]) -> None:
         """After each group: what has been measured outlives what comes."""
         result[part] += rows
-        if config.output is not None:
+        if config.output is not None and topology.is_main:
             write_json(Path(config.output), result)
 
     for group in groups:
@@ -277,8 +286,9 @@ def bench_step(config: BenchStepConfig) -> dict:
                 print(f"{setting}: memory", flush=True)
                 row["peak_bytes"] = in_processes(1, memory_on_rank, config, setting)
                 keep("steps", [])
-    print(step_table(result["steps"]))
-    if result["data"]:
+    if topology.is_main:
+        print(step_table(result["steps"]))
+    if result["data"] and topology.is_main:
         print(
             table(
                 [
@@ -291,12 +301,23 @@ def bench_step(config: BenchStepConfig) -> dict:
     return result
 
 
+def check_several(config: BenchStepConfig) -> None:
+    """Raises ConfigError for what is measured on one rank alone."""
+    if config.memory:
+        raise ConfigError("--memory is measured on one rank: leave it out, or leave the launcher out")
+    if config.data == "real" and config.shards is None:
+        raise ConfigError(
+            "--data real with several ranks needs --shards and --labels: toy scenes are made for one rank"
+        )
+
+
 def time_group(steps: list[Step], config: BenchStepConfig) -> list[dict]:
     """A row for each step, all run in turn with the bare product."""
     device, topology = steps[0].topology.device, steps[0].topology
 
     def say(what: str) -> None:
-        print(f"{steps[0].setting.preset}: {what}", flush=True)
+        if topology.is_main:
+            print(f"{steps[0].setting.preset}: {what}", flush=True)
 
     say("first steps, compilation")
     first = {str(step.setting): step.run() for step in steps}
@@ -319,14 +340,14 @@ def time_group(steps: list[Step], config: BenchStepConfig) -> list[dict]:
     rows = []
     for step in steps:
         own = seconds[str(step.setting)]
-        work = flops.total(step.encoder).flops * step.setting.micro_batch
+        work = flops.total(step.encoder).flops * step.setting.micro_batch  # of a rank
         rows.append(
             {
                 "setting": str(step.setting),
                 **asdict(step.setting),
                 "image_size": step.encoder.image_size,
                 "seconds": own,
-                "images_per_second": step.setting.micro_batch / own["min"],
+                "images_per_second": step.setting.micro_batch * topology.world_size / own["min"],
                 "encoder_flops": work,
                 "peak_flops_per_second": peak,
                 "mfu": work / own["min"] / peak,
@@ -384,13 +405,13 @@ def time_real_data(step: Step, config: BenchStepConfig) -> dict:
                 if turn >= 0:
                     seconds[kind] += time.perf_counter() - started
                     waited += in_wait
-    steps = config.repeats * config.real_steps
+    steps, images = config.repeats * config.real_steps, micro_batch * step.topology.world_size
     return {
         "setting": str(step.setting),
         "steps": steps,
         "workers": config.workers,
-        "real_images_per_second": steps * micro_batch / seconds["real"],
-        "fake_images_per_second": steps * micro_batch / seconds["fake"],
+        "real_images_per_second": steps * images / seconds["real"],
+        "fake_images_per_second": steps * images / seconds["fake"],
         "real_per_fake": seconds["fake"] / seconds["real"],
         "waited_share": waited / seconds["real"],
     }
@@ -426,7 +447,7 @@ def real_batches(step: Step, config: BenchStepConfig, folder: Path) -> Iterator[
     found = build_shard_table(shards, [labels], config.labels_per_image, 1.0, None, step.topology)
     if found.labels_infos[0].num_classes > classes:
         raise ConfigError(f"--classes {classes}: the labels in {labels} name {found.labels_infos[0].num_classes}")
-    plan = EpochPlan(config.seed, found.counts, step.setting.micro_batch, run.shuffle_window)
+    plan = EpochPlan(config.seed, found.counts, step.setting.micro_batch * step.topology.world_size, run.shuffle_window)
     loader = ImageLabelLoader(run, found, plan, step.encoder.image_size, step.topology)
     return loader.iterate(0, (config.repeats + 1) * config.real_steps + 1)
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from mlcd_ds import collectives
@@ -120,7 +121,7 @@ def _by_file(
     files = {label_path("", name).name: name for name in features.names}
     rows = dict(zip(features.names, features.rows, strict=True))
     names = [features.names[i] for i in todo]
-    batches = _batches(features, [(name, 0, rows[name]) for name in names], config)
+    batches = _batches(features, [(name, 0, rows[name]) for name in names], config, topology.device)
     with FolderProgress(
         "labels", topology, Path(config.output_dir), files, rows.__getitem__, features.num_features
     ) as progress:
@@ -168,7 +169,7 @@ def _by_key(
     index = index_of(centers.array, config.assign, topology.device, config.nprobe) if todo else None
     rows_of = {piece.file_name: piece.stop - piece.start for piece in pieces}
     files = {name: name for name in rows_of}
-    batches = _batches(features, [(piece.name, piece.start, piece.stop) for piece in todo], config)
+    batches = _batches(features, [(piece.name, piece.start, piece.stop) for piece in todo], config, topology.device)
     with FolderProgress(
         "labels", topology, store.folder, files, rows_of.__getitem__, features.num_features
     ) as progress:
@@ -303,10 +304,10 @@ def _is_finished(folder: str, name: str, info: LabelsInfo, rows: int) -> bool:
 
 
 def _batches(
-    features: FeatureFolder, ranges: list[tuple[str, int, int]], config: AssignConfig
+    features: FeatureFolder, ranges: list[tuple[str, int, int]], config: AssignConfig, device: torch.device
 ) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
     """(unit rows float32 [b, d], whether each can be used [b] or None for all) of (features file, start, stop) after each
-    other, never of two in one, read ahead."""
+    other, never of two in one, read ahead where a GPU searches."""
 
     def read(name: str, low: int, high: int) -> tuple[np.ndarray, np.ndarray | None]:
         if config.drop_bad_rows:
@@ -315,7 +316,7 @@ def _batches(
 
     step = config.batch_size
     items = ((name, low, min(low + step, stop)) for name, start, stop in ranges for low in range(start, stop, step))
-    return ahead(read, items)
+    return ahead(read, items, device)
 
 
 def _search(

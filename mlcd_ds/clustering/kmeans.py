@@ -19,7 +19,7 @@ import torch
 from mlcd_ds import collectives
 from mlcd_ds.clustering.ahead import ahead
 from mlcd_ds.clustering.features import FeatureFolder
-from mlcd_ds.clustering.nearest import index_of
+from mlcd_ds.clustering.nearest import exact_index, index_of
 from mlcd_ds.errors import ConfigError, DataError
 from mlcd_ds.topology import Topology
 
@@ -161,8 +161,8 @@ class SphericalKMeans:
 
     @property
     def is_exact(self) -> bool:
-        """Whether the search finds the nearest center always."""
-        return self.backend != "ivf"
+        """Whether the search finds the nearest center always: in float32, which it is on CPUs alone."""
+        return self.backend != "ivf" and self.topology.device.type == "cpu"
 
     def check(self, features: FeatureFolder, state: KMeansState) -> SearchCheck | None:
         """The search among the state's centers against the exact one; None for an exact search. Every rank must call it."""
@@ -173,8 +173,7 @@ class SphericalKMeans:
         rows_nd = self._draw(features, blocks, counts, number, purpose=7)
         own_bd = np.ascontiguousarray(rows_nd[self.topology.rank :: self.topology.world_size])
         cosine_b, found_b = self._searcher(state)(0, own_bd)
-        exact = "torch" if self.backend == "torch" else "faiss"
-        best_b1, nearest_b1 = index_of(state.centers_kd, exact, self.topology.device).search(own_bd, 1)
+        best_b1, nearest_b1 = exact_index(state.centers_kd, self.topology.device).search(own_bd, 1)
         sums = [float((found_b == nearest_b1[:, 0]).sum()), best_b1.sum(dtype=float), cosine_b.sum(dtype=float)]
         return SearchCheck(number, *(self._sum(torch.tensor(sums, dtype=torch.float64)) / number).tolist())
 
@@ -328,7 +327,7 @@ class SphericalKMeans:
         sums_kd = torch.zeros(padded, features.dim, device=self.topology.device)
         sizes_k = np.zeros(self.k, np.int64)
         total, moved, nearest = 0.0, 0, []
-        for number, block_bd in enumerate(read_all(features, parts)):
+        for number, block_bd in enumerate(read_all(features, parts, self.topology.device)):
             cosine_b, nearest_b = search(number, block_bd)
             total += float(cosine_b.sum(dtype=np.float64))
             sums_kd.index_add_(
@@ -368,11 +367,14 @@ def read(features: FeatureFolder, part: Part, out: np.ndarray | None = None) -> 
     return features.unit_rows(block.name, start, stop, rows, out)
 
 
-def read_all(features: FeatureFolder, parts: list[Part]) -> Iterator[np.ndarray]:
-    """What `read` gives for each, the next one read ahead. A block is overwritten once the next one has been asked for."""
+def read_all(features: FeatureFolder, parts: list[Part], device: torch.device) -> Iterator[np.ndarray]:
+    """What `read` gives for each, the next one read ahead where a GPU searches.
+
+    A block is overwritten once the next one has been asked for.
+    """
     most = max((part[0].stop - part[0].start if part[1] is None else len(part[1]) for part in parts), default=0)
     two = np.empty((min(2, len(parts)), most, features.dim), np.float32)
-    return ahead(read, zip(itertools.repeat(features), parts, itertools.cycle(two)))
+    return ahead(read, zip(itertools.repeat(features), parts, itertools.cycle(two)), device)
 
 
 def _blocks(features: FeatureFolder) -> list[Block]:

@@ -1,6 +1,6 @@
 """The nearest centers of features, by one of three searches.
 
-    faiss   faiss's flat index: exact. On GPUs (faiss-gpu) with float16 centers.
+    faiss   faiss's flat index: exact on CPUs; on GPUs (faiss-gpu) with float16 centers.
     torch   blocked products and a running top-l: exact in float32 on CPUs; on GPUs the products are in bfloat16 and the
             candidates are ranked again in float32.
     ivf     faiss's inverted file over the centers: approximate, for CPUs and very large k; `nprobe` lists are looked into.
@@ -66,12 +66,23 @@ def index_of(
     return index
 
 
-class TorchSearch:
-    """Blocked search: never more scores at a time than one tile of them, whose memory is kept."""
+def exact_index(centers_kd: np.ndarray, device: torch.device | str = "cpu") -> Nearest:
+    """An index that compares in float32 on any device, to check the others by."""
+    device = torch.device(device)
+    if device.type == "cpu":
+        return index_of(centers_kd, "faiss")
+    return TorchSearch(torch.from_numpy(np.ascontiguousarray(centers_kd, np.float32)).to(device), exact=True)
 
-    def __init__(self, centers_kd: torch.Tensor):
+
+class TorchSearch:
+    """Blocked search: never more scores at a time than one tile of them, whose memory is kept.
+
+    exact: float32 products on GPUs, too (unless torch is told to use TF32, which nothing here does).
+    """
+
+    def __init__(self, centers_kd: torch.Tensor, exact: bool = False):
         self.centers_kd = centers_kd
-        self.is_exact = centers_kd.device.type == "cpu"
+        self.is_exact = exact or centers_kd.device.type == "cpu"
         self.factor_kd = centers_kd if self.is_exact else centers_kd.bfloat16()
         self._scores = torch.empty(0, dtype=self.factor_kd.dtype, device=centers_kd.device)
 

@@ -1,8 +1,7 @@
 """What a clustering will take, before it is started: FLOPs, bytes and memory by arithmetic, hours from measured rates.
 
-In an iteration of `kmeans` a block is searched and added up while a thread reads the next one and makes it into unit rows;
-then sums are reduced, centers gathered and kept. On a GPU the longer of both counts; on CPUs the thread takes its core from
-the search, so that only the disk is hidden.
+In an iteration of `kmeans` blocks are read, made into unit rows, searched and added up; then sums are reduced, centers
+gathered and kept. Where a GPU searches, a thread has the next block made ready meanwhile, so that the longer of both counts.
 
 Shapes: n features in use, k centers, d dimensions, W ranks, K coarse clusters of a two-level clustering.
 """
@@ -175,7 +174,7 @@ def whole_seconds(parts: dict[str, float], device: str) -> float:
     """Of a pass, of whose parts (see `seconds`) some go on at the same time."""
     alone = parts["network"] + parts["keeping"]
     if device == "cpu":
-        return parts["preparing"] + max(parts["search"], parts["disk"]) + alone
+        return parts["preparing"] + parts["search"] + parts["disk"] + alone
     return max(parts["search"], parts["preparing"] + parts["disk"]) + alone
 
 
@@ -387,11 +386,7 @@ def card(job: Job, rates: Rates, measured_on: str) -> str:
     lines.append(f"{'total':76}{total / 3600:>10.4g}")
     parts = seconds(todo[-1], job, rates)
     shares = ", ".join(f"{name} {value:.3g} s" for name, value in parts.items() if value)
-    hidden = (
-        "the disk behind the search"
-        if job.device == "cpu"
-        else "preparing and disk behind the search, or it behind them"
-    )
+    hidden = "one after the other" if job.device == "cpu" else "preparing and disk behind the search, or it behind them"
     lines.append(f"an iteration over all centers: {shares}; {hidden}")
     labels = label_pass(job)
     lines.append(_row(labels, whole_seconds(seconds(labels, job, rates), job.device)) + "   (afterwards)")

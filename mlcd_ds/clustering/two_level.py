@@ -280,7 +280,7 @@ class _Grouped(_InGroups):
         self.forget()
 
         def find() -> tuple:
-            for (block, rows), block_bd in zip(parts, read_all(features, parts), strict=True):
+            for (block, rows), block_bd in zip(parts, read_all(features, parts, self.topology.device), strict=True):
                 probes_bp = index.search(block_bd, wanted)[1].astype(kind)
                 rows = np.arange(block.start, block.stop) if rows is None else rows
                 order_b = np.argsort(probes_bp[:, 0], kind="stable")
