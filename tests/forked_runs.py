@@ -5,7 +5,7 @@ python tests/forked_runs.py FOLDER: FOLDER/runs.json lists the runs, {"name", "w
 output, and of each step the keys of its images with their CRC-32. A run with a "tool" instead is that tool with `flags`.
 "remove": a folder that is removed before the run.
 
-Ranks are forks of this process, which has imported all that they need (fork_server.py).
+Ranks are forks of this process, which has imported all that they need.
 """
 
 import json
@@ -21,7 +21,7 @@ import fire
 import torch
 from processes import ROOT, free_port
 
-from mlcd_ds import cli
+from mlcd_ds import cli, soak
 from mlcd_ds.config import RunConfig
 from mlcd_ds.engine import TrainEngine
 from mlcd_ds.train import train
@@ -56,6 +56,7 @@ def start(run: dict, rank: int, port: int, log: Path, steps: Path) -> None:
 
 
 def main(folder: Path) -> None:
+    soak.import_ahead()
     torch.set_num_threads(1)
     context = multiprocessing.get_context("fork")
     for run in json.loads((folder / "runs.json").read_text()):

@@ -1,6 +1,6 @@
 """Checkpoints of the engine taken from one number of ranks and ZeRO stage to another: the processes of test_world_size.py.
 
-The ranks of each act are forks of this process, which has imported all that they need (fork_server.py).
+The ranks of each act are forks of this process, which has imported all that they need.
 """
 
 import multiprocessing
@@ -142,7 +142,11 @@ def rank_process(rank: int, world_size: int, port: int, folder: Path, number: in
 
 
 def main(folder: Path) -> None:
-    import engine_worker  # noqa: F401  and DeepSpeed
+    import engine_worker  # noqa: F401
+
+    from mlcd_ds import soak
+
+    soak.import_ahead()
 
     context = multiprocessing.get_context("fork")
     for number, world_size in enumerate(CHAIN):
