@@ -22,7 +22,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import deepspeed
 import numpy as np
 import torch
 from PIL import Image
@@ -76,7 +75,8 @@ def import_ahead() -> None:
     for name in IMPORTED_ON_THE_WAY:
         with contextlib.suppress(ImportError):  # of another version of DeepSpeed or torch
             importlib.import_module(name)
-    getattr(deepspeed.ops, "__compatible_ops__", None)  # looked up with a compiler when first asked for, then kept
+    ops = importlib.import_module("deepspeed.ops")
+    getattr(ops, "__compatible_ops__", None)  # tried out with a compiler when first asked for, then kept
 
 
 class ForkedRanks:
