@@ -61,6 +61,7 @@ IMPORTED_ON_THE_WAY = (
     "torch.distributed.fsdp",
     "deepspeed.runtime.zero.muon.muon_optimizer",
     "torch.utils.tensorboard",
+    "pyarrow.dataset",
 )
 ONLY_ON_RANK_0 = ("deepspeed", "encoder", "json", "sync_folder", "rename", "latest")
 
@@ -74,6 +75,8 @@ def import_ahead() -> None:
     for name in IMPORTED_ON_THE_WAY:
         with contextlib.suppress(ImportError):  # of another version of DeepSpeed or torch
             importlib.import_module(name)
+    ops = importlib.import_module("deepspeed.ops")
+    getattr(ops, "__compatible_ops__", None)  # tried out with a compiler when first asked for, then kept
 
 
 class ForkedRanks:
@@ -289,7 +292,7 @@ class Case:
             "model": "vit_toy", "image_size": IMAGE_SIZE, "output_dir": run, "steps": steps, "workers": self.workers,
             "prefetch": 1, "save_every_steps": SAVE_EVERY, "keep_last": 2, "log_every_steps": 1,
             "histogram_every_steps": 100, "sample_rate": 0.3, "timeout_minutes": 2, "start_timeout_minutes": 2,
-            "resume": "auto",
+            "resume": "auto", "peak_tflops": 1,
         }  # fmt: skip
         return [f"--{name}={value}" for name, value in values.items()]
 

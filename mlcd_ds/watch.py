@@ -106,6 +106,8 @@ class Watch:
         faulthandler.unregister(STACKS_SIGNAL)
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        with contextlib.suppress(BlockingIOError):
+            self._writer.send(b"\0")  # no signal's number: it wakes the listener
         self._threads[0].join()
         self._reader.close()
         self._writer.close()

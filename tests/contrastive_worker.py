@@ -1,7 +1,7 @@
 """Runs on captions: the processes of test_contrastive_runs.py.
 
 First the engine alone, at several ZeRO stages and numbers of ranks, from one checkpoint to another; then train.py, killed
-and resumed. DeepSpeed and what it imports at its first engine are imported once; ranks are forks.
+and resumed. Ranks are forks of this process, which has imported all that they need.
 """
 
 import multiprocessing
@@ -15,7 +15,7 @@ import torch
 from engine_worker import ENCODER, IMAGES, own_part
 from processes import free_port
 
-from mlcd_ds import collectives
+from mlcd_ds import collectives, soak
 from mlcd_ds.batch import NO_IMAGE, ImageLabelBatch
 from mlcd_ds.checkpoint import Checkpoint
 from mlcd_ds.config import DeepSpeedDefaults, RunConfig
@@ -175,6 +175,7 @@ def engine_rank(rank: int, world_size: int, port: int, folder: Path) -> None:
 
 
 def main(folder: Path) -> None:
+    soak.import_ahead()
     torch.set_num_threads(1)
     context = multiprocessing.get_context("fork")
     for world_size in (2, 1):

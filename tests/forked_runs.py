@@ -5,7 +5,7 @@ python tests/forked_runs.py FOLDER: FOLDER/runs.json lists the runs, {"name", "w
 output, and of each step the keys of its images with their CRC-32. A run with a "tool" instead is that tool with `flags`.
 "remove": a folder that is removed before the run.
 
-DeepSpeed and what it imports at its first engine are imported once; ranks are forks.
+Ranks are forks of this process, which has imported all that they need.
 """
 
 import json
@@ -17,13 +17,11 @@ import sys
 import zlib
 from pathlib import Path
 
-import deepspeed.runtime.zero.muon.original_muon  # noqa: F401  with torch's compiler
 import fire
 import torch
-import torch.utils.tensorboard
 from processes import ROOT, free_port
 
-from mlcd_ds import cli
+from mlcd_ds import cli, soak
 from mlcd_ds.config import RunConfig
 from mlcd_ds.engine import TrainEngine
 from mlcd_ds.train import train
@@ -58,6 +56,7 @@ def start(run: dict, rank: int, port: int, log: Path, steps: Path) -> None:
 
 
 def main(folder: Path) -> None:
+    soak.import_ahead()
     torch.set_num_threads(1)
     context = multiprocessing.get_context("fork")
     for run in json.loads((folder / "runs.json").read_text()):

@@ -13,9 +13,6 @@ import sys
 import traceback
 from pathlib import Path
 
-import faiss  # noqa: F401  (imported once, for all children)
-import torch.utils.tensorboard  # noqa: F401
-
 from mlcd_ds.config import AssignConfig, ClusterConfig, FeaturesConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))

@@ -134,7 +134,7 @@ def test_two_ranks_share_the_shards(prepared):
     folder, *_ = prepared
     assign(folder)
     flags = [f"--features={folder / 'f'}", f"--centers={folder / 'c'}", f"--output_dir={folder / 'l2'}"]
-    ended = run_script(2, [ROOT / "tools" / "assign_labels.py", *flags])
+    ended = run_script(2, [ROOT / "tools" / "assign_labels.py", *flags], fresh=True)
     assert [rank.code for rank in ended] == [0, 0], ended[0].output
     assert "0 shards were finished before; 8.00 labels an image" in ended[0].output
     for path in (folder / "l").iterdir():

@@ -309,7 +309,7 @@ def test_builtin_features_do_not_depend_on_the_number_of_threads():
 def test_two_ranks_share_the_shards(tars, tmp_path):
     arguments = [ROOT / "tools" / "extract_features.py", f"--shards={tars / '*.tar'}", f"--output_dir={tmp_path / 'f'}"]
     arguments += [f"--{name}={value}" for name, value in SMALL.items()]
-    ended = run_script(2, arguments)
+    ended = run_script(2, arguments, fresh=True)
     assert [rank.code for rank in ended] == [0, 0], ended[0].output + ended[1].output
     assert "this rank: 82 images now" in ended[0].output
     assert "123/123 images" in ended[0].output and "on 2 rank(s), 3/3 shards" in ended[0].output

@@ -165,7 +165,8 @@ def test_what_does_not_fit_is_named(tmp_path):
 def test_the_tool_exports_a_run(tmp_path):
     model = scrambled(TINY)
     checkpoint.save_encoder(tmp_path / "run", "tiny", TINY, model.state_dict())
-    (ended,) = run_script(1, [ROOT / "tools/export_hf.py", "--run", tmp_path / "run", "--output_dir", tmp_path / "out"])
+    flags = ["--run", tmp_path / "run", "--output_dir", tmp_path / "out"]
+    (ended,) = run_script(1, [ROOT / "tools/export_hf.py", *flags], fresh=True)
     assert ended.code == 0, ended.output
     assert "CLIPVisionModelWithProjection, float32, read back equal" in ended.output
     card = (tmp_path / "out" / "README.md").read_text()

@@ -339,7 +339,7 @@ def test_labels_without_any_label_and_a_folder_as_output_are_refused(prepared):
 
 def test_the_tool_says_what_it_found(prepared):
     flags = [f"--shards={prepared}/tars/*.tar", f"--labels={prepared}/l", f"--centers={prepared}/c"]
-    ended = run_script(1, [ROOT / "tools" / "inspect_clusters.py", *flags, f"--output={prepared}/out.html"])
+    ended = run_script(1, [ROOT / "tools" / "inspect_clusters.py", *flags, f"--output={prepared}/out.html"], fresh=True)
     assert ended[0].code == 0, ended[0].output
     assert "out.html: 55 images, 30 clusters; " in ended[0].output and "purity 1.000" in ended[0].output
     Page((prepared / "out.html").read_text())

@@ -279,11 +279,11 @@ def test_more_centers_than_features_and_bad_rows_are_refused(tmp_path):
         fit(write_features(tmp_path / "g", [rows]), 5)
 
 
-def cluster(features, output, *flags, world_size=1):
+def cluster(features, output, *flags, world_size=1, fresh=False):
     given = {flag.partition("=")[0] for flag in flags}
     defaults = [flag for flag in ("--k=20", "--iterations=5") if flag.partition("=")[0] not in given]
     arguments = [f"--features={features}", f"--output_dir={output}", *defaults, *flags]
-    return run_script(world_size, [ROOT / "tools" / "cluster.py", *arguments])
+    return run_script(world_size, [ROOT / "tools" / "cluster.py", *arguments], fresh=fresh)
 
 
 def test_tool_writes_reuses_and_refuses(tmp_path):
@@ -310,7 +310,7 @@ def test_tool_writes_reuses_and_refuses(tmp_path):
     (tmp_path / "c" / "centers.npy").write_bytes(first[:50])
     with pytest.raises(DataError):
         Centers.load(tmp_path / "c")
-    (ended, other) = cluster(tmp_path / "f", tmp_path / "c", "--max_points_per_center=25", world_size=2)
+    (ended, other) = cluster(tmp_path / "f", tmp_path / "c", "--max_points_per_center=25", world_size=2, fresh=True)
     assert (ended.code, other.code) == (0, 0), ended.output
     assert "going on" not in ended.output
     np.testing.assert_allclose(Centers.load(tmp_path / "c").array, before, atol=2e-5)

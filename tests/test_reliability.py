@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import ROOT, free_port
+from processes import ROOT, free_port, run_script
 from ranks import run_ranks
 
 from mlcd_ds import run_loop, soak, watch
@@ -34,9 +34,8 @@ def environment(**more: str) -> dict[str, str]:
 def found(tmp_path_factory):
     """What became of each run of faults_worker.py."""
     folder = tmp_path_factory.mktemp("faults")
-    command = [sys.executable, ROOT / "tests" / "faults_worker.py", folder]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=1200)
-    assert done.returncode == 0, done.stderr[-3000:]
+    (ended,) = run_script(1, [ROOT / "tests" / "faults_worker.py", folder], timeout=1200)
+    assert ended.code == 0, ended.output[-3000:]
     return json.loads((folder / "found.json").read_text())
 
 

@@ -35,7 +35,7 @@ MEASURED = ("head, ZeRO 1", "activations, ZeRO 3")
 def test_memory_is_within_a_tenth_of_what_two_real_processes_take(tmp_path):
     """Two cases; docs/scaling.md has all twelve, within 2%."""
     result = tmp_path / "result.json"
-    (ended,) = run_script(1, [ROOT / "tests" / "memory_worker.py", result, *MEASURED], timeout=600)
+    (ended,) = run_script(1, [ROOT / "tests" / "memory_worker.py", result, *MEASURED], timeout=600, fresh=True)
     assert ended.code == 0, ended.output[-3000:]
     for name, found in json.loads(result.read_text()).items():
         assert found["planned"] == pytest.approx(found["measured"], rel=0.1), name

@@ -1,6 +1,6 @@
 """Checkpoints of the engine taken from one number of ranks and ZeRO stage to another: the processes of test_world_size.py.
 
-DeepSpeed and what it imports at its first engine are imported once; the ranks of each act are forks of this process.
+The ranks of each act are forks of this process, which has imported all that they need.
 """
 
 import multiprocessing
@@ -142,8 +142,11 @@ def rank_process(rank: int, world_size: int, port: int, folder: Path, number: in
 
 
 def main(folder: Path) -> None:
-    import deepspeed.runtime.zero.muon.original_muon  # noqa: F401  with torch's compiler: else each fork imports it anew
-    import engine_worker  # noqa: F401  and DeepSpeed
+    import engine_worker  # noqa: F401
+
+    from mlcd_ds import soak
+
+    soak.import_ahead()
 
     context = multiprocessing.get_context("fork")
     for number, world_size in enumerate(CHAIN):

@@ -14,8 +14,8 @@ check() {
 
 check .venv/bin/ruff check .
 check .venv/bin/ruff format --check .
-# Two files at a time: most of a test is one process that imports.
-check .venv/bin/python -m pytest -n 2 --dist loadfile "$@"
+# Two files at a time, in the order of tests/conftest.py: the longest first.
+check .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
 
 if [ ${#failed[@]} -gt 0 ]; then
   printf 'failed: %s\n' "${failed[@]}" >&2

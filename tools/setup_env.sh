@@ -55,13 +55,14 @@ for file in "${files[@]}"; do
     continue
   fi
   "$venv_python" -m pip --version >/dev/null || fail ".venv has no pip (a run killed while making it?): remove .venv and start again"
+  # --no-compile: Python compiles a module when it is first imported, and most of these 14,000 files never are.
   # torch first: the build of other packages looks for it.
   torch=$(grep -E '^torch([=<>~! ]|$)' "$file" || true)
   if [ -n "$torch" ]; then
     echo "environment: installing $torch (the first time, minutes)"
-    "$venv_python" -m pip install --quiet "$torch"
+    "$venv_python" -m pip install --quiet --no-compile "$torch"
   fi
   echo "environment: installing $file"
-  "$venv_python" -m pip install --quiet -r "$file"
+  "$venv_python" -m pip install --quiet --no-compile -r "$file"
   echo "$hash" >"$stamp"
 done
