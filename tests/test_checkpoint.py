@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mlcd_ds import checkpoint, files, train
+from mlcd_ds import checkpoint, files, run_loop
 from mlcd_ds.checkpoint import CheckpointStore, load_rows, published, save_rows
 from mlcd_ds.errors import CheckpointError, NewerFormatError, SaveError
 from mlcd_ds.files import save_tensors, sha256, write_json
@@ -237,7 +237,7 @@ def test_a_checkpoint_from_before_ledgers_goes_on_with_sums_that_begin_at_its_st
     engine, plan = SimpleNamespace(load=lambda *_: None), SimpleNamespace(length=SimpleNamespace(total_steps=9))
 
     def resume():
-        return train.resume(found, 0, plan, engine, SimpleNamespace(go_on_from=taken.append), Topology.single())
+        return run_loop.resume(found, 0, plan, engine, SimpleNamespace(go_on_from=taken.append), Topology.single())
 
     assert resume() == 2 and engine.skipped_steps == 4 and taken == []
     warning, resumed = capsys.readouterr().out.splitlines()
