@@ -5,13 +5,15 @@
         step_000001000/
             manifest.json           size and SHA-256 of every other file: written last, before the folder gets its name
             state.json              step, samples, world size, what the run was
-            ledger.json             samples decoded and skipped, by reason, of each tar, up to this step
+            ledger.json             samples decoded and skipped, by reason, of each tar, up to this step (older ones lack it)
             engine/...              DeepSpeed's own files
             head/rows_START_STOP.safetensors   centers, moments, step counts of these global rows
             head_1/, head_2/ ...    the same of the other heads, where there are several
             ranks/rank_00000.safetensors       random number generators
             encoder/encoder.safetensors, encoder.json   the encoder alone, float32, for every tool that reads it
             text/text.safetensors, text.json, tokenizer.json   of a run on captions: the text tower with the logits' scale
+            classifier.safetensors  of fine-tuning: the classifier
+            average/encoder/..., average/classifier.safetensors   of fine-tuning with --ema_decay: both, averaged
 
 A checkpoint is written as step_N.tmp by all ranks, hashed, given its manifest, synced, renamed; then `latest` follows.
 Whatever dies before the rename leaves a .tmp folder that nobody reads and the next save removes. What cannot be written on
@@ -38,7 +40,7 @@ from mlcd_ds.batch import head_suffix
 from mlcd_ds.data import tokenizer as tokenizers
 from mlcd_ds.data.tokenizer import CaptionTokenizer
 from mlcd_ds.errors import CheckpointError, NewerFormatError, SaveError
-from mlcd_ds.files import save_tensors, sha256, sync_file, sync_folder, write_json, write_text
+from mlcd_ds.files import comes_into_sight, save_tensors, sha256, sync_file, sync_folder, write_json, write_text
 from mlcd_ds.models import hf, hf_text
 from mlcd_ds.models.hf import PROJECTION
 from mlcd_ds.models.text import TextConfig, TextTransformer
@@ -49,6 +51,9 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 REGISTERS = "embeddings.registers"
 LEDGER = "ledger.json"
+CLASSIFIER = "classifier.safetensors"
+AVERAGE = "average"
+"""Folder in a checkpoint; RUN/average stands for that of the run's newest."""
 HUGGING_FACE = "hf:"
 """Begins the name of an encoder that lies in a Hugging Face folder."""
 
@@ -136,6 +141,7 @@ class CheckpointStore:
         try:
             for name in files[self.topology.rank :: self.topology.world_size]:
                 path = staging / name
+                comes_into_sight(path.is_file)  # another host has written it
                 sync_file(path)
                 hashed[name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
         except OSError as error:
@@ -253,7 +259,27 @@ def head_folder(index: int) -> str:
 
 
 def _parts(staging: Path, world_size: int, head_folders: list[str], shards: int | None) -> list[str]:
-    """All files of a staged checkpoint, relative to it. Raises CheckpointError where a rank's part is not among them."""
+    """All files of a staged checkpoint, relative to it. Raises CheckpointError where a rank's part is not among them, nor
+    comes into sight.
+    """
+    found: list[tuple[list[str], list[str]]] = []
+
+    def complete() -> bool:
+        found.append(_parts_in_sight(staging, world_size, head_folders, shards))
+        return not found[-1][1]
+
+    if not comes_into_sight(complete):
+        raise CheckpointError(
+            f"{staging} lacks {found[-1][1][0]}, though every rank has written its own: do all hosts see the same file "
+            "system under --output_dir? Give a folder that they share."
+        )
+    return found[-1][0]
+
+
+def _parts_in_sight(
+    staging: Path, world_size: int, head_folders: list[str], shards: int | None
+) -> tuple[list[str], list[str]]:
+    """(all files of a staged checkpoint, the parts that lack among them)."""
     names = sorted(str(path.relative_to(staging)) for path in staging.rglob("*") if path.is_file())
     ranks = range(world_size if shards is None else 0)
     missing = [f"ranks/{rank_file(rank)}" for rank in ranks if f"ranks/{rank_file(rank)}" not in names]
@@ -262,12 +288,7 @@ def _parts(staging: Path, world_size: int, head_folders: list[str], shards: int 
         rows = [name for name in names if name.startswith(f"{folder}/")]
         if len(rows) != shards:
             missing.append(f"{shards - len(rows)} of the {shards} files in {folder}/")
-    if missing:
-        raise CheckpointError(
-            f"{staging} lacks {missing[0]}, though every rank has written its own: do all hosts see the same file system "
-            "under --output_dir? Give a folder that they share."
-        )
-    return names
+    return names, missing
 
 
 def rank_file(rank: int) -> str:
@@ -327,6 +348,24 @@ def read_state(path: Path) -> Checkpoint:
         return Checkpoint(path, int(state["step"]), state)
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{path / 'state.json'} cannot be read: {error}") from None
+
+
+def read_ledger(path: Path) -> dict | None:
+    """What `ImageLabelLoader.totals` gave for the checkpoint in `path`; None where that was made before ledgers were kept.
+
+    Raises CheckpointError where it cannot be read.
+    """
+    file = path / LEDGER
+    try:
+        totals = json.loads(file.read_text())
+        if all(len(counts) == len(totals["columns"]) for counts in totals["shards"].values()):
+            return totals
+        problem = "a number for each column was expected of every tar"
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        problem = f"{type(error).__name__}: {error}"
+    raise CheckpointError(f"{file} cannot be read: {problem}")
 
 
 def save_rows(folder: Path, start: int, stop: int, num_classes: int, tensors: dict[str, torch.Tensor]) -> None:
@@ -407,7 +446,7 @@ class TextTower:
     digest: str
 
 
-def _text_folder(encoder: Path) -> Path | None:
+def text_folder(encoder: Path) -> Path | None:
     """Beside an encoder folder in a checkpoint, within one that `consolidate` made; None where there is none."""
     places = (encoder / "text", encoder.parent / "text")
     return next((folder for folder in places if (folder / "text.json").is_file()), None)
@@ -415,7 +454,7 @@ def _text_folder(encoder: Path) -> Path | None:
 
 def has_text(path: str | Path) -> bool:
     """Whether a text tower lies beside the encoder under `path` (see `find_encoder`)."""
-    return _text_folder(find_encoder(path)) is not None
+    return text_folder(find_encoder(path)) is not None
 
 
 def load_text(path: str | Path) -> TextTower:
@@ -428,7 +467,7 @@ def load_text(path: str | Path) -> TextTower:
         config, weights, log_scale = hf_text.read_text(folder)
         name, tokenizer = folder.name, CaptionTokenizer.load(folder)
     else:
-        folder = _text_folder(find_encoder(path))
+        folder = text_folder(find_encoder(path))
         if folder is None:
             raise CheckpointError(
                 f"{path} has no text tower: its run was trained on labels. Train one on captions: train.py --objective clip "
@@ -455,12 +494,15 @@ def load_text(path: str | Path) -> TextTower:
 
 
 def find_encoder(path: str | Path) -> Path:
-    """The encoder folder of a run folder (its newest checkpoint's), of a checkpoint folder, or `path` itself.
+    """The encoder folder of a run folder (its newest checkpoint's), of a checkpoint folder, or `path` itself; RUN/average:
+    of the run's averaged weights.
 
     Raises CheckpointError saying what was looked for.
     """
     path = Path(path)
     candidates = [path, path / "encoder", *(p / "encoder" for p in reversed(published(path / "checkpoints")))]
+    if path.name == AVERAGE:
+        candidates += [p / AVERAGE / "encoder" for p in reversed(published(path.parent / "checkpoints"))]
     for folder in candidates:
         if (folder / "encoder.json").is_file():
             return folder

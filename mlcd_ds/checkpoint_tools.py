@@ -15,7 +15,7 @@ from mlcd_ds.checkpoint import LEDGER, Checkpoint, CheckpointStore
 from mlcd_ds.config import CheckpointPathConfig, ConsolidateConfig, ReshardConfig
 from mlcd_ds.ds_config import BatchSizes
 from mlcd_ds.errors import CheckpointError
-from mlcd_ds.files import save_tensors, write_json
+from mlcd_ds.files import nothing_half, save_tensors, whole_folder, write_json
 from mlcd_ds.partition import ClassPartition
 from mlcd_ds.run_folder import RunFolder
 from mlcd_ds.topology import Topology
@@ -84,32 +84,36 @@ def reshard(config: ReshardConfig, to_universal: Callable[[Path, Path], None]) -
     partitions = [ClassPartition(rows_of(found.path / head)[0], config.world_size) for head in heads]
     refuse_foreign_pickles(found.path / ENGINE_TAG)
 
-    store = CheckpointStore(target, Topology.single(), keep_last=1, heads=len(heads))
-    staging = store.stage(found.step)
-    state = found.state | {"world_size": config.world_size}
-    if found.state.get("engine_format") == UNIVERSAL or found.state.get("zero_stage") == 0:
-        shutil.copytree(found.path / ENGINE_TAG, staging / ENGINE_TAG)
-    else:
-        scratch = staging.with_name(f"{found.path.name}.universal.tmp")
-        to_universal(found.path, scratch)
-        (scratch / ENGINE_TAG).rename(staging / ENGINE_TAG)
-        shutil.rmtree(scratch)
-        state["engine_format"] = UNIVERSAL
-    shutil.copytree(found.path / "encoder", staging / "encoder", dirs_exist_ok=True)
-    if (found.path / "text").is_dir():
-        shutil.copytree(found.path / "text", staging / "text")
-    for head, partition in zip(heads, partitions, strict=True):
-        for shard in tqdm(range(config.world_size), desc=head, unit="shard"):
-            rows = read_rows(found.path / head, partition.start(shard), partition.stop(shard))
-            checkpoint.save_rows(
-                staging / head, partition.start(shard), partition.stop(shard), partition.num_classes, rows
-            )
-    write_json(staging / "state.json", state)
-    if (found.path / LEDGER).is_file():
-        shutil.copyfile(found.path / LEDGER, staging / LEDGER)
-    facts = before["facts"] | {"world_size": config.world_size}
-    write_json(target / "config.json", before | {"facts": facts})
-    path = store.publish(found.step, shards=config.world_size)
+    with nothing_half(target):
+        store = CheckpointStore(target, Topology.single(), keep_last=1, heads=len(heads))
+        staging = store.stage(found.step)
+        state = found.state | {"world_size": config.world_size}
+        if found.state.get("engine_format") == UNIVERSAL or found.state.get("zero_stage") == 0:
+            shutil.copytree(found.path / ENGINE_TAG, staging / ENGINE_TAG)
+        else:
+            scratch = staging.with_name(f"{found.path.name}.universal.tmp")
+            to_universal(found.path, scratch)
+            (scratch / ENGINE_TAG).rename(staging / ENGINE_TAG)
+            shutil.rmtree(scratch)
+            state["engine_format"] = UNIVERSAL
+        shutil.copytree(found.path / "encoder", staging / "encoder", dirs_exist_ok=True)
+        for part in ("text", checkpoint.AVERAGE):
+            if (found.path / part).is_dir():
+                shutil.copytree(found.path / part, staging / part)
+        if (found.path / checkpoint.CLASSIFIER).is_file():
+            shutil.copyfile(found.path / checkpoint.CLASSIFIER, staging / checkpoint.CLASSIFIER)
+        for head, partition in zip(heads, partitions, strict=True):
+            for shard in tqdm(range(config.world_size), desc=head, unit="shard"):
+                rows = read_rows(found.path / head, partition.start(shard), partition.stop(shard))
+                checkpoint.save_rows(
+                    staging / head, partition.start(shard), partition.stop(shard), partition.num_classes, rows
+                )
+        write_json(staging / "state.json", state)
+        if (found.path / LEDGER).is_file():
+            shutil.copyfile(found.path / LEDGER, staging / LEDGER)
+        facts = before["facts"] | {"world_size": config.world_size}
+        write_json(target / "config.json", before | {"facts": facts})
+        path = store.publish(found.step, shards=config.world_size)
     print(
         f"{path}: step {found.step}, written by {found.state['world_size']} ranks, now of {config.world_size}. Go on with "
         f"--output_dir {target} --resume auto"
@@ -125,21 +129,20 @@ def consolidate(config: ConsolidateConfig) -> None:
     target = Path(config.output_dir)
     if target.exists():
         raise CheckpointError(f"--output_dir {target} exists: choose another folder")
-    staging = target.with_name(f"{target.name}.tmp")
-    if staging.exists():
-        shutil.rmtree(staging)  # of a process that died over it
-    shutil.copytree(found.path / "encoder", staging)
     written = []
-    if (found.path / "text").is_dir():
-        shutil.copytree(found.path / "text", staging / "text")
-        written.append("text/")
-    for folder in sorted(found.path.glob("head*")):
-        num_classes, _ = rows_of(folder)
-        centers = read_rows(folder, 0, num_classes, only=("centers",))["centers"]
-        name = f"centers{folder.name.removeprefix('head')}.safetensors"
-        save_tensors(staging / name, {"centers": centers}, {"step": str(found.step), "num_classes": str(num_classes)})
-        written.append(f"{name} {list(centers.shape)}")
-    staging.rename(target)
+    with whole_folder(target) as staging:
+        shutil.copytree(found.path / "encoder", staging, dirs_exist_ok=True)
+        if (found.path / "text").is_dir():
+            shutil.copytree(found.path / "text", staging / "text")
+            written.append("text/")
+        for folder in sorted(found.path.glob("head*")):
+            num_classes, _ = rows_of(folder)
+            centers = read_rows(folder, 0, num_classes, only=("centers",))["centers"]
+            name = f"centers{folder.name.removeprefix('head')}.safetensors"
+            save_tensors(
+                staging / name, {"centers": centers}, {"step": str(found.step), "num_classes": str(num_classes)}
+            )
+            written.append(f"{name} {list(centers.shape)}")
     print(f"{target}: {', '.join(['encoder.safetensors', *written])} of {found.path.name}")
 
 

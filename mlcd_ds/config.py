@@ -178,36 +178,18 @@ class EncoderOptions(EncoderWork):
         return self
 
 
-class RunConfig(HeadConfig, EncoderOptions):
-    """mlcd_ds/train.py."""
-
-    objective: Literal["mlcd", "mlc", "cd", "clip"] = Field(
-        "mlcd",
-        description="mlcd (eq. 5), mlc (eq. 4), cd (eq. 3, nearest center alone), or clip (eq. 1): images against the "
-        "captions in the tars, without labels",
-    )
-    tokenizer: str | None = Field(
-        None, description="clip: tokenizer.json, or a transformers tokenizer folder; tools/train_tokenizer.py makes one"
-    )
-    text_model: str = Field("text_b", description="clip: text tower preset (text_b, text_l: CLIP's; text_toy)")
-    lock_image: bool = Field(False, description="clip: keep the image tower of --init_from as it is (LiT)")
+class RunSettings(Settings):
+    """What training and fine-tuning have in common: data and its order, length, checkpoints, waits, what is told."""
 
     deepspeed_config: str = Field(
         description="DeepSpeed JSON (ds_configs/): batch, precision, ZeRO, optimizer, schedule"
     )
     shards: str = Field(description="image tars: brace expansion, glob, text file of paths, '::' joins several")
-    labels: str = Field(
-        "",
-        description="folder of label shards, written by tools/assign_labels.py; '::' joins several, with a head for each; "
-        "needed, but for clip",
-    )
     output_dir: str = Field(description="the run folder")
-    model: str = Field("vit_b32", description="encoder preset")
-    image_size: int | None = Field(None, ge=8, description="pixels; none: the preset's")
-    centers: str | None = Field(
-        None,
-        description="centers folder or centers.npy to start the head from, '::' joins one per labels folder; none: random",
+    init_from: str | None = Field(
+        None, description="run folder, or hf:FOLDER (CLIP or MLCD), to start the encoder from; positions are resized"
     )
+    image_size: int | None = Field(None, ge=8, description="pixels; none: the preset's")
     epochs: Finite | None = Field(None, gt=0, description="length of the run in epochs")
     samples: int | None = Field(None, gt=0, description="length of the run in samples")
     steps: int | None = Field(None, gt=0, description="length of the run in optimizer steps")
@@ -216,9 +198,6 @@ class RunConfig(HeadConfig, EncoderOptions):
     resume: Literal["auto", "never"] = Field("never", description="auto: go on from the last complete checkpoint")
     allow_changed: str | None = Field(
         None, description="what a resumed run may change though it enters the mathematics: names joined by commas"
-    )
-    init_from: str | None = Field(
-        None, description="run folder, or hf:FOLDER (CLIP or MLCD), to start the encoder from; positions are resized"
     )
     seed: int = Field(0, ge=0, lt=2**31)
     workers: int = Field(4, ge=0, description="loader processes per rank")
@@ -230,9 +209,6 @@ class RunConfig(HeadConfig, EncoderOptions):
     max_pixels: int = Field(50_000_000, ge=1, description="larger images are skipped, judged by their header")
     shard_cache: str | None = Field(None, description="folder for remote tars; needed for URLs")
     allow_pipe: bool = Field(False, description="take tars from pipe:COMMAND, which runs that shell command")
-    allow_missing_shards: bool = Field(
-        False, description="start without tars that are missing, up to max_skipped_fraction of the images"
-    )
     save_every_steps: int = Field(1000, ge=1)
     keep_last: int = Field(3, ge=1, description="checkpoints kept")
     keep_every: int | None = Field(
@@ -243,7 +219,6 @@ class RunConfig(HeadConfig, EncoderOptions):
         5, ge=1, description="stop after so many steps in a row were skipped for a loss or gradient that is no number"
     )
     log_every_steps: int = Field(10, ge=1)
-    histogram_every_steps: int = Field(100, ge=1, description="cosine histograms to TensorBoard (the paper's Fig. 3)")
     profile_steps: Annotated[tuple[int, int] | None, BeforeValidator(_range_of)] = Field(
         None,
         description="steps to profile, like 10-15, counted from 1: traces in profile/ of the run folder, and a table",
@@ -259,10 +234,56 @@ class RunConfig(HeadConfig, EncoderOptions):
         "than timeout_minutes",
     )
     warn_data_wait_seconds: Finite = Field(60.0, gt=0, description="a longer wait for data is told while it lasts")
+    expect_world_size: int | None = Field(None, ge=1, description="refuse to start with another number of ranks")
+
+    @model_validator(mode="after")
+    def _kept_are_saved(self):
+        if self.keep_every is not None and self.keep_every % self.save_every_steps:
+            raise ValueError(
+                f"--keep_every {self.keep_every} is no multiple of --save_every_steps {self.save_every_steps}: only "
+                "steps that are saved can be kept"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _one_length(self):
+        given = [name for name in ("epochs", "samples", "steps") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"--{' and --'.join(given)} all say how long the run is: give one of them")
+        return self
+
+
+class RunConfig(HeadConfig, EncoderOptions, RunSettings):
+    """mlcd_ds/train.py."""
+
+    objective: Literal["mlcd", "mlc", "cd", "clip"] = Field(
+        "mlcd",
+        description="mlcd (eq. 5), mlc (eq. 4), cd (eq. 3, nearest center alone), or clip (eq. 1): images against the "
+        "captions in the tars, without labels",
+    )
+    tokenizer: str | None = Field(
+        None, description="clip: tokenizer.json, or a transformers tokenizer folder; tools/train_tokenizer.py makes one"
+    )
+    text_model: str = Field("text_b", description="clip: text tower preset (text_b, text_l: CLIP's; text_toy)")
+    lock_image: bool = Field(False, description="clip: keep the image tower of --init_from as it is (LiT)")
+
+    labels: str = Field(
+        "",
+        description="folder of label shards, written by tools/assign_labels.py; '::' joins several, with a head for each; "
+        "needed, but for clip",
+    )
+    model: str = Field("vit_b32", description="encoder preset")
+    centers: str | None = Field(
+        None,
+        description="centers folder or centers.npy to start the head from, '::' joins one per labels folder; none: random",
+    )
+    allow_missing_shards: bool = Field(
+        False, description="start without tars that are missing, up to max_skipped_fraction of the images"
+    )
+    histogram_every_steps: int = Field(100, ge=1, description="cosine histograms to TensorBoard (the paper's Fig. 3)")
     world_size: int | None = Field(None, ge=1, description="with --dry_run: the number of ranks to plan for")
     dry_run: bool = Field(False, description="print the startup card and stop")
     device: Literal["cpu", "cuda"] | None = Field(None, description="with --dry_run: what to plan for; none: as here")
-    expect_world_size: int | None = Field(None, ge=1, description="refuse to start with another number of ranks")
 
     @property
     def labels_folders(self) -> tuple[str, ...]:
@@ -324,19 +345,7 @@ class RunConfig(HeadConfig, EncoderOptions):
         return self
 
     @model_validator(mode="after")
-    def _kept_are_saved(self):
-        if self.keep_every is not None and self.keep_every % self.save_every_steps:
-            raise ValueError(
-                f"--keep_every {self.keep_every} is no multiple of --save_every_steps {self.save_every_steps}: only "
-                "steps that are saved can be kept"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _one_length(self):
-        given = [name for name in ("epochs", "samples", "steps") if getattr(self, name) is not None]
-        if len(given) > 1:
-            raise ValueError(f"--{' and --'.join(given)} all say how long the run is: give one of them")
+    def _for_a_plan(self):
         if self.world_size is not None and not self.dry_run:
             raise ValueError("--world_size only means something with --dry_run; a run takes it from the launcher")
         if self.device is not None and not self.dry_run:
@@ -372,7 +381,7 @@ class PlanConfig(EncoderWork, HeadConfig):
     fake: bool = Field(False, description="take one step of rank 0's head in a pretended group and compare the bytes")
 
 
-class FinetuneConfig(Settings):
+class FinetuneConfig(RunSettings):
     """tools/finetune.py."""
 
     deepspeed_config: str = Field(
@@ -380,7 +389,6 @@ class FinetuneConfig(Settings):
     )
     shards: str = Field(description="training tars: braces, globs, text files of paths, '::' between several")
     test_shards: str = Field(description="tars to evaluate on after each epoch")
-    output_dir: str = Field(description="the run folder")
     init_from: str = Field(description="run folder, checkpoint, or hf:FOLDER (CLIP or MLCD) to start the encoder from")
     image_size: int | None = Field(None, ge=8, description="pixels; none: the encoder's; positions are resized")
     classes_key: str = Field(
@@ -390,9 +398,7 @@ class FinetuneConfig(Settings):
         None, ge=2, description="none: one more than the largest class of the training images"
     )
     dataset_name: str | None = Field(None, description="what the result calls --test_shards; none: the shards")
-    epochs: Finite | None = Field(None, gt=0, description="length of the run in epochs")
-    steps: int | None = Field(None, gt=0, description="length of the run in optimizer steps")
-    default_epochs: Finite = Field(30.0, gt=0, description="length when neither epochs nor steps is given")
+    default_epochs: Finite = Field(30.0, gt=0, description="length when none of epochs, samples, steps is given")
     warmup_steps: int = Field(1000, ge=0, description="steps of linear warm-up (at most a tenth of the run)")
     layer_decay: Finite = Field(
         0.65,
@@ -403,36 +409,20 @@ class FinetuneConfig(Settings):
     label_smoothing: Finite = Field(0.1, ge=0, lt=1, description="share of the target that all classes get alike")
     mixup: Finite = Field(0.8, ge=0, description="alpha of mixup's Beta(alpha, alpha); 0: off")
     cutmix: Finite = Field(1.0, ge=0, description="alpha of CutMix's; both on: each takes half of the batches; 0: off")
+    drop_path: Finite = Field(
+        0.0, ge=0, lt=1, description="stochastic depth: rate of the last block, falling linearly to 0 at the first"
+    )
+    ema_decay: Finite = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of a moving average of the weights that stays at each step, like 0.9999; it is evaluated and "
+        "saved besides; 0: off",
+    )
     mix_probability: Finite = Field(1.0, ge=0, le=1, description="share of the micro-batches that are mixed")
-    resume: Literal["auto", "never"] = Field("never", description="auto: go on from the last complete checkpoint")
-    allow_changed: str | None = Field(
-        None, description="what a resumed run may change though it enters the mathematics: names joined by commas"
-    )
-    seed: int = Field(0, ge=0, lt=2**31)
     workers: int = Field(4, ge=0, description="loader processes per rank; as many threads decode test images")
-    prefetch: int = Field(4, ge=1, description="pieces (of up to 256 images) that each worker reads ahead")
     crop_scale_min: Finite = Field(0.08, gt=0, le=1, description="smallest area share of the random resized crop")
-    flip: bool = Field(True, description="random horizontal flips")
-    shuffle_window: int = Field(16384, ge=1, description="samples within which a lane of the data plan is permuted")
-    max_skipped_fraction: Finite = Field(0.01, ge=0, le=1, description="stop above this share of unusable samples")
-    max_pixels: int = Field(50_000_000, ge=1, description="larger images are skipped, judged by their header")
-    shard_cache: str | None = Field(None, description="folder for remote tars; needed for URLs")
-    save_every_steps: int = Field(1000, ge=1)
     keep_last: int = Field(2, ge=1, description="checkpoints kept")
-    max_failed_saves: int = Field(3, ge=1, description="stop when so many saves in a row could not be written")
-    max_bad_steps: int = Field(
-        5, ge=1, description="stop after so many steps in a row were skipped for a loss or gradient that is no number"
-    )
-    log_every_steps: int = Field(10, ge=1)
-    timeout_minutes: Finite = Field(10.0, gt=0, description="longest wait for another rank, and for data")
-    warn_data_wait_seconds: Finite = Field(60.0, gt=0, description="a longer wait for data is told while it lasts")
-    expect_world_size: int | None = Field(None, ge=1, description="refuse to start with another number of ranks")
-
-    @model_validator(mode="after")
-    def _one_length(self):
-        if None not in (self.epochs, self.steps):
-            raise ValueError("--epochs and --steps both say how long the run is: give one of them")
-        return self
 
 
 class DeepSpeedDefaults(Settings):
@@ -482,6 +472,7 @@ class TokenizerConfig(Settings):
     vocab_size: int = Field(8192, ge=3, description="tokens at most, special ones included (CLIP: 49,408)")
     max_captions: int | None = Field(None, ge=1, description="captions to learn from at most; none: all")
     shard_cache: str | None = Field(None, description="folder for remote tars; needed for URLs")
+    allow_pipe: bool = Field(False, description="take tars from pipe:COMMAND, which runs that shell command")
     force: bool = Field(False, description="replace output where it exists")
 
 
@@ -676,6 +667,7 @@ class EvaluationConfig(Settings):
     dataset_name: str | None = Field(None, description="what results call --test_shards; none: the shards")
     output: str | None = Field(None, description="JSON to write; one that is newer than all inputs is kept")
     output_dir: str | None = Field(None, description="folder for a JSON per set, each kept like --output")
+    overwrite: bool = Field(False, description="evaluate sets anew whose result is there, too")
     cache: str | None = Field(
         None, description="folder for features, found again by hashes of weights and tars; needed with many ranks"
     )
@@ -686,6 +678,7 @@ class EvaluationConfig(Settings):
     max_skipped_fraction: Finite = Field(0.01, ge=0, le=1, description="stop above this share of unusable images")
     max_pixels: int = Field(50_000_000, ge=1)
     shard_cache: str | None = Field(None, description="folder for remote tars; needed for URLs")
+    allow_pipe: bool = Field(False, description="take tars from pipe:COMMAND, which runs that shell command")
     timeout_minutes: Finite = Field(60.0, gt=0, description="longest wait for another rank")
 
     @model_validator(mode="after")
@@ -752,7 +745,10 @@ class TextEvaluationConfig(Settings):
     root: str = Field(description="folder of evaluation sets in CLIP_benchmark's layout")
     datasets: str = Field("all", description="names of sets below the root, joined by commas; all: every one that fits")
     split: str = Field("test", description="folder of a set whose tars are evaluated")
-    output_dir: str | None = Field(None, description="folder for a result JSON per set")
+    output_dir: str | None = Field(
+        None, description="folder for a result JSON per set; one that is newer than all inputs is kept"
+    )
+    overwrite: bool = Field(False, description="evaluate sets anew whose result is there, too")
     language: str = Field("en", description="of the texts, for the result files")
     precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 on GPUs")
     batch_size: int = Field(256, ge=1, description="images, and texts, per forward pass")

@@ -24,6 +24,7 @@ from deepspeed.checkpoint import ds_to_universal
 from safetensors.torch import load_file
 
 from mlcd_ds import checkpoint, collectives, universal
+from mlcd_ds.averaging import Pieces
 from mlcd_ds.batch import ImageLabelBatch, head_suffix
 from mlcd_ds.checkpoint import Checkpoint
 from mlcd_ds.config import EncoderOptions, HeadConfig
@@ -524,6 +525,37 @@ class TrainEngine:
             full = deepspeed.utils.safe_get_full_fp32_param(parameter) if partitioned else None
             weights[name] = (parameter if full is None else full).detach().float().cpu()
         return weights | self._frozen
+
+    def local_weights(self) -> Pieces:
+        """Of each trained parameter, flattened, (where it begins, the part of its float32 weights that this rank steps).
+
+        Without ZeRO, where every rank steps all of them, a W-th. Views of what the next step changes.
+        """
+        rank, ranks = self.topology.rank, self.topology.world_size
+        pieces = {}
+        for name, parameter in self.engine.module.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            if self.settings.zero_stage == 3:
+                values = deepspeed.utils.safe_get_local_fp32_param(parameter).view(-1)
+                start = rank * len(values)
+                values = values[: max(0, parameter.ds_numel - start)]  # the last ones are filled up
+            elif hasattr(parameter, "_hp_mapping"):
+                mapping = parameter._hp_mapping
+                start = 0 if mapping is None else mapping.lp_fragment_address.start
+                values = parameter.new_empty(0) if mapping is None else mapping.get_hp_fragment()
+            else:
+                whole = parameter.detach().view(-1)
+                start = len(whole) * rank // ranks
+                values = whole[start : len(whole) * (rank + 1) // ranks]
+            if len(values):
+                pieces[name] = start, values
+        return pieces
+
+    def trained_shapes(self) -> dict[str, torch.Size]:
+        """The shapes of the trained parameters, whole, whatever the ZeRO stage."""
+        named = self.engine.module.named_parameters()
+        return {name: getattr(weight, "ds_shape", weight.shape) for name, weight in named if weight.requires_grad}
 
     def not_finite(self) -> str:
         """Name of a parameter of this rank that holds what is no number; "" where there is none."""

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -16,10 +17,17 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from mlcd_ds.errors import DataError
+from mlcd_ds.errors import DataError, SaveError
 
 STALE_SECONDS = 3600.0
 """A temporary file that has not grown for so long is left over, whoever wrote it: a live one grows all the time."""
+
+
+VISIBLE_SECONDS = 60.0
+"""So long a file may be unseen by other hosts after it was written: network file systems keep what they have looked up."""
+
+
+_NOT_WRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM)
 
 
 def temporary_name(path: Path) -> Path:
@@ -117,6 +125,72 @@ def make_folder(path: Path) -> Path:
             f"the folder {path} cannot be made ({error.strerror}): choose another place to write to, or mend its permissions"
         ) from None
     return path
+
+
+@contextlib.contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """`target`.tmp to write into; within it all is written, then it is synced and gets its name. A `target` that is there
+    is replaced.
+
+    Nothing is left of it where something fails. Raises SaveError where a disk is full or read-only.
+    """
+    staging, before = target.with_name(f"{target.name}.tmp"), target.with_name(f"{target.name}.replaced.tmp")
+    try:
+        with _save_errors(target):
+            shutil.rmtree(staging, ignore_errors=True)  # of a process that died over it
+            staging.mkdir(parents=True)
+            yield staging
+            for path in sorted(staging.rglob("*")):
+                sync_folder(path) if path.is_dir() else sync_file(path)
+            sync_folder(staging)
+            if target.exists():
+                shutil.rmtree(before, ignore_errors=True)
+                target.rename(before)
+            staging.rename(target)
+            sync_folder(target.parent)
+            shutil.rmtree(before, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        if before.exists() and not target.exists():
+            before.rename(target)
+        raise
+
+
+@contextlib.contextmanager
+def nothing_half(target: Path) -> Iterator[None]:
+    """Removes the folder `target`, which was absent or empty, where something within fails.
+
+    Raises SaveError where a disk is full or read-only.
+    """
+    try:
+        with _save_errors(target):
+            yield
+    except BaseException:
+        shutil.rmtree(target, ignore_errors=True)
+        raise
+
+
+@contextlib.contextmanager
+def _save_errors(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _NOT_WRITTEN:
+            raise
+        raise SaveError(
+            f"{target} could not be written, nothing of it is left: {error}. Make room on the disk, or choose another "
+            "folder."
+        ) from error
+
+
+def comes_into_sight(is_there: Callable[[], bool], seconds: float | None = None) -> bool:
+    """Whether `is_there()`, waited for at most so long (VISIBLE_SECONDS): for what another host has written just now."""
+    until = time.monotonic() + (VISIBLE_SECONDS if seconds is None else seconds)
+    while not is_there():
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.2)
+    return True
 
 
 def sync_file(path: Path) -> None:

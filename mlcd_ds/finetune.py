@@ -8,7 +8,8 @@ classified.
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ import torch
 from mlcd_ds import checkpoint, collectives
 from mlcd_ds.checkpoint import CheckpointStore
 from mlcd_ds.clustering.features import batches_of_images
-from mlcd_ds.config import DeepSpeedDefaults, FinetuneConfig, RunConfig
+from mlcd_ds.config import DeepSpeedDefaults, FinetuneConfig, RunConfig, RunSettings
 from mlcd_ds.data.labels import LabelsInfo, label_path, write_label_shard
 from mlcd_ds.data.loader import ImageLabelLoader, build_shard_table
 from mlcd_ds.data.plan import EpochPlan
@@ -28,59 +29,29 @@ from mlcd_ds.evaluation.features import CLASS_EXTENSIONS, labels_of_shard, true_
 from mlcd_ds.evaluation.metrics import top_k_accuracy
 from mlcd_ds.evaluation.results import Result, write_result
 from mlcd_ds.finetune_engine import FinetuneEngine
+from mlcd_ds.memory import checkpoint_bytes, count_parameters
 from mlcd_ds.models.classifier import Classifier
-from mlcd_ds.models.vit import VisionTransformer, VitConfig
+from mlcd_ds.models.vit import Dropping, VisionTransformer, VitConfig
+from mlcd_ds.monitor import Monitor
 from mlcd_ds.progress import Progress
 from mlcd_ds.run_folder import RunFolder
-from mlcd_ds.schedule import resolve_run_length
-from mlcd_ds.topology import Topology
-from mlcd_ds.train import (
-    BadSteps,
+from mlcd_ds.run_loop import (
     RunPlan,
-    Saver,
     check_launch,
+    check_same_program,
     check_shared,
-    is_due,
-    open_monitor,
-    resume,
-    samples_per_second_at_peak,
-    stopped,
+    check_this_machine,
+    longest_wait,
+    program,
+    run_steps,
     watched,
 )
+from mlcd_ds.schedule import resolve_run_length
+from mlcd_ds.topology import Topology, longer_waits
 from mlcd_ds.watch import Watch
 
 CLASS_LABELS, RESULTS = "class_labels", "results"
 """Folders of the run."""
-SETTINGS = (
-    "deepspeed_config",
-    "shards",
-    "output_dir",
-    "init_from",
-    "epochs",
-    "steps",
-    "default_epochs",
-    "warmup_steps",
-    "resume",
-    "allow_changed",
-    "seed",
-    "workers",
-    "prefetch",
-    "crop_scale_min",
-    "flip",
-    "shuffle_window",
-    "max_skipped_fraction",
-    "max_pixels",
-    "shard_cache",
-    "save_every_steps",
-    "keep_last",
-    "max_failed_saves",
-    "max_bad_steps",
-    "log_every_steps",
-    "timeout_minutes",
-    "warn_data_wait_seconds",
-    "expect_world_size",
-)
-"""What fine-tuning has in common with training."""
 
 
 def finetune(config: FinetuneConfig) -> None:
@@ -89,94 +60,111 @@ def finetune(config: FinetuneConfig) -> None:
     Start it with the launcher, `deepspeed [--hostfile hosts] tools/finetune.py ...`.
     """
     topology = Topology.from_environment()
-    shared = as_run_config(config, "encoder")
-    check_launch(shared, topology)
+    check_launch(config, topology)
     raw = load_deepspeed_config(config.deepspeed_config)
-    topology.start(config.timeout_minutes)
+    topology.start(longest_wait(config))
     run = RunFolder(config.output_dir)
-    with watched(run, shared, topology) as watch:
+    with watched(run, config, topology) as watch:
         _finetune_in(run, config, raw, topology, watch)
     topology.stop()
 
 
 def as_run_config(config: FinetuneConfig, model_name: str) -> RunConfig:
     """The settings that training's loader, engine and checkpoints read: one label an image, the class."""
-    shared = {name: getattr(config, name) for name in SETTINGS}
+    shared = {name: getattr(config, name) for name in RunSettings.model_fields}
     labels = str(Path(config.output_dir) / CLASS_LABELS)
-    return RunConfig(objective="cd", num_positives=1, labels=labels, model=model_name, **shared)
+    own = {"labels": labels, "model": model_name, "drop_path": config.drop_path}
+    return RunConfig(objective="cd", num_positives=1, **own, **shared)
 
 
 def _finetune_in(run: RunFolder, config: FinetuneConfig, raw: dict, topology: Topology, watch: Watch) -> None:
+    check_same_program(program(config, raw), topology)
     collectives.on_main(topology, run.open, config.resume == "auto")
     batch = BatchSizes.resolve(raw, topology.world_size, collectives.on_main(topology, run.global_batch))
     encoder, name = load_encoder(config)
     shared = as_run_config(config, name)
-    shards = collectives.on_main(topology, expand_shards, config.shards)
-    test = TestImages(config, collectives.on_main(topology, expand_shards, config.test_shards), topology)
+    shards = collectives.on_main(topology, expand_shards, config.shards, config.allow_pipe)
+    test_shards = collectives.on_main(topology, expand_shards, config.test_shards, config.allow_pipe)
+    test = TestImages(config, test_shards, topology)
     num_classes = make_class_labels(config, shards, run.path / CLASS_LABELS, topology)
     collectives.barrier(topology)
     table = build_shard_table(
-        shards, shared.labels_folders, 1, config.max_skipped_fraction, config.shard_cache, topology
+        shards,
+        shared.labels_folders,
+        1,
+        config.max_skipped_fraction,
+        config.shard_cache,
+        topology,
+        index_folder=run.path / "index",
+        allow_pipe=config.allow_pipe,
     )
     order = EpochPlan(config.seed, table.counts, batch.global_batch, config.shuffle_window)
     plan = plan_finetuning(config, shared, raw, batch, encoder.config, topology, table.num_samples, num_classes)
     if topology.is_main:
         print("\n".join([plan.card, *(f"  - {text}" for text in table.unused())]), flush=True)
-    record = plan.record(shared, table.fingerprint(), order.fingerprint()) | {"settings": config.model_dump()}
+    check_this_machine(shared, plan, topology, run, _checkpoint_bytes(config, shared, plan, num_classes))
+    record = plan.record(config, table.fingerprint(), order.fingerprint())
     collectives.on_main(topology, run.write_config, record, config.allow_changed)
     check_shared(run, topology)
     run.is_ours = True
 
-    store = CheckpointStore(run.path, topology, config.keep_last, heads=0)
+    store = CheckpointStore(run.path, topology, config.keep_last, heads=0, keep_every=config.keep_every)
     found = store.find() if config.resume == "auto" else None
     loader = ImageLabelLoader(shared, table, order, encoder.config.image_size, topology, run.path / "skipped")
     topology.seed_torch(config.seed)
-    engine = FinetuneEngine(Classifier(encoder, num_classes, config.seed), plan.settings, config, shared, topology)
-    step = 0 if found is None else resume(found, config.seed, plan, engine, loader, topology)
-    monitor = open_monitor(run, engine, step, plan, topology)
-    progress = FinetuneProgress(
-        monitor,
-        topology,
-        first_step=step,
-        total_steps=plan.length.total_steps,
-        global_batch=plan.settings.global_batch,
-        samples_per_epoch=table.num_samples,
-        watch=watch,
-        samples_per_second_at_peak=samples_per_second_at_peak(shared, plan, topology),
-    )
-    run.step = step
-    bad_steps = BadSteps(config.max_bad_steps, store)
-    saver = Saver(run, shared, plan, store, engine, loader, monitor)
-    watch.enter_loop()
-    for images in progress.timing_waits(loader.iterate(step, plan.length.total_steps)):
-        reported = is_due(step + 1, config.log_every_steps, plan.length) or step + 1 == 1
-        watch.does("computes", step)
-        result = engine.train_step(images, step, collect_stats=reported, stop_wanted=watch.stop_wanted)
-        step = run.step = step + 1
-        bad_steps.judge(step, result)
-        if reported:
-            progress.report(step, images, result, loader, engine.skipped_steps, histograms=False)
-        stops = result.stop_ranks > 0 and step < plan.length.total_steps
-        if ends_epoch(step, plan, table.num_samples) and not stops:
-            watch.does("evaluates", step)
-            metrics = test.evaluate(engine)
-            if topology.is_main:
-                samples = step * plan.settings.global_batch
-                monitor.scalars(step, samples, {f"test_{name}": value for name, value in metrics.items()})
-                epoch = samples / table.num_samples
-                path = save_result(run, config, name, plan, step, epoch, metrics, test)
+    model = Classifier(encoder, num_classes, config.seed)
+    engine = FinetuneEngine(model, plan.settings, config, shared, topology, longest_wait(config))
+
+    def evaluate_after_epoch(step: int, monitor: Monitor | None) -> None:
+        if not ends_epoch(step, plan, table.num_samples):
+            return
+        watch.does("evaluates", step)
+        with longer_waits(longest_wait(config), config.timeout_minutes):
+            metrics_of = {"": test.evaluate(engine, engine.logits)}
+            if (averaged := engine.averaged()) is not None:
+                metrics_of[checkpoint.AVERAGE] = test.evaluate(engine, partial(_logits, averaged, topology.device))
+        if topology.is_main:
+            samples = step * plan.settings.global_batch
+            epoch = samples / table.num_samples
+            curves = {
+                f"test_{name}_{weights}".removesuffix("_"): value
+                for weights, metrics in metrics_of.items()
+                for name, value in metrics.items()
+            }
+            monitor.scalars(step, samples, curves)
+            for weights, metrics in metrics_of.items():
+                path = save_result(run, config, name, plan, step, epoch, metrics, test, weights)
                 shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items() if not math.isnan(value))
-                print(f"epoch {epoch:.2f}: {shown} on {test.count} test images; {path}", flush=True)
-        if stops or is_due(step, config.save_every_steps, plan.length):
-            watch.does("saves", step)
-            saved = saver.save(step)
-        if stops:
-            raise stopped(step, saved, watch, store)
-    loader.close()
-    if topology.is_main:
-        monitor.close()
-        run.status("done", step)
-        print(f"done: {step} steps. Encoder: {checkpoint.find_encoder(run.path)}", flush=True)
+                of = " of the averaged weights" if weights else ""
+                print(f"epoch {epoch:.2f}: {shown}{of} on {test.count} test images; {path}", flush=True)
+
+    run_steps(
+        run,
+        shared,
+        plan,
+        topology,
+        watch,
+        engine=engine,
+        loader=loader,
+        store=store,
+        found=found,
+        samples_per_epoch=table.num_samples,
+        telling=FinetuneProgress,
+        after_step=evaluate_after_epoch,
+    )
+
+
+def _checkpoint_bytes(config: FinetuneConfig, shared: RunConfig, plan: RunPlan, num_classes: int) -> int:
+    """About how large a checkpoint is: the encoder's, and as many bytes for each of the classifier's weights."""
+    encoder = checkpoint_bytes(plan.encoder, plan.settings, shared, num_classes=())
+    of_encoder, of_classifier = count_parameters(plan.encoder), num_classes * (plan.encoder.width + 1)
+    averaged = 4 * (of_encoder + of_classifier) if config.ema_decay else 0
+    return round(encoder * (1 + of_classifier / of_encoder)) + averaged
+
+
+@torch.no_grad()
+def _logits(model: Classifier, device: torch.device, images_b3HH: torch.Tensor) -> torch.Tensor:
+    return model(images_b3HH.to(device)).float()
 
 
 def load_encoder(config: FinetuneConfig) -> tuple[VisionTransformer, str]:
@@ -186,15 +174,17 @@ def load_encoder(config: FinetuneConfig) -> tuple[VisionTransformer, str]:
     name = Path(config.init_from.removeprefix(checkpoint.HUGGING_FACE)).name
     if not config.init_from.startswith(checkpoint.HUGGING_FACE):
         name = checkpoint.encoder_name(config.init_from)
-    if config.image_size in (None, encoder.config.image_size):
+    dropping = Dropping(config.seed, config.drop_path)
+    if config.image_size in (None, encoder.config.image_size) and not dropping.is_on:
         return encoder.train(), name
+    size = config.image_size or encoder.config.image_size
     try:
-        resized = VitConfig(**encoder.config.model_dump() | {"image_size": config.image_size})
+        resized = VitConfig(**encoder.config.model_dump() | {"image_size": size})
     except ValueError:
         raise ConfigError(
             f"--image_size {config.image_size} is no multiple of the encoder's patches of {encoder.config.patch_size} pixels"
         ) from None
-    model = VisionTransformer(resized, seed=config.seed)
+    model = VisionTransformer(resized, config.seed, dropping=dropping)
     checkpoint.fit_weights(model, encoder.state_dict(), config.init_from)
     return model.train(), name
 
@@ -209,7 +199,7 @@ def make_class_labels(config: FinetuneConfig, shards: list[str], folder: Path, t
     def read_own() -> int:
         largest = -1
         for shard in shards[topology.rank :: topology.world_size]:
-            path = local_shard(shard, config.shard_cache)
+            path = local_shard(shard, config.shard_cache, config.allow_pipe)
             classes = labels_of_shard(path, config.classes_key)
             wrong = next((key for key, own in classes.items() if len(own) != 1), None)
             if wrong is not None:
@@ -282,12 +272,21 @@ def plan_finetuning(
             f"{length.warmup_steps:,} steps of warm-up",
         ),
         ("targets", mixing),
+        *([("drop path", f"{config.drop_path:g} in the last block, 0 in the first")] if config.drop_path else []),
+        *([("average", _average_line(config.ema_decay, length.total_steps))] if config.ema_decay else []),
     )
     lines = [f"  {name:<13}  {text}" for name, text in rows]
     notes = [f"  - {note}" for note in (*settings.notes, *length.notes)]
     card = "\n".join(["mlcd_ds", *lines, "why:", *notes])
     info = LabelsInfo(num_classes, 1, "classes", CLASS_LABELS)
     return RunPlan(settings, encoder, length, (info,), topology.world_size, card)
+
+
+def _average_line(decay: float, steps: int) -> str:
+    return (
+        f"of the weights, {decay:g} of it kept at each step: the last {1 / (1 - decay):,.0f} steps make most of it; at the "
+        f"end {decay**steps:.1%} are the weights that the run began with"
+    )
 
 
 def ends_epoch(step: int, plan: RunPlan, num_samples: int) -> bool:
@@ -305,7 +304,7 @@ class TestImages:
 
     def __init__(self, config: FinetuneConfig, shards: list[str], topology: Topology):
         self.config, self.topology = config, topology
-        self.shards = [local_shard(shard, config.shard_cache) for shard in shards]
+        self.shards = [local_shard(shard, config.shard_cache, config.allow_pipe) for shard in shards]
         self.total = sum(len(index_tar(shard).keys) for shard in self.shards)
         self.count, self.skipped = 0, Counter()
 
@@ -315,8 +314,8 @@ class TestImages:
         )
         return itertools.islice(samples, self.topology.rank, None, self.topology.world_size)
 
-    def evaluate(self, engine: FinetuneEngine) -> dict[str, float]:
-        """acc1 and acc5 (NaN below five classes) over the images of all ranks. Every rank calls it.
+    def evaluate(self, engine: FinetuneEngine, logits_of: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
+        """acc1 and acc5 (NaN below five classes) of `logits_of`, over the images of all ranks. Every rank calls it.
 
         Raises DataError for images without one class, of a class that the training images lack, or too many that cannot be
         used.
@@ -329,7 +328,7 @@ class TestImages:
             batch = next(batches, None)
             images = torch.zeros(0, 3, size, size, dtype=torch.uint8) if batch is None else batch.images
             padding = torch.zeros(rows - len(images), 3, size, size, dtype=torch.uint8)
-            logits = engine.logits(torch.cat([images, padding]))[: len(images)].cpu().double().numpy()
+            logits = logits_of(torch.cat([images, padding]))[: len(images)].cpu().double().numpy()
             if batch is None:
                 continue
             self.skipped.update(reason.partition(":")[0] for _, reason in batch.skipped)
@@ -381,8 +380,9 @@ def save_result(
     epoch: float,
     metrics: dict[str, float],
     test: TestImages,
+    weights: str = "",
 ) -> Path:
-    """Writes the result of the newest epoch into RUN/results."""
+    """Writes the result of the newest epoch into RUN/results. weights: "", or the folder of the averaged ones."""
     details = {
         "main_metric": "acc1",
         "protocol": f"fine-tuned from {config.init_from}, {epoch:.4g} epochs",
@@ -393,5 +393,5 @@ def save_result(
     }
     dataset = config.dataset_name or config.test_shards
     return write_result(
-        run.path / RESULTS, Result(dataset, name, f"run:{run.path}", "finetune", metrics, details=details)
+        run.path / RESULTS, Result(dataset, name, f"run:{run.path / weights}", "finetune", metrics, details=details)
     )

@@ -13,12 +13,19 @@ import numpy as np
 import torch
 
 from mlcd_ds import checkpoint, collectives
+from mlcd_ds.averaging import WeightAverage
 from mlcd_ds.batch import NO_IMAGE, ImageLabelBatch
+from mlcd_ds.checkpoint import Checkpoint
 from mlcd_ds.config import FinetuneConfig, RunConfig
 from mlcd_ds.ds_config import DeepSpeedSettings
-from mlcd_ds.engine import Computed, TrainEngine
+from mlcd_ds.engine import Computed, StepResult, TrainEngine
 from mlcd_ds.models.classifier import ENCODER, HEAD, Classifier, layer_groups
+from mlcd_ds.models.vit import VisionTransformer
+from mlcd_ds.profiling import BACKWARD, FORWARD
 from mlcd_ds.topology import Topology
+
+AVERAGED = "averaged."
+ENCODER_FILE = "encoder/encoder.safetensors"
 
 
 def mix(
@@ -70,7 +77,10 @@ def soft_cross_entropy(logits_bC: torch.Tensor, targets_bC: torch.Tensor, smooth
 
 
 class FinetuneEngine(TrainEngine):
-    """Encoder and classifier, trained together: a TrainEngine without class-sharded heads."""
+    """Encoder and classifier, trained together: a TrainEngine without class-sharded heads.
+
+    average: of the weights after each step, where --ema_decay is given; else None.
+    """
 
     def __init__(
         self,
@@ -79,10 +89,21 @@ class FinetuneEngine(TrainEngine):
         config: FinetuneConfig,
         run: RunConfig,
         topology: Topology,
+        timeout_minutes: float,
     ):
         self.finetune, self._smoothing = config, config.label_smoothing
         self.num_classes = model.head.out_features
-        super().__init__(model, [], settings, run, topology, config.timeout_minutes)
+        super().__init__(model, [], settings, run, topology, timeout_minutes)
+        self.average: WeightAverage | None = None
+        if config.ema_decay:
+            self.average = WeightAverage(config.ema_decay, self.local_weights(), self.trained_shapes())
+
+    def train_step(self, *arguments, **options) -> StepResult:
+        """See `TrainEngine.train_step`. A step that was taken enters the average."""
+        result = super().train_step(*arguments, **options)
+        if self.average is not None and result.applied:
+            self.average.update(self.local_weights())
+        return result
 
     def _parameter_groups(self, model: Classifier) -> list[dict]:
         return layer_groups(model, self.settings.weight_decay, self.settings.learning_rate, self.finetune.layer_decay)
@@ -103,13 +124,15 @@ class FinetuneEngine(TrainEngine):
         weight = self.topology.world_size * len(micro_batches) / max(images, 1.0)
         losses, right, broken = [], [], []
         for index, micro in enumerate(micro_batches):
+            self.clock.begin(FORWARD)
             labels_b = micro.labels_BL[:, 0].to(device, non_blocking=True)
             place = self.topology.rank * len(micro_batches) + index
             generator = np.random.default_rng([self.finetune.seed, 3, step, place])
             pixels = micro.images_BCHH.to(device, non_blocking=True)
             mixed, targets_bC = mix(pixels, targets_of(labels_b, self.num_classes), self.finetune, generator)
-            logits_bC = self.engine(mixed)
+            logits_bC = self.engine(mixed, *self._visit(step, index))
             loss = soft_cross_entropy(logits_bC, targets_bC, self._smoothing)
+            self.clock.begin(BACKWARD)
             self.engine.backward(loss * weight)
             losses.append(loss.detach())
             right.append((logits_bC.detach().argmax(1) == targets_bC.argmax(1))[labels_b != NO_IMAGE].sum())
@@ -130,19 +153,56 @@ class FinetuneEngine(TrainEngine):
         finally:
             self.engine.train()
 
+    def averaged(self) -> Classifier | None:
+        """The averaged weights as a model of its own, whole, in the run's precision, in evaluation mode; None without an
+        average. Every rank calls it. Its projection, which no logit depends on, is not the encoder's.
+        """
+        if self.average is None:
+            return None
+        model = Classifier(VisionTransformer(self.engine.module.encoder.config, seed=0), self.num_classes, seed=0)
+        model.load_state_dict(model.state_dict() | self.average.whole(self.topology))
+        return model.to(self.topology.device, getattr(torch, self.settings.precision)).eval()
+
+    def encoder_weights(self) -> dict[str, torch.Tensor]:
+        """See `TrainEngine.encoder_weights`; the average's besides, their names behind AVERAGED."""
+        weights = super().encoder_weights()
+        if self.average is None:
+            return weights
+        averaged = self.average.whole(self.topology) | self._frozen
+        return weights | {f"{AVERAGED}{name}": tensor for name, tensor in averaged.items()}
+
+    def load(self, found: Checkpoint, seed: int) -> None:
+        """See `TrainEngine.load`. The average comes bit for bit, whatever number of ranks and ZeRO stage wrote it."""
+        super().load(found, seed)
+        if self.average is None:
+            return
+        folder = found.path / checkpoint.AVERAGE
+        if folder.is_dir():
+            self.average.load({folder / ENCODER_FILE: ENCODER, folder / checkpoint.CLASSIFIER: HEAD})
+        else:  # --allow_changed ema_decay
+            self.average.restart(self.local_weights())
+            if self.topology.is_main:
+                print(f"{found.path} has no averaged weights: the average begins at step {found.step}", flush=True)
+
     def _save_model(self, folder: Path, model_name: str, weights: dict[str, torch.Tensor]) -> None:
-        encoder, head = _parts(weights)
-        checkpoint.save_encoder(folder / "encoder", model_name, self.engine.module.encoder.config, encoder)
-        checkpoint.save_classifier(folder / "classifier.safetensors", head)
+        places = {folder: "", folder / checkpoint.AVERAGE: AVERAGED} if self.average is not None else {folder: ""}
+        for place, prefix in places.items():
+            encoder, head = _parts(weights, prefix)
+            checkpoint.save_encoder(place / "encoder", model_name, self.engine.module.encoder.config, encoder)
+            checkpoint.save_classifier(place / checkpoint.CLASSIFIER, head)
 
     def _compare_model(self, weights: dict[str, torch.Tensor], folder: Path) -> None:
         encoder, head = _parts(weights)
-        checkpoint.compare_weights(encoder, folder / "encoder" / "encoder.safetensors")
-        checkpoint.compare_weights(head, folder / "classifier.safetensors")
+        checkpoint.compare_weights(encoder, folder / ENCODER_FILE)
+        checkpoint.compare_weights(head, folder / checkpoint.CLASSIFIER)
 
 
-def _parts(weights: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """The encoder's state dict, and the classifier's."""
-    encoder = {name.removeprefix(ENCODER): tensor for name, tensor in weights.items() if name.startswith(ENCODER)}
-    head = {name.removeprefix(HEAD): tensor for name, tensor in weights.items() if name.startswith(HEAD)}
+def _parts(
+    weights: dict[str, torch.Tensor], prefix: str = ""
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The encoder's state dict, and the classifier's, of those names that begin with `prefix`."""
+    encoder, head = (
+        {name.removeprefix(prefix + part): tensor for name, tensor in weights.items() if name.startswith(prefix + part)}
+        for part in (ENCODER, HEAD)
+    )
     return encoder, head

@@ -21,14 +21,17 @@ FILES_PER_RANK = 8
 
 @dataclass(frozen=True)
 class Needs:
-    """shared_memory: bytes on a host, at most. open_files: of one rank. checkpoint: bytes of one. kept: checkpoints at a
-    time, the one being written included.
+    """shared_memory: bytes on a host, at most. open_files: of one rank, at most. checkpoint: bytes of one. kept: checkpoints
+    at a time, the one being written included. piece_memory, piece_files: shared memory of one piece of a batch, and the open
+    files that it comes as: with less nothing runs.
     """
 
     shared_memory: int
     open_files: int
     checkpoint: int
     kept: int
+    piece_memory: int = 0
+    piece_files: int = 0
 
 
 def needs_of(
@@ -42,7 +45,8 @@ def needs_of(
 ) -> Needs:
     """What a run needs. checkpoint: bytes of one, see `memory.checkpoint_bytes`."""
     pieces = pieces_of(images_per_rank)
-    # Each loader process reads `prefetch` pieces ahead; the loop holds two batches, and one more is put together.
+    # Each loader process reads `prefetch` pieces ahead; the loop holds two batches, and one more is put together. Where data
+    # are what a run waits for, and a GPU takes them at once, little more than one piece is there at a time.
     under_way = (config.workers * config.prefetch + 3 * pieces) if config.workers else 0
     piece = -(-images_per_rank // pieces) * (3 * image_size**2 + 8 * config.labels_per_visit)
     for_good = 0 if config.keep_every is None else total_steps // config.keep_every
@@ -51,6 +55,8 @@ def needs_of(
         open_files=FILES_BESIDE + MAX_OPEN_FILES + 2 * under_way + FILES_PER_RANK * world_size,
         checkpoint=checkpoint,
         kept=config.keep_last + 1 + for_good,
+        piece_memory=piece if config.workers else 0,
+        piece_files=2 if config.workers else 0,
     )
 
 
@@ -60,10 +66,11 @@ def check_machine(needs: Needs, run: Path) -> list[str]:
     run: the run folder. Raises ConfigError where shared memory or open files cannot suffice, CheckpointError where not one
     checkpoint has room.
     """
-    return [*_shared_memory(needs.shared_memory), *_open_files(needs.open_files), *_room(needs, run)]
+    return [*_shared_memory(needs), *_open_files(needs), *_room(needs, run)]
 
 
-def _shared_memory(needed: int) -> Sequence[str]:
+def _shared_memory(needs: Needs) -> Sequence[str]:
+    needed = needs.shared_memory
     if not needed or not SHARED_MEMORY.is_dir():
         return ()
     found = os.statvfs(SHARED_MEMORY)
@@ -72,23 +79,46 @@ def _shared_memory(needed: int) -> Sequence[str]:
         f"Enlarge it (mount -o remount,size={_gib(2 * needed)}G {SHARED_MEMORY}; in a container --shm-size or --ipc=host), "
         "or lower --workers or --prefetch"
     )
-    text = f"the loader processes of this host may need {_mb(needed)} of shared memory, {SHARED_MEMORY} has {_mb(size)}"
-    if needed > size:
-        raise ConfigError(f"{text}: they would die. {cure}.")
-    return () if needed <= free else (f"{text}, of which {_mb(free)} are free. {cure}.",)
-
-
-def _open_files(needed: int) -> Sequence[str]:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if resource.RLIM_INFINITY == soft or needed <= soft:
-        return ()
-    if hard != resource.RLIM_INFINITY and hard < needed:
+    if needs.piece_memory > size:
         raise ConfigError(
-            f"a rank may need {needed} open files, this process may have {hard} (ulimit -Hn). Raise the limit (ulimit -n "
-            f"{needed}, LimitNOFILE= of a service, --ulimit nofile= of a container), or lower --workers or --prefetch."
+            f"one piece of a batch takes {_mb(needs.piece_memory)} of shared memory, {SHARED_MEMORY} has {_mb(size)}: the "
+            f"loader processes would die. {cure}: --workers 0 needs none."
         )
-    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
-    return ()
+    if needed <= free:
+        return ()
+    return (
+        f"the loader processes of this host may need {_mb(needed)} of shared memory, {SHARED_MEMORY} has {_mb(size)}, of "
+        f"which {_mb(free)} are free: where they are faster than the steps, they will die. {cure}.",
+    )
+
+
+def _open_files(needs: Needs) -> Sequence[str]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if resource.RLIM_INFINITY == soft or needs.open_files <= soft:
+        return ()
+    if hard == resource.RLIM_INFINITY or needs.open_files <= hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needs.open_files, hard))
+        return ()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    cure = (
+        f"Raise the limit (ulimit -n {needs.open_files}, LimitNOFILE= of a service, --ulimit nofile= of a container), or "
+        "lower --workers or --prefetch"
+    )
+    now = _files_open_now()
+    if now + needs.piece_files > hard:
+        raise ConfigError(
+            f"a rank has {now} files open and needs {needs.piece_files} more for each piece of a batch, this process may "
+            f"have {hard} (ulimit -Hn). {cure}."
+        )
+    return (f"a rank may need {needs.open_files} open files, this process may have {hard} (ulimit -Hn). {cure}.",)
+
+
+def _files_open_now() -> int:
+    """Of this process; 0 where the system does not tell."""
+    try:
+        return len(os.listdir("/proc/self/fd"))  # noqa: PTH208
+    except OSError:
+        return 0
 
 
 def _room(needs: Needs, run: Path) -> Sequence[str]:

@@ -174,7 +174,7 @@ class RunFolder:
 
 def _changes(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
     """{name: what it was and is} of all that enters the mathematics and differs."""
-    off = {name: field.default for name, field in EncoderOptions.model_fields.items()}
+    off = {name: field.default for name, field in EncoderOptions.model_fields.items()} | {"ema_decay": 0.0}
     changed = {
         name: f"{name}: {then!r} then, {value!r} now"
         for part in ("settings", "facts")

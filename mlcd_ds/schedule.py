@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from fractions import Fraction
 
-from mlcd_ds.config import RunConfig
+from mlcd_ds.config import RunSettings
 from mlcd_ds.errors import ConfigError
 
 WARMUP_SHARE = Fraction(1, 10)
@@ -24,7 +24,7 @@ class RunLength:
     notes: tuple[str, ...]
 
 
-def resolve_run_length(config: RunConfig, *, samples_per_epoch: int, global_batch: int) -> RunLength:
+def resolve_run_length(config: RunSettings, *, samples_per_epoch: int, global_batch: int) -> RunLength:
     """Turns --epochs, --samples or --steps (or the default number of epochs) into steps, rounded up to whole batches.
 
     Raises ConfigError when the data set is empty.

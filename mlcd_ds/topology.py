@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from mlcd_ds.errors import ConfigError
+from mlcd_ds.errors import ConfigError, PeerError
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,8 @@ class Topology:
     def start(self, timeout_minutes: float) -> "Topology":
         """Joins the process group of all ranks (gloo on CPUs, NCCL on GPUs), whose waits end after `timeout_minutes`.
 
-        A process alone joins a group of one: DeepSpeed's engine wants a group even then.
+        A process alone joins a group of one: DeepSpeed's engine wants a group even then. Raises ConfigError where the port
+        at which the ranks meet is in use, PeerError where they do not meet.
         """
         if not self.is_distributed:
             os.environ.setdefault("LOCAL_RANK", "0")  # without a launcher; DeepSpeed insists on it
@@ -110,7 +111,10 @@ class Topology:
             backend = "nccl" if self.device.type == "cuda" else "gloo"
             store = None if self.is_distributed else dist.HashStore()
             timeout = timedelta(minutes=timeout_minutes)
-            dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world_size, timeout=timeout)
+            with _naming_the_meeting(self, timeout_minutes):
+                dist.init_process_group(
+                    backend, store=store, rank=self.rank, world_size=self.world_size, timeout=timeout
+                )
         return self
 
     def use_compile_cache(self, folder: str | Path) -> str:
@@ -128,6 +132,25 @@ class Topology:
         """Leaves the process group."""
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _naming_the_meeting(topology: Topology, timeout_minutes: float) -> Iterator[None]:
+    """Says in our words why the ranks could not meet."""
+    try:
+        yield
+    except dist.DistError as error:
+        host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+        if "EADDRINUSE" in str(error):
+            raise ConfigError(
+                f"the ranks cannot meet at {host}:{port}: port {port} is in use, perhaps by another run. Give the launcher "
+                "another one (deepspeed --master_port PORT), or end that run."
+            ) from error
+        raise PeerError(
+            f"rank {topology.rank} of {topology.world_size} has not met the others at {host}:{port} within "
+            f"{timeout_minutes:g} minutes ({str(error).strip().splitlines()[0]}): is a host down, its name or a firewall in "
+            "the way, or were fewer ranks started?"
+        ) from error
 
 
 @contextlib.contextmanager

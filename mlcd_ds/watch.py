@@ -2,15 +2,18 @@
 
 Two threads of each rank. One hears signals even while the main thread stands in a collective, looks after the launcher
 and times the waits for data. The other tells the ranks' store, every BEAT_SECONDS, that this process lives and what it
-does; a rank whose collective has failed reads there who has fallen silent.
+does; a rank whose collective has failed reads there who has fallen silent. SIGUSR2 makes a rank (or a loader process) print
+the Python stacks of its threads; a rank that ends because of a hang prints them by itself.
 """
 
 import contextlib
+import faulthandler
 import json
 import os
 import re
 import signal
 import socket
+import sys
 import threading
 import time
 import traceback
@@ -26,6 +29,10 @@ from mlcd_ds.topology import Topology
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 """Each asks the run to save and stop."""
+
+STACKS_SIGNAL = signal.SIGUSR2
+"""Makes a process print the stacks of its threads, and go on."""
+STDERR = 2
 
 BEAT_SECONDS = 2.0
 ONE_REQUEST_SECONDS = 1.0
@@ -79,6 +86,7 @@ class Watch:
         for end in (self._reader, self._writer):
             end.setblocking(False)
         self._before = {number: signal.signal(number, self._heard) for number in SIGNALS}
+        faulthandler.register(STACKS_SIGNAL, file=STDERR, all_threads=True)
         self._wakeup_before = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         os.register_at_fork(after_in_child=self._forget_in_child)
         self._threads = [threading.Thread(target=self._listen, name="mlcd-watch", daemon=True)]
@@ -95,6 +103,7 @@ class Watch:
         self._ended.set()
         self.stop_beating()
         signal.set_wakeup_fd(self._wakeup_before)
+        faulthandler.unregister(STACKS_SIGNAL)
         for number, handler in self._before.items():
             signal.signal(number, handler)
         with contextlib.suppress(BlockingIOError):
@@ -191,6 +200,7 @@ class Watch:
 
     def _end(self, reason: str, code: int) -> None:
         """Ends this process from beside its main thread, which may stand in a collective."""
+        _print_stacks()
         self._say(f"ends at once: {reason}")
         try:
             self.on_end(reason)
@@ -262,6 +272,10 @@ class Watch:
             where = _collective(error)
             reason = re.sub(r"^\[\S*\]\s*", "", str(error).strip().splitlines()[0]).partition(". This is typ")[0][:200]
             doing = self._doing
+            frames = "".join(traceback.format_tb(error.__traceback__))
+            print(
+                f"rank {self.topology.rank} stood in {where}, whose stack was:\n{frames}", file=sys.stderr, flush=True
+            )
             raise PeerError(
                 f"rank {self.topology.rank} {doing.what} after step {doing.step}: {where} failed ({reason}); "
                 f"{self.peers()}. Start again with --resume auto; where all ranks are alive, raise --timeout_minutes."
@@ -269,6 +283,12 @@ class Watch:
 
 
 WAITS_FOR_DATA = "waits for data"
+
+
+def _print_stacks() -> None:
+    """The Python stack of every thread, to the standard error: where the main thread stands that does not end by itself."""
+    with contextlib.suppress(OSError, ValueError):  # a closed standard error
+        faulthandler.dump_traceback(file=STDERR, all_threads=True)
 
 
 def _key(rank: int) -> str:

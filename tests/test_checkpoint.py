@@ -2,11 +2,13 @@
 
 import json
 import shutil
+import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from mlcd_ds import checkpoint
+from mlcd_ds import checkpoint, files, train
 from mlcd_ds.checkpoint import CheckpointStore, load_rows, published, save_rows
 from mlcd_ds.errors import CheckpointError, NewerFormatError, SaveError
 from mlcd_ds.files import save_tensors, sha256, write_json
@@ -56,7 +58,7 @@ def test_staged_checkpoint_is_never_found_and_goes_with_the_next_save(tmp_path):
 
 
 @pytest.mark.parametrize(("part", "words"), [("head", "1 of the 1 files in head/"), ("ranks", "ranks/rank_00000")])
-def test_part_that_rank_0_does_not_see_is_not_published(tmp_path, part, words):
+def test_part_that_rank_0_does_not_see_is_not_published(tmp_path, monkeypatch, part, words):
     """As where the hosts of a run have different disks under the same path."""
     writer = store(tmp_path)
     staging = writer.stage(1)
@@ -64,12 +66,30 @@ def test_part_that_rank_0_does_not_see_is_not_published(tmp_path, part, words):
         save_rows(staging / "head", 0, 5, 5, {"centers": torch.zeros(5, 2)})
     if part != "ranks":
         save_tensors(staging / "ranks" / checkpoint.rank_file(0), {"torch": torch.get_rng_state()})
+    monkeypatch.setattr(files, "VISIBLE_SECONDS", 0.3)
     with pytest.raises(CheckpointError, match=f"lacks {words}.*same file system"):
         writer.publish(1)
     assert published(tmp_path / "checkpoints") == []
 
 
-def test_rows_of_every_head_must_be_there(tmp_path):
+def test_a_part_that_comes_into_sight_late_is_waited_for(tmp_path, monkeypatch):
+    """As on a network file system: rank 0 lists, and another rank hashes, what a third has written a moment ago."""
+    writer = store(tmp_path)
+    staging = writer.stage(1)
+    fill(staging, 1)
+    hidden = staging / "ranks" / checkpoint.rank_file(0)
+    hidden.rename(tmp_path / "hidden")
+    late = threading.Timer(0.5, lambda: (tmp_path / "hidden").rename(hidden))
+    late.start()
+    path = writer.publish(1)
+    late.join()
+    checkpoint.verify(path)
+    looks = iter((False, False, True))
+    assert files.comes_into_sight(lambda: next(looks)) and not files.comes_into_sight(lambda: False, seconds=0.1)
+
+
+def test_rows_of_every_head_must_be_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "VISIBLE_SECONDS", 0.3)
     writer = CheckpointStore(tmp_path, Topology.single(), 3, heads=2)
     staging = writer.stage(1)
     save_rows(staging / "head", 0, 5, 5, {"centers": torch.zeros(5, 2)})
@@ -210,7 +230,30 @@ def test_newer_format_is_no_damage(tmp_path):
         checkpoint.verify(path)
 
 
-@pytest.mark.parametrize(("saved", "loaded"), [(1, 3), (3, 1), (2, 3), (3, 2), (2, 2)])
+def test_a_checkpoint_from_before_ledgers_goes_on_with_sums_that_begin_at_its_step(tmp_path, capsys):
+    """One that cannot be read is an error, before anything is loaded."""
+    found, taken, totals = checkpoint.read_state(write(tmp_path, 2)), [], {"columns": ["decoded"], "shards": {"0": [3]}}
+    found.state["skipped_steps"], found.state["world_size"] = 4, 1
+    engine, plan = SimpleNamespace(load=lambda *_: None), SimpleNamespace(length=SimpleNamespace(total_steps=9))
+
+    def resume():
+        return train.resume(found, 0, plan, engine, SimpleNamespace(go_on_from=taken.append), Topology.single())
+
+    assert resume() == 2 and engine.skipped_steps == 4 and taken == []
+    warning, resumed = capsys.readouterr().out.splitlines()
+    assert "WARNING" in warning and "no ledger.json" in warning and "count from step 2 on" in warning
+    assert resumed.startswith("resumed from")
+    write_json(found.path / "ledger.json", totals)
+    assert resume() == 2 and taken == [totals]
+    assert "WARNING" not in capsys.readouterr().out
+    engine.load = lambda *_: pytest.fail("loaded")
+    for broken in ("{", "[]", "null", '{"columns": ["decoded"], "shards": {"0": [3, 4]}}', '{"columns": []}'):
+        (found.path / "ledger.json").write_text(broken)
+        with pytest.raises(CheckpointError, match="ledger.json cannot be read"):
+            resume()
+
+
+@pytest.mark.parametrize(("saved", "loaded"), [(1, 3), (3, 1), (2, 3), (3, 2), (2, 2), (4, 3), (2, 4)])
 def test_rows_are_found_at_another_number_of_ranks(tmp_path, saved, loaded):
     values, steps = torch.randn(11, 3), torch.arange(11, dtype=torch.int32)
     partition = ClassPartition(11, saved)

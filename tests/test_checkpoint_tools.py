@@ -1,5 +1,6 @@
 """tools/checkpoint.py: verify, list and consolidate (reshard needs the engine: test_world_size.py)."""
 
+import errno
 import json
 import shutil
 import subprocess
@@ -14,7 +15,7 @@ from test_checkpoint import TINY, damage_bit
 from mlcd_ds import checkpoint, checkpoint_tools
 from mlcd_ds.checkpoint import CheckpointStore, save_rows
 from mlcd_ds.config import CheckpointPathConfig, ConsolidateConfig, ReshardConfig
-from mlcd_ds.errors import CheckpointError, ConfigError, NewerFormatError
+from mlcd_ds.errors import CheckpointError, ConfigError, NewerFormatError, SaveError
 from mlcd_ds.files import write_json
 from mlcd_ds.models.vit import VisionTransformer
 from mlcd_ds.partition import ClassPartition
@@ -161,6 +162,25 @@ def test_resharding_divides_the_rows_anew(tmp_path):
             ReshardConfig(path=str(run), world_size=6, output_dir=str(tmp_path / "x")), to_universal
         )
     assert not (tmp_path / "x").exists()
+
+
+def test_a_full_disk_leaves_no_half_folder(tmp_path, monkeypatch):
+    run = str(make_run(tmp_path / "run"))
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint_tools, "save_tensors", full)
+    monkeypatch.setattr(checkpoint, "save_rows", full)
+    out = str(tmp_path / "out")
+    with pytest.raises(SaveError, match="out could not be written, nothing of it is left: .*No space left"):
+        checkpoint_tools.consolidate(ConsolidateConfig(path=run, output_dir=out))
+    with pytest.raises(SaveError, match="out could not be written, nothing of it is left: .*No space left"):
+        checkpoint_tools.reshard(
+            ReshardConfig(path=run, world_size=2, output_dir=out),
+            lambda source, folder: shutil.copytree(source, folder),
+        )
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_damaged_or_missing_checkpoints_are_refused(tmp_path):

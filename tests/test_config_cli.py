@@ -262,7 +262,7 @@ def settings_classes() -> list[type[Settings]]:
 
 def fields_read(tree: ast.AST) -> set[str]:
     """Attributes read from what is called config, settings, defaults, or annotated with a settings class; and the names
-    in a tuple SETTINGS, over which a caller does `getattr(config, name)`.
+    over which a caller does `getattr(config, name)`: those in a tuple SETTINGS, or the `model_fields` of a class.
     """
     names = {cls.__name__ for cls in settings_classes()}
     holders = {
@@ -282,6 +282,9 @@ def fields_read(tree: ast.AST) -> set[str]:
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
             if node.value is not None and any(getattr(target, "id", "") == "SETTINGS" for target in targets):
                 read |= {part.value for part in ast.walk(node.value) if isinstance(part, ast.Constant)}
+        elif isinstance(node, ast.DictComp) and "getattr(config, " in ast.unparse(node.value):
+            over, _, fields = ast.unparse(node.generators[0].iter).partition(".")
+            read |= set(getattr(config, over).model_fields) if over in names and fields == "model_fields" else set()
     return read
 
 

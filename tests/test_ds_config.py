@@ -18,6 +18,7 @@ from mlcd_ds.errors import ConfigError
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = {  # file: world sizes it is for
     "cpu.json": (1, 2),
+    "reproduce.json": (1,),
     "vit_b32_8gpu.json": (1, 2, 4, 8, 16),
     "vit_l14_8gpu.json": (8,),
     "vit_l14_80gpu.json": (40, 80, 160),
@@ -29,8 +30,11 @@ SHIPPED = {  # file: world sizes it is for
     **{f"vit_{name}_256gpu.json": (256,) for name in ("b32", "b16", "l14", "l14_336", "h14", "bigg14")},
     "vit_bigg14_256gpu_40gb.json": (256,),
 }
+ON_CPUS = ("cpu.json", "reproduce.json")
 CHECKPOINTED = ("cpu.json", "vit_h14_zero3.json")
-BATCHES = {"cpu.json": 64, "finetune_8gpu.json": 1024} | {name: 32_768 for name in SHIPPED if "_256gpu" in name}
+BATCHES = {"cpu.json": 64, "reproduce.json": 64, "finetune_8gpu.json": 1024} | {
+    name: 32_768 for name in SHIPPED if "_256gpu" in name
+}
 """Images of a step where they are not the paper's 32,800."""
 
 
@@ -96,10 +100,11 @@ def test_shipped_file_opens_with_purpose_hardware_and_command(name):
     assert head.startswith("// For: ")
     assert "\n// Hardware: " in head
     assert "\n// Command" in head
-    tunes = name.startswith("finetune")
-    assert f"{'tools/finetune.py' if tunes else 'mlcd_ds/train.py'} --deepspeed_config ds_configs/{name}" in head
-    of_the_tool = ("--test_shards", "--init_from") if tunes else ("--labels", "--model")
-    for flag in ("--shards", *of_the_tool, "--output_dir"):
+    kind = name.split("_")[0].removesuffix(".json")
+    tool = {"finetune": "tools/finetune.py", "reproduce": "tools/reproduce.py"}.get(kind, "mlcd_ds/train.py")
+    assert f"{tool} --deepspeed_config ds_configs/{name}" in head
+    of_the_tool = {"finetune": ("--shards", "--test_shards", "--init_from"), "reproduce": ("--root",)}
+    for flag in (*of_the_tool.get(kind, ("--shards", "--labels", "--model")), "--output_dir"):
         assert flag in head
 
 
@@ -116,13 +121,13 @@ def test_deepspeed_accepts_shipped_file_and_reads_what_we_say(name, device, monk
         assert theirs.gradient_accumulation_steps == settings.accumulation
         assert settings.images_per_rank * world_size == settings.global_batch
         assert theirs.zero_optimization_stage == settings.zero_stage
-        assert theirs.bfloat16_config.enabled == (settings.precision == "bfloat16") == (name != "cpu.json")
+        assert theirs.bfloat16_config.enabled == (settings.precision == "bfloat16") == (name not in ON_CPUS)
         assert theirs.float16_config.enabled is False
         assert theirs.gradient_clipping == settings.gradient_clipping == 1.0
         assert theirs.optimizer_name == "adamw"
         assert theirs.optimizer_params["lr"] == settings.learning_rate
-        assert theirs.optimizer_params["torch_adam"] == (device == "cpu" or name == "cpu.json")
-        assert theirs.grad_accum_dtype == ("fp32" if name != "cpu.json" else None)
+        assert theirs.optimizer_params["torch_adam"] == (device == "cpu" or name in ON_CPUS)
+        assert theirs.grad_accum_dtype == ("fp32" if name not in ON_CPUS else None)
         assert theirs.scheduler_params["warmup_type"] == "linear"
         assert theirs.scheduler_params["total_num_steps"] == 1000
         assert theirs.monitor_config.tensorboard.enabled
@@ -130,9 +135,9 @@ def test_deepspeed_accepts_shipped_file_and_reads_what_we_say(name, device, monk
             "run/tensorboard"
         )
         assert theirs.checkpoint_tag_validation_fail
-    rates = {"cpu.json": 1e-3, "finetune_8gpu.json": 5e-4, "vit_b": 5e-4}
+    rates = {"cpu.json": 1e-3, "reproduce.json": 1e-3, "finetune_8gpu.json": 5e-4, "vit_b": 5e-4}
     assert settings.learning_rate == rates.get(name, 4e-4 if re.match("vit_(l|h|bigg)", name) else rates["vit_b"])
-    assert settings.weight_decay == (0.05 if name in ("cpu.json", "finetune_8gpu.json") else 0.2)
+    assert settings.weight_decay == (0.05 if name in (*ON_CPUS, "finetune_8gpu.json") else 0.2)
     assert settings.activation_checkpointing == (name in CHECKPOINTED)
 
 

@@ -12,6 +12,7 @@ from tiny_vit import TINY
 
 from mlcd_ds.checkpoint import save_encoder
 from mlcd_ds.config import KnnConfig, ProbeConfig
+from mlcd_ds.data.captions import captions_of
 from mlcd_ds.data.tars import write_tar
 from mlcd_ds.errors import ConfigError, DataError
 from mlcd_ds.evaluation import features as features_module
@@ -259,6 +260,8 @@ def test_all_sets_by_name_missing_ones_told_and_the_same_on_two_ranks(root, tmp_
         run_ranks(2, lambda topology: probe_sets(ProbeConfig(**flags(root)), topology))
     again = probe_sets(config, Topology.single())
     assert again.kept == list(alone.results)
+    anew = config.model_copy(update={"overwrite": True, "datasets": "cifar10"})
+    assert list((found := probe_sets(anew, Topology.single())).results) == ["cifar10"] and not found.kept
     (tmp_path / "other").mkdir()
     (tmp_path / "other/cifar10").symlink_to(root / "sets/cifar10")
     other = config.model_copy(update={"root": str(tmp_path / "other")})
@@ -325,6 +328,27 @@ def test_knn_on_sets(root, tmp_path):
         np.testing.assert_equal(evaluated.results["cifar10"].metrics, cifar.metrics)
     with pytest.raises(ConfigError, match=r"--k '10,x': expected whole numbers above 0"):
         knn_sets(KnnConfig(**settings | {"k": "10,x"}), Topology.single())
+
+
+def test_tars_from_a_pipe_need_leave(root, tmp_path):
+    """As in training: refused, and a word how to allow it."""
+
+    def knn(prefix, **more):
+        places = {f"{part}_shards": f"{prefix}{root}/sets/mine/{part}/0.tar" for part in ("train", "test")}
+        return knn_sets(
+            KnnConfig(model=f"run:{root / 'run'}", k="3", dataset_name="mine", **places, **more), Topology.single()
+        )
+
+    cache = {"shard_cache": str(tmp_path / "tars")}
+    with pytest.raises(DataError, match="'pipe:' would run a shell command and is refused.*--allow_pipe"):
+        knn("pipe:cat ", **cache)
+    assert not (tmp_path / "tars").exists()
+    piped = knn("pipe:cat ", **cache, allow_pipe=True).results["mine"]
+    np.testing.assert_equal(piped.metrics, knn("").results["mine"].metrics)
+    spec = f"pipe:cat {root}/sets/mine/test/0.tar"
+    with pytest.raises(DataError, match="is refused.*--allow_pipe"):
+        next(captions_of([spec], str(tmp_path / "tars")))
+    assert list(captions_of([spec], str(tmp_path / "tars"), allow_pipe=True)) == []
 
 
 def test_features_are_made_once_and_found_by_their_hashes(root, tmp_path, monkeypatch):

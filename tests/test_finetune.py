@@ -8,14 +8,16 @@ import pytest
 import torch
 from data_factory import picture
 from processes import ROOT, run_script
-from safetensors.torch import load_file
+from ranks import run_ranks
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
+from mlcd_ds.averaging import WeightAverage
 from mlcd_ds.batch import NO_IMAGE
 from mlcd_ds.checkpoint import load_encoder, save_encoder
 from mlcd_ds.config import FinetuneConfig
 from mlcd_ds.data.tars import write_tar
-from mlcd_ds.errors import DataError
+from mlcd_ds.errors import CheckpointError, DataError
 from mlcd_ds.evaluation.results import read_results
 from mlcd_ds.finetune import TestImages, make_class_labels
 from mlcd_ds.finetune_engine import mix, soft_cross_entropy, targets_of
@@ -156,7 +158,8 @@ JSON = {
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """One start of DeepSpeed: a run of 24 steps; the same resumed from its 12th; the same on two ranks at ZeRO 3."""
+    """One start of DeepSpeed: a run of 24 steps; the same resumed from its 12th; the same on two ranks at ZeRO 3; its
+    12th step resharded, and gone on with by two ranks."""
     base = tmp_path_factory.mktemp("finetune")
     train, test = write_images(base, "train", 48), write_images(base, "test", 13)
     model = VisionTransformer(tiny(), seed=3)
@@ -173,6 +176,8 @@ def runs(tmp_path_factory):
             "dataset_name": "colours",
             "mix_probability": 0.4,
             "image_size": 24,
+            "drop_path": 0.2,
+            "ema_decay": 0.8,
             "resume": "auto",
         }
         return [f"--{name}={value}" for name, value in wanted.items()]
@@ -180,26 +185,31 @@ def runs(tmp_path_factory):
     one = {"name": "one", "world_size": 1, "tool": "finetune.py", "flags": flags("one.json", "run")}
     again = one | {"name": "again", "remove": str(base / "run/checkpoints/step_000000024")}
     two = one | {"name": "two", "world_size": 2, "flags": flags("three.json", "two")}
-    (base / "runs.json").write_text(json.dumps([one, {"name": "kept", **kept(base)}, again, two]))
+    resharded = {"path": base / "run/checkpoints/step_000000012", "world_size": 2, "output_dir": base / "parts"}
+    reshard = {"name": "reshard", "world_size": 1, "tool": "checkpoint.py"}
+    reshard["flags"] = ["reshard", *(f"--{name}={value}" for name, value in resharded.items())]
+    parts = two | {"name": "parts", "flags": flags("one.json", "parts")}
+    keeping = [kept(base, "run", "first"), kept(base, "run/average", "first_average")]
+    (base / "runs.json").write_text(json.dumps([one, *keeping, reshard, again, two, parts]))
     (ended,) = run_script(1, [ROOT / "tests" / "forked_runs.py", base], timeout=300)
     assert ended.code == 0, ended.output[-3000:]
-    found = {run["name"]: json.loads((base / f"{run['name']}.0.json").read_text()) for run in (one, again, two)}
+    found = {
+        run["name"]: json.loads((base / f"{run['name']}.0.json").read_text())
+        for run in (one, reshard, again, two, parts)
+    }
     for name, run in found.items():
         assert run["code"] == 0, (name, run["output"][-3000:])
     return base, found
 
 
-def kept(base: Path) -> dict:
-    """A copy of the first run's encoder, for transformers."""
-    return {
-        "world_size": 1,
-        "tool": "export_hf.py",
-        "flags": [f"--run={base / 'run'}", f"--output_dir={base / 'first'}"],
-    }
+def kept(base: Path, encoder: str, output: str) -> dict:
+    """A copy of an encoder of the first run, for transformers."""
+    flags = [f"--run={base / encoder}", f"--output_dir={base / output}"]
+    return {"name": output, "world_size": 1, "tool": "export_hf.py", "flags": flags}
 
 
-def weights(base: Path, run: str) -> dict[str, torch.Tensor]:
-    folder = base / run / "checkpoints/step_000000024"
+def weights(base: Path, run: str, part: str = "") -> dict[str, torch.Tensor]:
+    folder = base / run / "checkpoints/step_000000024" / part
     return load_file(folder / "encoder/encoder.safetensors") | load_file(folder / "classifier.safetensors")
 
 
@@ -207,13 +217,16 @@ def test_it_learns_and_tells(runs):
     base, found = runs
     output = found["one"]["output"]
     assert "x 0.8 a block down to x 0.512" in output and "tiny at 24 px, 6 classes" in output
-    assert output.count("on 13 test images") == 4  # epochs
+    assert output.count("on 13 test images") == 8  # of 4 epochs, as trained and averaged
+    assert "drop path      0.2 in the last block" in output and "the last 5 steps make most of it" in output
     assert "right " in output and "of mixed images" in output
-    (result,) = read_results(base / "run/results").values()
+    found = {result.pretrained: result for result in read_results(base / "run/results").values()}
+    assert set(found) == {f"run:{base / 'run'}", f"run:{base / 'run/average'}"}
+    result = found[f"run:{base / 'run'}"]
     assert (result.dataset, result.model, result.task, result.details["step"]) == ("colours", "tiny", "finetune", 24)
     assert result.metrics["acc1"] > 0.3 and result.metrics["acc5"] >= result.metrics["acc1"]  # chance: 0.17 and 0.83
     lines = [json.loads(line) for line in (base / "run/metrics.jsonl").read_text().splitlines()]
-    assert any("test_acc1" in line for line in lines)
+    assert any("test_acc1" in line and "test_acc1_average" in line for line in lines)
     losses = [line["train_loss"] for line in lines if "train_loss" in line]
     assert losses[-1] < losses[0] - 0.2
     start, end = load_encoder(base / "start").state_dict(), load_encoder(base / "run").state_dict()
@@ -226,8 +239,63 @@ def test_resumed_it_is_the_same(runs):
     base, found = runs
     assert "resumed from" in found["again"]["output"] and "at step 12/24" in found["again"]["output"]
     assert last_line(found["one"]) == last_line(found["again"])
-    before, after = (load_encoder(path).state_dict() for path in (f"hf:{base / 'first'}", base / "run"))
-    assert all(torch.equal(before[name], tensor) for name, tensor in after.items())
+    for first, now in (("first", "run"), ("first_average", "run/average")):
+        before, after = (load_encoder(path).state_dict() for path in (f"hf:{base / first}", base / now))
+        assert all(torch.equal(before[name], tensor) for name, tensor in after.items())
+
+
+def test_the_average_lies_between_where_the_weights_began_and_where_they_are(runs):
+    base, _ = runs
+    begun, trained, averaged = (
+        load_encoder(base / "start").state_dict(),
+        weights(base, "run"),
+        weights(base, "run", "average"),
+    )
+    assert set(averaged) == set(trained) and torch.equal(averaged["projection.weight"], trained["projection.weight"])
+    for name in ("blocks.0.fc1.weight", "blocks.1.attention.out.weight", "embeddings.patch.weight"):
+        way, left = (averaged[name] - begun[name]).norm(), (trained[name] - averaged[name]).norm()
+        assert 0 < left < 0.7 * (trained[name] - begun[name]).norm() and way > left
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_the_average_is_its_definition_and_loads_at_any_number_of_ranks(ranks, tmp_path):
+    steps = [{"a.x": torch.randn(3, 4), "a.y": torch.randn(2), "b.z": torch.randn(1)} for _ in range(5)]
+    shapes = {name: weight.shape for name, weight in steps[0].items()}
+
+    def pieces(weights, topology):
+        found = {}
+        for name, weight in weights.items():
+            flat, of = weight.view(-1), topology.world_size
+            start, stop = len(flat) * topology.rank // of, len(flat) * (topology.rank + 1) // of
+            found |= {name: (start, flat[start:stop])} if stop > start else {}
+        return found
+
+    def run(topology):
+        average = WeightAverage(0.7, pieces(steps[0], topology), shapes)
+        for weights in steps[1:]:
+            average.update(pieces(weights, topology))
+        whole = average.whole(topology)
+        if topology.is_main:
+            save_file({"x": whole["a.x"], "y": whole["a.y"]}, tmp_path / "a.safetensors")
+            save_file({"z": whole["b.z"]}, tmp_path / "b.safetensors")
+        return whole
+
+    expected = steps[0]
+    for weights in steps[1:]:
+        expected = {name: 0.7 * expected[name].double() + 0.3 * weight for name, weight in weights.items()}
+    for whole in run_ranks(ranks, run):
+        for name, values in expected.items():
+            torch.testing.assert_close(whole[name].double(), values, rtol=1e-6, atol=1e-6)
+
+    def again(topology):
+        average = WeightAverage(0.7, pieces(steps[0], topology), shapes)
+        average.load({tmp_path / "a.safetensors": "a.", tmp_path / "b.safetensors": "b."})
+        with pytest.raises(CheckpointError, match="a.safetensors lack the average of b.z"):
+            WeightAverage(0.7, {"b.z": (0, torch.zeros(1))}, shapes).load({tmp_path / "a.safetensors": "a."})
+        return average.whole(topology)
+
+    for read in run_ranks(5 - ranks, again):
+        assert all(torch.equal(read[name], whole[name]) for name in shapes)
 
 
 def last_line(run: dict) -> str:
@@ -235,10 +303,13 @@ def last_line(run: dict) -> str:
     return next(line for line in run["output"].splitlines() if line.startswith("epoch 4.00")).split(";")[0]
 
 
-def test_two_ranks_at_stage_3_compute_the_same(runs):
+@pytest.mark.parametrize("part", ["", "average"])
+@pytest.mark.parametrize("other", ["two", "parts"])
+def test_two_ranks_compute_the_same_at_stage_3_and_from_a_resharded_checkpoint(runs, other, part):
     base, found = runs
-    assert "2 on cpu, float32, ZeRO stage 3" in found["two"]["output"]
-    one, two = weights(base, "run"), weights(base, "two")
+    assert f"2 on cpu, float32, ZeRO stage {3 if other == 'two' else 1}" in found[other]["output"]
+    assert ("at step 12/24" in found[other]["output"]) == (other == "parts")
+    one, two = weights(base, "run", part), weights(base, other, part)
     start = load_encoder(base / "start").state_dict()
     assert set(one) == set(two)
     for name in one:
@@ -249,7 +320,7 @@ def test_two_ranks_at_stage_3_compute_the_same(runs):
             (one[name] - start[name]).abs().max() if start.get(name, one[name][:0]).shape == one[name].shape else 1.0
         )
         torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=float(0.02 * moved) + 1e-6, msg=name)
-    assert last_line(found["one"]) == last_line(found["two"])
+    assert last_line(found["one"]) == last_line(found[other])
 
 
 def test_test_images_are_shared_out_once(tmp_path):

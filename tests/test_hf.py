@@ -1,6 +1,7 @@
 """To and from Hugging Face folders: transformers computes what we compute, and what was written comes back bit for bit."""
 
 import json
+import resource
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from test_vit import TINY, TINY_ROPE, images, normalised, scrambled
 from transformers import CLIPConfig, CLIPModel, CLIPVisionModel, CLIPVisionModelWithProjection, MLCDVisionModel
 
 from mlcd_ds import checkpoint
-from mlcd_ds.errors import CheckpointError
+from mlcd_ds.errors import CheckpointError, SaveError
 from mlcd_ds.models import hf
 from mlcd_ds.models.vit import PRESETS, VisionTransformer, resize_positions
 
@@ -183,3 +184,20 @@ def test_weights_for_other_pixels_are_refused(tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"image_mean": [0.5, 0.5, 0.5]}))
     with pytest.raises(CheckpointError, match=r"image_mean is \[0.5, 0.5, 0.5\]"):
         checkpoint.load_encoder(f"hf:{tmp_path / 'out'}")
+
+
+@pytest.mark.parametrize("limit", [5_000, 100])
+def test_a_full_disk_leaves_no_half_folder_and_what_was_there_before(tmp_path, limit):
+    """The disk is full by a limit on the size of files: the weights do not fit, nor does the card."""
+    weights, before = scrambled(TINY).state_dict(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    hf.write_folder(tmp_path / "out", TINY, weights, "old card")
+    for name in ("out", "new"):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+        try:
+            with pytest.raises(SaveError, match=f"{name} could not be written, nothing of it is left: .*Make room"):
+                hf.write_folder(tmp_path / name, TINY, weights, "x" * 200, force=True)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out" / "README.md").read_text() == "old card"
+    hf.read_folder(tmp_path / "out")

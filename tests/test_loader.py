@@ -1,5 +1,6 @@
 """The order of samples, and batches that depend on neither ranks nor loader processes."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -20,13 +21,16 @@ from PIL import Image
 from ranks import run_ranks
 from toy_data import encode, labels_of, make_shards, picture, write_labels
 
+from mlcd_ds import train
 from mlcd_ds.batch import NO_IMAGE, NO_LABEL, ImageLabelBatch
 from mlcd_ds.config import RunConfig
 from mlcd_ds.data import loader as loader_module
+from mlcd_ds.data import tars
 from mlcd_ds.data.labels import LabelsInfo, draw_positives, label_path, write_label_shard
 from mlcd_ds.data.loader import ImageLabelLoader
 from mlcd_ds.data.plan import EpochPlan, augmentation_generator, positives_generator
 from mlcd_ds.data.shards import ShardReader, build_shard_table
+from mlcd_ds.data.tar_index import write_index
 from mlcd_ds.data.tars import index_tar
 from mlcd_ds.errors import ConfigError, DataError
 from mlcd_ds.topology import Topology
@@ -579,6 +583,77 @@ def test_a_tar_that_is_damaged_or_missing_at_the_start_is_counted_up_to_the_limi
     for (_, _, keys), (_, _, keys2) in zip(found, whole, strict=True):
         assert all(key in ("", key2) for key, key2 in zip(keys, keys2, strict=True))
     assert loader.ledger.skips == {(1, reason): lost} and loader.ledger.read == 40
+
+
+def failing_reads(monkeypatch, name, number):
+    """os.open or os.pread of 00001.tar fails."""
+    function = getattr(os, name)
+
+    def call(what, *arguments, **options):
+        path = what if name == "open" else Path(f"/proc/self/fd/{what}").readlink()
+        if str(path).endswith("00001.tar"):
+            raise OSError(number, os.strerror(number))
+        return function(what, *arguments, **options)
+
+    monkeypatch.setattr(os, name, call)
+
+
+@pytest.mark.parametrize("kept", [0, 100])
+@pytest.mark.parametrize("name, number", [("open", errno.EMFILE), ("open", errno.EACCES), ("pread", errno.ESTALE)])
+def test_what_the_machine_lacks_ends_the_run_and_is_never_a_skip(tmp_path, monkeypatch, name, number, kept):
+    monkeypatch.setattr(tars.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr("mlcd_ds.data.shards.KEPT_SAMPLES", kept)
+    shards = make_shards(tmp_path, [30, 10])
+    loader = make_loader(tmp_path, shards)
+    failing_reads(monkeypatch, name, number)
+    cure = {errno.EMFILE: "ulimit -n", errno.EACCES: "may not read it", errno.ESTALE: "file server"}[number]
+    with pytest.raises(DataError, match=f"00001.tar: {os.strerror(number)}.*{cure}"):
+        collect(loader, 0, 5)
+    assert loader.ledger.num_skipped == 0
+    with pytest.raises(DataError, match=f"00001.tar: {os.strerror(number)}.*{cure}"):
+        build_shard_table(shards, [tmp_path / "labels"], 3, 1.0, None, Topology.single(), allow_missing=True)
+
+
+def test_too_many_open_files_of_batches_are_told_with_the_cure(data):
+    def arriving():
+        raise RuntimeError("Too many open files. Communication with the workers is no longer possible. Please increase")
+        yield
+
+    with pytest.raises(DataError, match="too many open files while step 4 was waited for.*ulimit -n"):
+        make_loader(*data)._next(arriving(), 3)
+
+
+@pytest.mark.parametrize("name", ["open", "pread"])
+def test_a_bad_disk_is_waited_for_once_and_its_images_are_counted(tmp_path, monkeypatch, name):
+    waits = []
+    monkeypatch.setattr(tars.time, "sleep", waits.append)
+    loader = make_loader(tmp_path, make_shards(tmp_path, [30, 10]))
+    failing_reads(monkeypatch, name, errno.EIO)
+    collect(loader, 0, 5)
+    assert loader.ledger.skips == {(1, "damaged_tar"): 10}
+    assert "Input/output error" in loader.ledger.names[0]
+    assert waits == list(tars.RETRY_SECONDS)
+
+
+def test_a_dry_run_on_captions_counts_what_is_there_and_takes_what_the_run_takes(tmp_path):
+    samples = [(f"{i:09d}", {"jpg": encode(picture(i)), "txt": b"a word"}) for i in range(6)]
+    for name in ("0", "1", "2"):
+        tars.write_tar(tmp_path / f"{name}.tar", [(f"{name}{key}", parts) for key, parts in samples])
+    write_index(index_tar(tmp_path / "1.tar"))
+    shards = [str(tmp_path / f"{name}.tar") for name in "012"]
+    assert train.count_images(config(), shards) == (18, ())
+    os.truncate(shards[1], 4000)
+    remove(shards[2])
+    with pytest.raises(DataError, match="2.tar.*Fetch it, or go on without it by --allow_missing_shards"):
+        train.count_images(config(), shards)
+    count, (told,) = train.count_images(config(allow_missing_shards=True), shards)
+    assert count == 12  # the index of the cut one tells of all six
+    assert told.startswith("2 tars are damaged or missing, what no index tells of them is not counted. E.g. the tar ")
+    with pytest.raises(
+        DataError, match="2.tar.* No index of before tells which images it held: take it out of --shards"
+    ):
+        build_shard_table(shards, [], 1, 1.0, None, Topology.single(), captions=True, allow_missing=True)
+    assert len(list(tmp_path.iterdir())) == 2 + 3 + 1
 
 
 def test_a_lost_tar_is_judged_by_its_share_of_an_epoch(tmp_path, monkeypatch):

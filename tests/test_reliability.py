@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,13 +14,13 @@ import torch
 from processes import ROOT, free_port, run_script
 from ranks import run_ranks
 
-from mlcd_ds import soak, train, watch
+from mlcd_ds import run_loop, soak, watch
 from mlcd_ds.checkpoint import published, step_of
 from mlcd_ds.config import RunConfig
 from mlcd_ds.errors import ConfigError, DeviceMemoryError, PeerError, Preempted
 from mlcd_ds.run_folder import RunFolder
+from mlcd_ds.run_loop import naming_memory_settings
 from mlcd_ds.topology import Topology
-from mlcd_ds.train import naming_memory_settings
 
 PREEMPTED, BAD_NUMBERS, PEER_LOST, NOT_SAVED, NO_DATA = 75, 5, 6, 7, 3
 
@@ -69,6 +70,7 @@ def test_the_second_signal_ends_a_rank_that_hangs_at_once(found):
     assert run["status"]["state"] == "failed"
     assert "a second SIGTERM" in run["status"]["reason"]
     assert "ends at once: a second SIGTERM" in run["output"][0]
+    assert " in stuck\n" in run["output"][0]  # the stack of its main thread
     assert run["checkpoints"] == [2]
 
 
@@ -92,6 +94,7 @@ def test_a_frozen_rank_ends_the_others_within_the_timeout(found):
     assert run["finished"]
     assert run["codes"][0] == PEER_LOST and run["codes"][1] not in (0, None)
     last = run["output"][0].strip().splitlines()[-1]
+    assert "rank 0 stood in " in run["output"][0] and "whose stack was:" in run["output"][0]
     for words in ("rank 0 computes after step", "Timed out", "rank(s) [1] do not answer", "last heard of: rank 1"):
         assert words in last
 
@@ -236,7 +239,27 @@ def test_a_signal_while_the_run_starts_is_raised_in_it():
             time.sleep(5)
 
 
-def test_only_errors_of_collectives_are_a_lost_peer(monkeypatch):
+def test_stacks_are_printed_on_demand_and_where_a_process_is_ended(monkeypatch, capfd):
+    ended = []
+    monkeypatch.setattr(watch.os, "_exit", ended.append)
+
+    def stands_here(seconds: float) -> None:
+        time.sleep(seconds)
+
+    with watch.Watch(Topology.single(), 0.005, 60) as mine:
+        os.kill(os.getpid(), signal.SIGUSR2)
+        stacks = capfd.readouterr().err
+        assert "in test_stacks_are_printed" in stacks and "in _listen" in stacks  # the main thread and the watch's own
+        mine.does(watch.WAITS_FOR_DATA, 4)
+        until = time.monotonic() + 60
+        while not ended and time.monotonic() < until:
+            stands_here(0.1)
+    said = capfd.readouterr()
+    assert "in stands_here" in said.err and ended[0] == NO_DATA
+    assert "ends at once: no data for step 5" in said.out
+
+
+def test_only_errors_of_collectives_are_a_lost_peer(monkeypatch, capfd):
     mine = watch.Watch(Topology(0, 2, 0, 2, Topology.single().device), 1, 60)
     monkeypatch.setattr(mine, "peers", lambda: "rank(s) [1] do not answer")
     mine.does("saves", 12)
@@ -249,6 +272,7 @@ def test_only_errors_of_collectives_are_a_lost_peer(monkeypatch):
             raise RuntimeError(
                 "[/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:4. This is typical"
             )
+    assert "rank 0 stood in a collective, whose stack was:\n  File " in capfd.readouterr().err
 
 
 def test_lack_of_device_memory_names_what_takes_it(tmp_path):
@@ -261,19 +285,35 @@ def test_lack_of_device_memory_names_what_takes_it(tmp_path):
 
 def test_a_host_with_other_code_versions_or_settings_is_refused_by_every_rank():
     config = RunConfig(deepspeed_config="-", shards="-", labels="-", output_dir="-")
-    own = train.program(config, {"train_batch_size": 8})
+    own = run_loop.program(config, {"train_batch_size": 8})
     assert own["torch"] == torch.__version__.split("+")[0] or own["torch"] == torch.__version__
-    run_ranks(2, lambda topology: train.check_same_program(own, topology))
+    run_ranks(2, lambda topology: run_loop.check_same_program(own, topology))
     for name, words in (("torch", "torch"), ("files of mlcd_ds", "files of mlcd_ds"), ("--seed", "--seed")):
 
         def refusal(topology, name=name):
             with pytest.raises(ConfigError) as caught:
-                train.check_same_program(own | ({name: "else"} if topology.rank == 1 else {}), topology)
+                run_loop.check_same_program(own | ({name: "else"} if topology.rank == 1 else {}), topology)
             return str(caught.value)
 
         first, second = run_ranks(2, refusal)
         said = f"rank 1 runs another program than rank 0: {words} {own[name]} on rank 0, else on rank 1"
         assert first == second and said in first
+
+
+def test_ranks_that_cannot_meet_say_why(monkeypatch):
+    """A port that is in use; a rank 0, then a rank 1, that never come."""
+    port = free_port()
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(port))
+    first, second = (Topology(rank, 2, rank, 2, torch.device("cpu")) for rank in range(2))
+    with socket.create_server(("127.0.0.1", port)):
+        with pytest.raises(ConfigError, match=f"port {port} is in use, perhaps by another run.*--master_port"):
+            first.start(0.02)
+    for rank in (second, first):
+        said = f"rank {rank.rank} of 2 has not met the others at 127.0.0.1:{port} within 0.02 minutes .*is a host down"
+        with pytest.raises(PeerError, match=said):
+            rank.start(0.02)
+    assert not torch.distributed.is_initialized()
 
 
 def test_no_launcher_no_watch(monkeypatch):

@@ -33,7 +33,7 @@ MEASURED = ("head, ZeRO 1", "activations, ZeRO 3")
 
 
 def test_memory_is_within_a_tenth_of_what_two_real_processes_take(tmp_path):
-    """Held at 5%, of which a busy machine may take a part; docs/scaling.md has all six cases, within 2%."""
+    """Two cases; docs/scaling.md has all twelve, within 2%."""
     result = tmp_path / "result.json"
     (ended,) = run_script(1, [ROOT / "tests" / "memory_worker.py", result, *MEASURED], timeout=600, fresh=True)
     assert ended.code == 0, ended.output[-3000:]

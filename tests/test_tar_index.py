@@ -3,15 +3,17 @@
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 from toy_data import make_shards
 
+from mlcd_ds.config import IndexShardsConfig
 from mlcd_ds.data import tar_index
 from mlcd_ds.data.shards import build_shard_table
-from mlcd_ds.data.tar_index import examine, find_index, index_path, write_index
+from mlcd_ds.data.tar_index import examine, find_index, index_path, index_shards, write_index
 from mlcd_ds.data.tars import index_tar, read_samples, write_tar
 from mlcd_ds.topology import Topology
 
@@ -123,3 +125,18 @@ def test_the_table_is_the_same_with_indexes_and_says_which_do_not_fit(tmp_path):
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert ended.returncode == 3 and "1 of 3 tars have no index" in ended.stderr and "Traceback" not in ended.stderr
     assert "1 indexes written (0 were stale, 1 damaged), 1 kept" in ended.stdout
+
+
+def test_what_a_run_would_not_use_is_told(tmp_path, capsys):
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for name in ("a.jpg", "a.jpg", "b.jpg", "b.jpg", "c.txt", "noextension"):
+            tar.addfile(tarfile.TarInfo(name))
+    write_tar(tmp_path / "1.tar", [("k", {"jpg": b"x"})])
+    index_shards(IndexShardsConfig(shards=f"{tmp_path}/*.tar"))
+    *lines, last = capsys.readouterr().out.strip().splitlines()
+    assert [line.partition(" (")[0] for line in lines] == [
+        f"{tmp_path}/0.tar: 2 members repeat a name of their tar",
+        f"{tmp_path}/0.tar: 1 members are not part of a sample",
+        f"{tmp_path}/0.tar: 1 samples have no image",
+    ]
+    assert "2 indexes written" in last and "3 images; 2 members repeat a name" in last

@@ -1,16 +1,24 @@
 """Tars: every way to name them, every layout, every kind of damage."""
 
+import contextlib
+import errno
 import gzip
 import http.server
 import io
 import json
 import os
+import resource
 import tarfile
 import threading
+from pathlib import Path
 
 import pytest
 
+from mlcd_ds.data import tars
 from mlcd_ds.data.tars import (
+    OpenTar,
+    UnreadableError,
+    examine_tar,
     expand_shards,
     index_tar,
     local_shard,
@@ -296,6 +304,162 @@ def test_reading_beyond_the_end_is_an_error(good):
         read_member(good, 10**6, 5)
     with pytest.raises(DataError, match="did the file change"):
         read_member(b"abc", 1, 5)
+
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.PAX_FORMAT])
+def test_a_tar_that_shrinks_while_it_is_walked_is_damaged(tmp_path, monkeypatch, format):
+    """It would end the process (SIGBUS) if it were mapped. PAX: an extended header names a path, so the careful walk."""
+    members = [(f"{'k' * 120 if format == tarfile.PAX_FORMAT else 'k'}{i}.jpg", bytes(9000)) for i in range(8)]
+    contents = build(tmp_path / "x.tar", members, format).read_bytes()
+    monkeypatch.setattr(tars, "WINDOW", 512)
+    monkeypatch.setattr(tars, "LARGE_WINDOW", 512)
+    read, shrunk = OpenTar.read, 0
+    for victim in range(40):
+        (tmp_path / "x.tar").write_bytes(contents)
+        calls = iter(range(1000))
+
+        def shrinking(self, start, stop, calls=calls, victim=victim):
+            if next(calls) == victim:
+                os.truncate(self.path, max(0, start - 4000))
+            return read(self, start, stop)
+
+        monkeypatch.setattr(OpenTar, "read", shrinking)
+        index, damage = examine_tar(tmp_path / "x.tar")
+        assert damage is not None or len(index.keys) == 8
+        assert damage is None or "is cut" in str(damage)
+        shrunk += damage is not None
+    assert shrunk >= 8
+
+
+def test_a_tar_that_shrinks_while_it_is_read_is_an_error(tmp_path):
+    write_tar(tmp_path / "x.tar", [(f"k{i}", {"jpg": os.urandom(50_000)}) for i in range(20)])
+    index = index_tar(tmp_path / "x.tar")
+    samples = read_samples(tmp_path / "x.tar")
+    assert next(samples)[0] == "k0"
+    os.truncate(tmp_path / "x.tar", index.image("k9")[0] + 49_999)
+    with pytest.raises(DataError, match="became shorter while it was read: k9.jpg is cut"):
+        list(samples)
+    with pytest.raises(DataError, match="its index says .*: did the file change"):
+        next(read_samples(tmp_path / "x.tar", index=index))
+
+
+# ------------------------------------------------------------------------------------------------ machines
+
+
+@pytest.fixture
+def waits(monkeypatch):
+    """Seconds that were waited between tries."""
+    slept = []
+    monkeypatch.setattr(tars.time, "sleep", slept.append)
+    return slept
+
+
+def failing(monkeypatch, name, number, times):
+    """os.open or os.pread fails so often."""
+    function, left = getattr(os, name), iter(range(times))
+
+    def call(path, *arguments, **options):
+        is_tar = name == "pread" or str(path).endswith(".tar")
+        if is_tar and next(left, None) is not None:
+            raise OSError(number, os.strerror(number), None if name == "pread" else str(path))
+        return function(path, *arguments, **options)
+
+    monkeypatch.setattr(tars.os, name, call)
+
+
+def test_too_many_open_files_are_no_damage_of_a_tar(good, waits):
+    """A limit that is really met. The message names it, and the cure."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.ExitStack() as stack:
+        stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, before)
+        limit = max(int(path.name) for path in Path("/proc/self/fd").iterdir()) + 5
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, before[1]))
+        with pytest.raises(OSError, match="Too many open files"):
+            while True:
+                stack.callback(os.close, os.open(os.devnull, os.O_RDONLY))
+        for read in (
+            index_tar,
+            examine_tar,
+            lambda path: read_member(path, 0, 1),
+            lambda path: list(read_samples(path)),
+        ):
+            with pytest.raises(UnreadableError) as caught:
+                read(good)
+    for words in (str(good), "Too many open files", f"have {limit} files open", "ulimit -n 4096", "--workers"):
+        assert words in str(caught.value)
+    assert waits == [] and len(index_tar(good).keys) == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "number", "words"),
+    [
+        ("open", errno.ENFILE, "fs.file-max"),
+        ("open", errno.ENOMEM, "no memory left.*--workers"),
+        ("pread", errno.ENOMEM, "no memory left.*--workers"),
+        ("open", errno.EACCES, f"User {os.getuid()} may not read it"),
+        ("open", errno.ESTALE, "file server does not answer"),
+        ("pread", errno.ESTALE, "file server does not answer"),
+        ("pread", errno.ENOTCONN, "file server does not answer"),
+    ],
+)
+def test_what_the_machine_lacks_is_no_damage_of_a_tar(good, monkeypatch, waits, name, number, words):
+    failing(monkeypatch, name, number, 10**6)
+    with pytest.raises(UnreadableError, match=f"cannot read the tar .*x.tar: .*{words}"):
+        examine_tar(good)
+    tried_again = number in (errno.ESTALE, errno.ENOTCONN)
+    assert waits == (list(tars.RETRY_SECONDS) if tried_again else [])
+
+
+@pytest.mark.parametrize("name", ["open", "pread"])
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT])
+def test_a_disk_or_file_server_that_comes_back_is_waited_for(good, monkeypatch, waits, name, number):
+    whole = index_tar(good)
+    failing(monkeypatch, name, number, 4)
+    assert examine_tar(good) == (whole, None)
+    assert sum(waits) > 0
+
+
+def test_a_disk_that_fails_for_good_is_damage(good, monkeypatch, waits):
+    """What lies before the place is used; where nothing can be read, nothing."""
+    whole, pread = index_tar(good), os.pread
+    bad = whole.image("k2")[0] + 1000
+
+    def failing_there(file, size, start):
+        if start < bad <= start + size:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return pread(file, size, start)
+
+    monkeypatch.setattr(tars, "WINDOW", 512)
+    monkeypatch.setattr(tars, "LARGE_WINDOW", 512)
+    bad = whole.image("k2")[0] - 256  # its header
+    monkeypatch.setattr(tars.os, "pread", failing_there)
+    index, damage = examine_tar(good)
+    assert index.keys == ("k0", "k1") and "cannot read the tar" in str(damage) and "Input/output error" in str(damage)
+    assert waits == list(tars.RETRY_SECONDS)
+    failing(monkeypatch, "open", errno.EIO, 10**6)
+    index, damage = examine_tar(good)
+    assert index.keys == () and not isinstance(damage, UnreadableError)
+
+
+def test_a_tar_that_is_another_behind_a_stale_handle_is_not_read_on(good, monkeypatch, waits):
+    with OpenTar(good) as tar:
+        Path(good).write_bytes(good.read_bytes() + bytes(512))
+        failing(monkeypatch, "pread", errno.ESTALE, 2)
+        with pytest.raises(UnreadableError, match="became another while it was read.*--resume auto"):
+            tar.read(0, 512)
+
+
+def test_a_full_cache_is_no_missing_tar(tmp_path, monkeypatch):
+    (tmp_path / "away").mkdir()
+    write_tar(tmp_path / "away" / "x.tar", [("k", {"jpg": b"x"})])
+    for number, words in ((errno.ENOSPC, "make room in --shard_cache"), (errno.EACCES, "Are the credentials valid")):
+
+        def full(path, write, number=number):
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(tars, "write_bytes", full)
+        with pytest.raises(UnreadableError, match=f"cannot fetch .*{words}"):
+            local_shard(f"local://{tmp_path}/away/x.tar", tmp_path / "cache")
 
 
 # ------------------------------------------------------------------------------------------------ writing

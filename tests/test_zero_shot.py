@@ -1,6 +1,7 @@
 """Zero-shot classification, retrieval, and the towers in a CLIPModel folder: held to plain arithmetic and transformers."""
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from data_factory import picture
 from processes import ROOT
 from ranks import run_ranks
+from safetensors.torch import load_file, save_file
 from test_contrastive_runs import caption
 from test_text import CAPTIONS, TINY_TEXT
 from test_text import scrambled as scrambled_text
@@ -163,6 +165,50 @@ def test_results_are_written_in_clip_benchmarks_shape(trained, sets, tmp_path, c
     assert list(found["pairs", "zeroshot_retrieval"].metrics) == metrics
     printed = capsys.readouterr().out
     assert "6 classes x 3 templates" in printed and "30 images, 40 texts, 22 of which repeat another" in printed
+
+
+def test_finished_sets_are_kept_and_the_others_made(trained, tmp_path, capsys):
+    write_sets(tmp_path)
+    config = ZeroShotConfig(model=f"run:{trained}", root=str(tmp_path), output_dir=str(tmp_path / "out"))
+
+    def evaluated(evaluate=zero_shot_set, **changes) -> list[str]:
+        """The sets that were not kept."""
+        made = []
+
+        def noting(config, tested, *rest):
+            made.append(tested.name)
+            return evaluate(config, tested, *rest)
+
+        kind = RetrievalConfig if evaluate is retrieval_set else ZeroShotConfig
+        settings = {"model": config.model, "root": config.root, "output_dir": config.output_dir} | changes
+        evaluate_text_sets(kind(**settings), noting, None if kind is RetrievalConfig else CLASSES_FILE)
+        return made
+
+    def killed(config, tested, *rest):
+        if tested.name == "one":
+            raise KeyboardInterrupt
+        return zero_shot_set(config, tested, *rest)
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluated(killed)
+    assert evaluated() == ["one"] and "newer than its inputs: kept" in capsys.readouterr().out
+    first = read_results(tmp_path / "out")
+    assert evaluated() == [] and read_results(tmp_path / "out") == first
+    assert evaluated(datasets="one", batch_size=5) == [] and evaluated(datasets="one", overwrite=True) == ["one"]
+    assert evaluated(datasets="one", max_pixels=10**6) == ["one"] and evaluated(datasets="one") == ["one"]
+    assert evaluated(retrieval_set) == ["pairs"] and evaluated(retrieval_set) == []
+    assert evaluated(retrieval_set, recall_k="1,2") == ["pairs"]
+    later = max(file.stat().st_mtime for file in (tmp_path / "out").glob("*")) + 10
+    os.utime(tmp_path / "one" / CLASSES_FILE, (later, later))
+    assert evaluated() == ["one"]
+    shutil.copytree(trained, tmp_path / "run")
+    tower = load_file(tmp_path / "run/text/text.safetensors")
+    before = (tmp_path / "run/text/text.safetensors").stat()
+    assert evaluated(model=f"run:{tmp_path / 'run'}", datasets="many") == ["many"]
+    name = next(name for name in tower if name.endswith("weight"))
+    save_file(tower | {name: tower[name] * 1.01}, tmp_path / "run/text/text.safetensors")
+    os.utime(tmp_path / "run/text/text.safetensors", (before.st_atime, before.st_mtime))
+    assert evaluated(model=f"run:{tmp_path / 'run'}", datasets="many") == ["many"]  # by the hash of the weights
 
 
 def test_what_does_not_fit_is_refused_with_the_cure(trained, tmp_path):

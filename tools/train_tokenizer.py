@@ -28,7 +28,9 @@ def train(config: TokenizerConfig) -> None:
     if output.exists() and not config.force:
         raise DataError(f"{output} exists already: choose another --output, or replace it by --force")
     make_folder(output.parent)
-    captions = captions_of(expand_shards(config.shards), config.shard_cache, config.max_captions)
+    captions = captions_of(
+        expand_shards(config.shards, config.allow_pipe), config.shard_cache, config.max_captions, config.allow_pipe
+    )
     tokenizer = train_tokenizer(captions, config.vocab_size, output)
     print(f"{output}: {tokenizer.vocabulary:,} tokens (at most {config.vocab_size:,} were asked for)")
 

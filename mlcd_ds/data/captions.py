@@ -52,11 +52,13 @@ def caption_extension(members) -> str | None:
     return next((extension for extension in EXTENSIONS if extension in members), None)
 
 
-def captions_of(shards: Sequence[str], shard_cache: str | None, limit: int | None = None) -> Iterator[str]:
+def captions_of(
+    shards: Sequence[str], shard_cache: str | None, limit: int | None = None, allow_pipe: bool = False
+) -> Iterator[str]:
     """The captions of tars, with a progress bar; samples without one are passed over. limit: captions at most."""
     count = 0
     for shard in tqdm(shards, desc="captions", unit="tar", disable=None):
-        for _, parts in read_samples(local_shard(shard, shard_cache), EXTENSIONS):
+        for _, parts in read_samples(local_shard(shard, shard_cache, allow_pipe), EXTENSIONS):
             extension = caption_extension(parts)
             if extension is None:
                 continue

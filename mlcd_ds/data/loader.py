@@ -26,6 +26,7 @@ from mlcd_ds.data.decode import IMAGE_PROBLEMS, ImageError
 from mlcd_ds.data.labels import draw_positives
 from mlcd_ds.data.plan import EpochPlan, augmentation_generator, positives_generator
 from mlcd_ds.data.shards import TAR_PROBLEMS, ShardContents, ShardReader, ShardTable, build_shard_table
+from mlcd_ds.data.tars import too_many_files
 from mlcd_ds.data.tokenizer import CaptionTokenizer
 from mlcd_ds.data.transforms import decode_random_resized_crop
 from mlcd_ds.errors import ConfigError, DataError, UserError
@@ -474,6 +475,10 @@ class ImageLabelLoader:
         try:
             piece = next(arriving)
         except RuntimeError as error:
+            if "Too many open files" in str(error):  # torch's word for it: batches come as open files
+                raise DataError(
+                    f"too many open files while step {step + 1} was waited for. {too_many_files()}"
+                ) from None
             if "DataLoader worker" not in str(error):
                 raise
             data = self._dataset

@@ -5,7 +5,6 @@ Shapes: n images of a shard, H folders of labels (one per head), l labels used p
 """
 
 import hashlib
-import os
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -28,7 +27,16 @@ from mlcd_ds.data.labels import (
     read_label_shard,
 )
 from mlcd_ds.data.tar_index import FoundIndex, examine
-from mlcd_ds.data.tars import MissingTarError, TarIndex, is_url, local_shard, shard_name
+from mlcd_ds.data.tars import (
+    RETRY_SECONDS,
+    MissingTarError,
+    OpenTar,
+    TarIndex,
+    UnreadableError,
+    is_url,
+    local_shard,
+    shard_name,
+)
 from mlcd_ds.errors import DataError
 from mlcd_ds.topology import Topology
 
@@ -164,9 +172,14 @@ class ShardTable:
 
 
 def look_into(path: str, cache_dir: str | None, allow_pipe: bool, index_folder: Path | None) -> FoundIndex:
-    """`examine`, of a tar that may be remote; one that cannot be fetched is missing. Raises nothing for a bad tar."""
+    """`examine`, of a tar that may be remote; one that cannot be fetched is missing. Raises nothing for a bad tar.
+
+    Raises UnreadableError where the machine is to blame.
+    """
     try:
         local = local_shard(path, cache_dir, allow_pipe)
+    except UnreadableError:
+        raise
     except DataError as error:
         nothing = TarIndex(Path(path), (), {})
         return FoundIndex(nothing, "absent", damage=MissingTarError(str(error)))
@@ -249,6 +262,11 @@ def _rows(keys: Sequence[str], labels: LabelShard) -> np.ndarray:
 
 def _listed(items: Sequence) -> str:
     return " and ".join(map(str, items))
+
+
+def missing_tar(damage: DataError) -> DataError:
+    """The error for a tar that is missing, where none may be."""
+    return DataError(f"{damage} Fetch it, or go on without it by --allow_missing_shards.")
 
 
 @dataclass
@@ -357,7 +375,7 @@ def _examine(
     try:
         found_index = look(path)
         if isinstance(found_index.damage, MissingTarError) and not allow_missing:
-            raise DataError(f"{found_index.damage} Fetch it, or go on without it by --allow_missing_shards.")
+            raise missing_tar(found_index.damage)
         index = found_index.index
         found.unfit_index = found_index.source in ("stale", "damaged") and not found_index.kept
         found.duplicates, found.ignored = index.duplicates, index.ignored
@@ -372,7 +390,9 @@ def _examine(
             return found
         contents = _join(found_index, labels, num_positives, captions)
         if not len(contents):
-            raise DataError(str(found_index.damage))
+            missing = isinstance(found_index.damage, MissingTarError)
+            untold = " No index of before tells which images it held: take it out of --shards." if missing else ""
+            raise DataError(f"{found_index.damage}{untold}")
         keys = _keys(found_index, labels)
         found.count, found.damage = len(contents), contents.damage
         found.lost = int(((contents.offsets == LOST) & contents.labelled).sum())
@@ -449,7 +469,8 @@ class ShardReader:
         self.table, self.memory_samples = table, memory_samples
         self._contents: OrderedDict[int, ShardContents] = OrderedDict()
         self._samples = 0
-        self._files: OrderedDict[Path, int] = OrderedDict()
+        self._files: OrderedDict[Path, OpenTar] = OrderedDict()
+        self._refused: set[Path] = set()  # tars that a bad disk does not let open: waited for once
 
     def contents(self, shard: int) -> ShardContents:
         """Places and labels of a shard, read on first use."""
@@ -464,7 +485,11 @@ class ShardReader:
         return contents
 
     def image_bytes(self, contents: ShardContents, index: int) -> bytes:
-        """The encoded image. Raises ImageError, its reason one of TAR_PROBLEMS, where the tar has lost it."""
+        """The encoded image.
+
+        Raises ImageError, its reason one of TAR_PROBLEMS, where the tar has lost it; UnreadableError where the machine is to
+        blame.
+        """
         return self._bytes(contents, int(contents.offsets[index]), int(contents.sizes[index]))
 
     def caption(self, contents: ShardContents, index: int) -> str:
@@ -480,8 +505,7 @@ class ShardReader:
         if offset == LOST:
             raise ImageError(contents.problem, contents.damage)
         try:
-            # pread, not a map: a tar that shrinks while it is read then gives an error, where a map ends the process.
-            data = os.pread(self._file(contents.path), size, offset)
+            data = self._file(contents.path).read(offset, offset + size)
         except FileNotFoundError:
             raise ImageError("missing_tar", f"the tar {contents.path} is gone") from None
         except OSError as error:
@@ -493,13 +517,19 @@ class ShardReader:
     def close(self) -> None:
         """Closes the open tars."""
         while self._files:
-            os.close(self._files.popitem()[1])
+            self._files.popitem()[1].close()
 
-    def _file(self, path: Path) -> int:
+    def _file(self, path: Path) -> OpenTar:
         if path in self._files:
             self._files.move_to_end(path)
             return self._files[path]
         if len(self._files) >= MAX_OPEN_FILES:
-            os.close(self._files.popitem(last=False)[1])
-        self._files[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        return self._files[path]
+            self._files.popitem(last=False)[1].close()
+        try:
+            tar = self._files[path] = OpenTar(path, () if path in self._refused else RETRY_SECONDS)
+        except FileNotFoundError:
+            raise
+        except OSError:
+            self._refused.add(path)
+            raise
+        return tar

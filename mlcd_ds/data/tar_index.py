@@ -52,7 +52,11 @@ def write_index(index: TarIndex, path: Path | None = None) -> Path:
 
     Raises DataError when it cannot be written there.
     """
-    stat = index.path.stat()
+    path = path or index_path(index.path)
+    try:
+        stat = index.path.stat()
+    except OSError as error:
+        raise DataError(f"the tar {index.path} is gone, its index cannot be written: {error}") from None
     rows = [
         (sample, extension, *place)
         for sample, key in enumerate(index.keys)
@@ -77,7 +81,6 @@ def write_index(index: TarIndex, path: Path | None = None) -> Path:
         "offset": np.array([row[2] for row in rows], np.int64),
         "size": np.array([row[3] for row in rows], np.int64),
     }
-    path = path or index_path(index.path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(path, lambda file: np.savez(file, **parts))
@@ -159,10 +162,20 @@ def _lines(part: np.ndarray) -> list[str]:
     return part.astype(np.uint8).tobytes().decode("utf-8", "surrogateescape").split("\0")[:-1]
 
 
+def _unused(index: TarIndex) -> dict[str, int]:
+    """What of a tar a run does not use, by words for people."""
+    return {
+        "members repeat a name of their tar (the first one counts)": index.duplicates,
+        "members are not part of a sample (no extension, or not a file)": index.ignored,
+        "samples have no image": len(index.without_image),
+    }
+
+
 def index_shards(config: IndexShardsConfig) -> dict[str, int]:
     """Writes the index of every tar that lacks a good one, each rank its share; counts by what was there before.
 
-    Start it alone or under the launcher. Prints a line per damaged tar and a summary.
+    Start it alone or under the launcher. Prints a line per damaged tar, a line for what of a tar a run would not use, and a
+    summary.
     Raises DataError, after all others are done, when tars are damaged or indexes cannot be written.
     """
     from tqdm import tqdm
@@ -180,6 +193,10 @@ def index_shards(config: IndexShardsConfig) -> dict[str, int]:
                 write_index(found.index)
             counts[found.source] += 1
             counts["images"] += len(found.index.keys)
+            for name, number in _unused(found.index).items():
+                counts[name] += number
+                if number:
+                    print(f"{shard}: {number:,} {name}", flush=True)
         except DataError as error:
             problems.append(str(error))
     gathered = gather_objects((counts, problems), topology)
@@ -191,6 +208,7 @@ def index_shards(config: IndexShardsConfig) -> dict[str, int]:
         print(
             f"{written} indexes written ({total['stale']} were stale, {total['damaged']} damaged), {total['file']} kept, "
             f"{total['images']:,} images"
+            + "".join(f"; {total[name]:,} {name}" for name in _unused(TarIndex(Path(), (), {})) if total[name])
         )
     if problems:
         raise DataError(f"{len(problems)} of {len(shards)} tars have no index:\n" + "\n".join(problems[:20]))

@@ -7,20 +7,23 @@ where the usual readers end early without a word.
 """
 
 import contextlib
+import errno
 import glob
 import hashlib
 import io
 import json
-import mmap
 import os
 import re
+import resource
 import shutil
 import subprocess
+import sys
 import tarfile
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 import numpy as np
 
@@ -34,10 +37,26 @@ PIPE = "pipe:"
 """Begins a shell command whose output is a tar."""
 
 BLOCK = 512
+WINDOW = 4096
+"""Bytes that a walk reads at a time: texts, and the header behind them, come with the header before."""
+LARGE_WINDOW = 1 << 16
+"""The same, while one such window holds several headers."""
+READ_AHEAD = 1 << 17
+"""Bytes that are read at a time where most of them are wanted, in ascending order."""
 _ZERO_BLOCK = bytes(BLOCK)
 _REGULAR = (b"0", b"\0", b"7")
 _LINKS_AND_SPECIAL = (b"1", b"2", b"3", b"4", b"5", b"6")
 _CURE = "Fetch or write it again, or take it out of the shard list."
+
+RETRY_SECONDS = (0.1, 0.5, 2.0, 5.0)
+"""Waits between the tries of a read that a disk or a file server refuses."""
+_MACHINE_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+_SERVER_ERRORS = (
+    errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ESHUTDOWN, errno.ECONNRESET, errno.ECONNABORTED,
+    errno.ECONNREFUSED, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH, errno.EREMOTEIO,
+)  # fmt: skip
+
+T = TypeVar("T")
 
 
 # ---------------------------------------------------------------------------------------------- which shards
@@ -149,7 +168,8 @@ def local_shard(path: str, cache_dir: str | Path | None, allow_pipe: bool = Fals
     """A local path as it is; a URL fetched whole into `cache_dir` (once: later calls find it there).
 
     allow_pipe: of 'pipe:COMMAND' the output of that shell command is fetched.
-    Raises DataError when a URL comes without `cache_dir`, or cannot be fetched.
+    Raises DataError when a URL comes without `cache_dir`, or cannot be fetched; UnreadableError when that lies in the
+    machine: no room, no permission, no more open files.
     """
     if path.startswith(PIPE):
         _refuse_pipe(path, allow_pipe)
@@ -162,18 +182,26 @@ def local_shard(path: str, cache_dir: str | Path | None, allow_pipe: bool = Fals
     target = folder / f"{shard_name(path)}.tar"
     if target.exists():
         return target
-    folder.mkdir(parents=True, exist_ok=True)
 
     def fetch(sink) -> None:
         with _open_remote(path) as source:  # closed before the file gets its name: a failed curl may tell only then
             shutil.copyfileobj(source, sink, 1 << 22)
 
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         write_bytes(target, fetch)
     except DataError:
         raise
     except Exception as error:  # any backend's own exception types
-        raise DataError(f"cannot fetch {path} to {target}: {type(error).__name__}: {error}") from None
+        text = f"cannot fetch {path} to {target}: {type(error).__name__}: {error}"
+        number = getattr(error, "errno", None)
+        if number in (errno.EACCES, errno.EPERM):
+            raise UnreadableError(
+                f"{text}. Are the credentials valid, and may the cache folder be written to?"
+            ) from None
+        if number in _MACHINE_ERRORS:
+            raise UnreadableError(f"{text}. {_cure_of(number)}") from None
+        raise DataError(text) from None
     return target
 
 
@@ -205,6 +233,118 @@ def import_webdataset():
     import webdataset
 
     return webdataset
+
+
+# ---------------------------------------------------------------------------------------------- reading
+
+
+class UnreadableError(DataError):
+    """A tar cannot be read, for a reason that lies in the machine and not in the tar: no skip, the run ends."""
+
+
+def persistently(read: Callable[[], T], path: str | Path, waits: Sequence[float] = RETRY_SECONDS) -> T:
+    """`read()` of the tar `path`; where a disk or a file server fails, again after each of `waits` (seconds).
+
+    Raises UnreadableError, with the cure, for what lies in the machine: no more open files, no memory, no permission, a file
+    server that is still away after the last try. Any other OSError is raised as it is, a disk's (EIO) after the last try.
+    """
+    for wait in (*waits, None):
+        try:
+            return read()
+        except OSError as error:
+            cure = _cure_of(error.errno)
+            if cure is not None and (error.errno not in _SERVER_ERRORS or wait is None):
+                raise UnreadableError(f"cannot read the tar {path}: {error.strerror}. {cure}") from None
+            if wait is None or (cure is None and error.errno != errno.EIO):
+                raise
+        time.sleep(wait)
+    raise AssertionError("not reached")
+
+
+def _cure_of(number: int | None) -> str | None:
+    """What to do about an error that lies in the machine; None for any other."""
+    if number == errno.EMFILE:
+        return too_many_files()
+    if number == errno.ENFILE:
+        return "This host may open no more files (sysctl fs.file-max): raise that, or end what else runs here."
+    if number == errno.ENOMEM:
+        return "This host has no memory left: use fewer --workers or less --prefetch."
+    if number in (errno.EACCES, errno.EPERM):
+        return f"User {os.getuid()} may not read it: change its permissions, or start as its owner."
+    if number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        return "What is fetched cannot be written: make room in --shard_cache, or choose another folder."
+    if number in _SERVER_ERRORS:
+        return "Its file server does not answer: see that the file system is mounted here and its server is up."
+    return None
+
+
+def too_many_files() -> str:
+    """What to do about EMFILE."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return (
+        f"This process may have {soft} files open at a time (ulimit -n). Raise the limit (ulimit -n {max(4096, 2 * soft)}, "
+        "LimitNOFILE= of a service, --ulimit nofile= of a container), or use fewer --workers or less --prefetch."
+    )
+
+
+class OpenTar:
+    """A local tar, open to be read by offsets; close it, or use it as a context.
+
+    Read, not mapped: where a tar shrinks or its disk fails under a map, the process is ended (SIGBUS). size: bytes, when it
+    was opened. waits: see `persistently`, which also tells what opening and reading raise.
+    """
+
+    def __init__(self, path: str | Path, waits: Sequence[float] = RETRY_SECONDS):
+        self.path, self._waits = Path(path), waits
+        self._file: int | None = persistently(self._open, path, waits)
+        self.size = os.fstat(self._file).st_size
+
+    def _open(self) -> int:
+        return os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def read(self, start: int, stop: int) -> bytes:
+        """The bytes from `start` to `stop`; fewer where the file ends before."""
+        if self._file is not None:
+            try:
+                return os.pread(self._file, stop - start, start)
+            except OSError:
+                pass  # again, with patience
+        return self._again(lambda: os.pread(self._file, stop - start, start))
+
+    def _again(self, read: Callable[[], T]) -> T:
+        def again() -> T:
+            if self._file is None:
+                self._file = self._open()
+                now = os.fstat(self._file).st_size
+                if now != self.size:
+                    raise UnreadableError(
+                        f"the tar {self.path} became another while it was read: it had {self.size} bytes, now {now}. Start "
+                        "again with --resume auto."
+                    )
+            try:
+                return read()
+            except OSError as error:
+                if error.errno in _SERVER_ERRORS:  # from a stale handle nothing more will come
+                    self.close()
+                raise
+
+        try:
+            return persistently(again, self.path, self._waits)
+        except OSError:
+            self._waits = ()  # a bad disk: its other samples are not waited for
+            raise
+
+    def close(self) -> None:
+        """Closes the file."""
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+
+    def __enter__(self) -> "OpenTar":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
 
 
 # ---------------------------------------------------------------------------------------------- what is inside
@@ -262,28 +402,27 @@ def index_tar(path: str | Path) -> TarIndex:
 def examine_tar(path: str | Path) -> tuple[TarIndex, DataError | None]:
     """What `index_tar` finds, and what it raises: of a damaged tar the members before the damage, which are whole.
 
-    The error is a MissingTarError where there is no such file.
+    The error is a MissingTarError where there is no such file. Raises UnreadableError where the machine is to blame.
     """
     path = Path(path)
     nothing = TarIndex(path, (), {})
     try:
-        with path.open("rb") as file:
-            if os.fstat(file.fileno()).st_size == 0:
+        with OpenTar(path) as tar:
+            if tar.size == 0:
                 return nothing, DataError(f"{path} is empty (0 bytes), not a tar. {_CURE}")
-            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
-                return _index(path, view)
+            return _index(tar)
     except FileNotFoundError as error:
         return nothing, MissingTarError(f"cannot read the tar {path}: {error}")
     except OSError as error:
         return nothing, DataError(f"cannot read the tar {path}: {error}")
 
 
-def _index(path: Path, view: mmap.mmap) -> tuple[TarIndex, DataError | None]:
+def _index(tar: OpenTar) -> tuple[TarIndex, DataError | None]:
     samples: dict[str, dict[str, tuple[int, int]]] = {}
     duplicates = ignored = 0
     damage = None
     try:
-        for name, kind, offset, size in _walk(path, view):
+        for name, kind, offset, size in _walk(tar):
             if kind == b"5":
                 continue
             parts = split_name(name) if kind in _REGULAR else None
@@ -298,85 +437,93 @@ def _index(path: Path, view: mmap.mmap) -> tuple[TarIndex, DataError | None]:
                 duplicates += 1
             else:
                 members[extension] = (offset, size)
+    except UnreadableError:
+        raise
     except DataError as error:
         damage = error
+    except OSError as error:
+        damage = DataError(f"cannot read the tar {tar.path} to its end: {error.strerror}. {_CURE}")
     images = {key: members for key, members in samples.items() if image_extension(members)}
     without = tuple(key for key in samples if key not in images)
-    return TarIndex(path, tuple(images), images, duplicates, ignored, without), damage
+    return TarIndex(tar.path, tuple(images), images, duplicates, ignored, without), damage
 
 
-def _walk(path: Path, view: mmap.mmap) -> Iterator[tuple[str, bytes, int, int]]:
+def _walk(tar: OpenTar) -> Iterator[tuple[str, bytes, int, int]]:
     """(name, type, offset of the contents, size) of each member, long names resolved; raises DataError at damage."""
-    found = _walk_plain(view)
+    found = _walk_plain(tar)
     if found is None:
-        yield from _walk_carefully(path, view)
+        yield from _walk_carefully(tar)
     else:
         members, end = found
         yield from members
-        _check_rest(path, view, end)
+        _check_rest(tar, end)
 
 
-def _walk_plain(view: mmap.mmap) -> tuple[list[tuple[str, bytes, int, int]], int] | None:
+def _walk_plain(tar: OpenTar) -> tuple[list[tuple[str, bytes, int, int]], int] | None:
     """The walk over a tar of plain files, several times faster, and the byte of its end mark; None where anything else
     comes: look carefully.
 
     Extended headers that name neither path nor size (WebDataset's writer puts a time of change before every file) are passed
-    over. The checksums are verified at the end, all at once.
+    over. The checksums are verified many at a time.
     """
     found: list[tuple[str, bytes, int, int]] = []
-    blocks: list[int] = []
+    headers: list[bytes] = []
     stated: list[int] = []
-    position, end = 0, len(view)
+    window, base, position, end = b"", 0, 0, tar.size
     try:
         while True:
-            header = view[position : position + BLOCK]
+            start = position + BLOCK
+            header = window[position - base : start - base]
+            if len(header) < BLOCK:
+                ahead = LARGE_WINDOW if 2 * (position - base) < LARGE_WINDOW else WINDOW
+                window, base = tar.read(position, position + ahead), position
+                header = window[:BLOCK]
             kind = header[156:157]
             if kind == b"\0" and header == _ZERO_BLOCK:
                 break
             if kind not in (b"0", b"\0", b"x") or header[135] not in b" \0":
                 return None
             size = int(header[124:135], 8)
-            start = position + BLOCK
             if size < 0 or start + size > end:
                 return None
-            blocks.append(position // BLOCK)
+            headers.append(header)
             stated.append(int(header[148:155].rstrip(b"\0"), 8))
             if kind == b"x":
-                records = view[start : start + size]
+                records = tar.read(start, start + size)
                 if b"path=" in records or b"size=" in records:
                     return None
             else:
                 found.append((header[:100].split(b"\0", 1)[0].decode(), kind, start, size))
             position = start + (size + BLOCK - 1) // BLOCK * BLOCK
-    except (ValueError, IndexError):  # odd numbers or names, a cut header
+            if len(headers) == 4096:
+                if not _checksums_fit(headers, stated):
+                    return None
+                headers, stated = [], []
+    except (ValueError, IndexError, OSError):  # odd numbers or names, a cut header, a bad disk
         return None
-    return (found, position) if _checksums_fit(view, blocks, stated) else None
+    return (found, position) if _checksums_fit(headers, stated) else None
 
 
-def _checksums_fit(view: mmap.mmap, blocks: list[int], stated: list[int]) -> bool:
-    """Whether the headers at `blocks` (in units of BLOCK) have the sums that they state."""
-    table = np.frombuffer(view, np.uint8, len(view) // BLOCK * BLOCK).reshape(-1, BLOCK)
-    for first in range(0, len(blocks), 4096):
-        headers = table[blocks[first : first + 4096]]  # a copy
-        headers[:, 148:156] = 32  # the field itself counts as eight blanks
-        if (headers.sum(1, dtype=np.int64) != stated[first : first + 4096]).any():
-            return False
-    return True
+def _checksums_fit(headers: list[bytes], stated: list[int]) -> bool:
+    """Whether the headers have the sums that they state."""
+    table = np.frombuffer(b"".join(headers), np.uint8).reshape(-1, BLOCK)
+    sums = table.sum(1, dtype=np.int64) - table[:, 148:156].sum(1, dtype=np.int64)
+    return bool((sums + 8 * 32 == stated).all())  # the field itself counts as eight blanks
 
 
-def _walk_carefully(path: Path, view: mmap.mmap) -> Iterator[tuple[str, bytes, int, int]]:
-    """As `_walk`, whatever comes; raises DataError at the first damage."""
-    position, end = 0, len(view)
+def _walk_carefully(tar: OpenTar) -> Iterator[tuple[str, bytes, int, int]]:
+    """As `_walk`, whatever comes; raises DataError at the first damage, OSError where the disk fails."""
+    path, position, end = tar.path, 0, tar.size
     long_name: str | None = None
     long_size: int | None = None
     last = "the beginning"
     while True:
-        header = view[position : position + BLOCK]
+        header = tar.read(position, position + BLOCK)
         if len(header) < BLOCK:
             where = "in a header" if header else "at the end of a member, before the end mark of the archive"
             raise DataError(f"the tar {path} is cut {where}: byte {position} (after {last}). {_CURE}")
         if header == _ZERO_BLOCK:
-            _check_rest(path, view, position)
+            _check_rest(tar, position)
             return
         if not _checksum_fits(header):
             raise DataError(_not_a_header(path, position, last, header))
@@ -395,9 +542,9 @@ def _walk_carefully(path: Path, view: mmap.mmap) -> Iterator[tuple[str, bytes, i
             )
         position = start + (size + BLOCK - 1) // BLOCK * BLOCK
         if kind == b"L":
-            long_name = view[start : start + size].split(b"\0", 1)[0].decode("utf-8", "replace")
+            long_name = tar.read(start, start + size).split(b"\0", 1)[0].decode("utf-8", "replace")
         elif kind == b"x":
-            records = _pax_records(view[start : start + size], path, start)
+            records = _pax_records(tar.read(start, start + size), path, start)
             long_name = records["path"] if "path" in records else long_name
             text = records.get("size", "")
             long_size = int(text) if text.isascii() and text.isdigit() and len(text) <= 20 else long_size
@@ -448,13 +595,13 @@ def _pax_records(data: bytes, path: Path, position: int) -> dict[str, str]:
     return records
 
 
-def _check_rest(path: Path, view: mmap.mmap, position: int) -> None:
+def _check_rest(tar: OpenTar, position: int) -> None:
     """After the end mark only zeros may follow: else a zeroed region would hide the rest of the samples."""
-    for start in range(position, len(view), 1 << 20):
-        chunk = view[start : start + (1 << 20)]
+    for start in range(position, tar.size, 1 << 20):
+        chunk = tar.read(start, min(start + (1 << 20), tar.size))
         if chunk.count(0) != len(chunk):
             raise DataError(
-                f"the tar {path} has its end mark at byte {position}, but more data after byte {start}: a damaged "
+                f"the tar {tar.path} has its end mark at byte {position}, but more data after byte {start}: a damaged "
                 f"region, or tars glued together. {_CURE}"
             )
 
@@ -474,11 +621,11 @@ def _not_a_header(path: Path, position: int, last: str, header: bytes) -> str:
 
 
 def read_member(source, offset: int, size: int) -> bytes:
-    """`size` bytes at `offset` of a tar: its path, or an mmap or buffer of it. Raises DataError where it is shorter."""
+    """`size` bytes at `offset` of a tar: its path, or a buffer of it. Raises DataError where it is shorter."""
     if isinstance(source, (str, Path)):
         try:
-            with Path(source).open("rb") as file:
-                data = os.pread(file.fileno(), size, offset)
+            with OpenTar(source) as tar:
+                data = tar.read(offset, offset + size)
         except OSError as error:
             raise DataError(f"cannot read the tar {source}: {error}") from None
     else:
@@ -495,17 +642,50 @@ def read_samples(
     """(key, {extension: contents}) of every image sample of a local tar, in the order of `index_tar(path).keys`.
 
     extensions: read only these (lower case); None reads all. index: of this tar, where it is known. Raises DataError as
-    `index_tar` does, before the first sample.
+    `index_tar` does, before the first sample; later where the file has become shorter or cannot be read.
     """
     index = index_tar(path) if index is None else index
     wanted = None if extensions is None else {extension.lower() for extension in extensions}
-    with index.path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
-        end = max((offset + size for members in index.members.values() for offset, size in members.values()), default=0)
-        if end > len(view):
-            raise DataError(f"the tar {path} has {len(view)} bytes, its index says {end}: did the file change?")
-        for key in index.keys:
-            members = index.members[key].items()
-            yield key, {ext: view[at : at + size] for ext, (at, size) in members if wanted is None or ext in wanted}
+    members = {key: _wanted(index.members[key], wanted) for key in index.keys} if wanted is not None else index.members
+    first, end, total = _extent(members)
+    try:
+        with OpenTar(index.path) as tar:
+            if end > tar.size:
+                raise DataError(f"the tar {path} has {tar.size} bytes, its index says {end}: did the file change?")
+            ahead = READ_AHEAD if 2 * total > end - first else 0
+            window, base = b"", 0
+            for key in index.keys:
+                parts = {}
+                for extension, (at, size) in members[key].items():
+                    data = window[at - base : at - base + size] if at >= base else b""
+                    if len(data) < size:
+                        window, base = tar.read(at, at + max(size, ahead)), at
+                        data = window[:size]
+                        if len(data) < size:
+                            raise DataError(
+                                f"the tar {path} became shorter while it was read: {key}.{extension} is cut"
+                            )
+                    parts[extension] = data
+                yield key, parts
+    except OSError as error:
+        raise DataError(f"cannot read the tar {path}: {error}") from None
+
+
+def _wanted(members: dict[str, tuple[int, int]], wanted: set[str]) -> dict[str, tuple[int, int]]:
+    return {extension: place for extension, place in members.items() if extension in wanted}
+
+
+def _extent(members: dict[str, dict[str, tuple[int, int]]]) -> tuple[int, int, int]:
+    """(first byte, end, bytes) of all these members."""
+    first, end, total = sys.maxsize, 0, 0
+    for places in members.values():
+        for offset, size in places.values():
+            total += size
+            if offset < first:
+                first = offset
+            if offset + size > end:
+                end = offset + size
+    return first, end, total
 
 
 def write_tar(path: str | Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> int:

@@ -73,7 +73,9 @@ def read_features(config: EvaluationConfig, split: str, device: torch.device) ->
     spec = config.train_shards if split == "train" else config.test_shards
     kind, _ = split_model(config.model)
     encoder = None if kind == "features" else load_probed(config, device)
-    return labelled_features(config, encoder, FeatureCache.of(config, encoder), expand_shards(spec), split)
+    return labelled_features(
+        config, encoder, FeatureCache.of(config, encoder), expand_shards(spec, config.allow_pipe), split
+    )
 
 
 def labelled_features(
@@ -86,7 +88,7 @@ def labelled_features(
 
 def shard_parts(config, encoder: Encoder | None, cache: "FeatureCache | None", shards: Sequence[str], split: str):
     """Yields (features float32 [n, d], true classes of each image, {reason: images skipped}) of one tar after the other."""
-    local = [local_shard(shard, config.shard_cache) for shard in shards]
+    local = [local_shard(shard, config.shard_cache, config.allow_pipe) for shard in shards]
     if encoder is None:
         folder = FeatureFolder(feature_folders(split_model(config.model)[1])[SPLITS.index(split)])
         for shard in tqdm(local, desc=f"{split} features", unit="shard", disable=None):

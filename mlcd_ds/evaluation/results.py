@@ -13,7 +13,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -147,6 +147,27 @@ def _problem(document: object) -> str | None:
         return f"'metrics' is {str(metrics)[:40]!r}"
     wrong = [name for name, value in metrics.items() if not (value is None or type(value) in (int, float))]
     return f"metric {wrong[0]!r} is {metrics[wrong[0]]!r}" if wrong else None
+
+
+def find_result(place: str | Path, blank: Result, inputs: Iterable[Path]) -> Result | None:
+    """The result in `place` (see `write_result`) that need not be made again; None where there is none.
+
+    It must be of the dataset, model, weights, task and language of `blank`, have all of its details as they are there, and
+    be newer than every file of `inputs`.
+    """
+    file = Path(place) if Path(place).suffix == ".json" else Path(place) / file_name(blank)
+    files = (file, file.with_name(f"{file.stem}_{_hash(blank)}.json"))
+    for file in filter(Path.is_file, files):
+        try:
+            result = read_result(file)
+        except DataError:
+            continue  # it is replaced
+        same = _identity(result) == _identity(blank) and result.score is not None
+        details = json.loads(json.dumps(blank.details))
+        made_alike = all(result.details.get(name) == value for name, value in details.items())
+        if same and made_alike and all(path.stat().st_mtime <= file.stat().st_mtime for path in inputs):
+            return result
+    return None
 
 
 def read_results(folder: str | Path) -> dict[Path, Result]:

@@ -77,7 +77,6 @@ def retrieval_set(config: RetrievalConfig, tested: TestSet, towers: Towers, topo
             "distinct_texts": len(set(texts)),
             "skipped": dict(total),
             "seconds": round(time.monotonic() - started, 2),
-            "settings": config.model_dump(),
         },
     )
 

@@ -4,8 +4,7 @@ Tars are shared out over the ranks by their size, and each rank puts the feature
 are, and each rank evaluates its own. A set is evaluated by one process, so its figures do not depend on the number of ranks.
 """
 
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from tqdm import tqdm
 
 from mlcd_ds import checkpoint, collectives
 from mlcd_ds.clustering.features import FeatureFolder
-from mlcd_ds.config import EvaluationConfig
+from mlcd_ds.config import EvaluationConfig, TextEvaluationConfig
 from mlcd_ds.data.tars import expand_shards, is_url, local_shard
 from mlcd_ds.errors import ConfigError, DataError, UserError
 from mlcd_ds.evaluation.datasets import KNOWN_SETS, EvaluationSet, find_sets
@@ -29,22 +28,15 @@ from mlcd_ds.evaluation.features import (
     load_probed,
     split_model,
 )
-from mlcd_ds.evaluation.results import Result, file_name, read_result, write_result
+from mlcd_ds.evaluation.results import Result, find_result, write_result
 from mlcd_ds.files import make_folder
 from mlcd_ds.topology import Topology
 
-NOT_THE_RESULTS = (
-    "output",
-    "output_dir",
-    "cache",
-    "root",
-    "datasets",
-    "batch_size",
-    "workers",
-    "shard_cache",
-    "timeout_minutes",
+NOT_THE_RESULTS = frozenset(
+    "output output_dir overwrite cache root datasets batch_size workers shard_cache allow_pipe timeout_minutes".split()
 )
 """Settings that a result does not depend on."""
+KEPT = "newer than its inputs: kept (--overwrite makes it anew)"
 
 
 @dataclass(frozen=True)
@@ -83,7 +75,7 @@ class Evaluated:
     failed: dict[str, str]
 
 
-def settings_of(config: EvaluationConfig) -> dict:
+def settings_of(config: EvaluationConfig | TextEvaluationConfig) -> dict:
     """What a result depends on beside its inputs."""
     return {name: value for name, value in config.model_dump().items() if name not in NOT_THE_RESULTS}
 
@@ -142,7 +134,8 @@ def _named_sets(config: EvaluationConfig) -> tuple[list[EvaluationSet], list[str
                 f"{Path(config.root) / 'cifar10'} with train/ and test/, in CLIP_benchmark's layout"
             )
         return sets, missing
-    shards = {"train": expand_shards(config.train_shards), "test": expand_shards(config.test_shards)}
+    specs = {"train": config.train_shards, "test": config.test_shards}
+    shards = {part: expand_shards(spec, config.allow_pipe) for part, spec in specs.items()}
     return [EvaluationSet(config.dataset_name or config.test_shards, shards, None)], []
 
 
@@ -158,7 +151,7 @@ def _extract(tasks: list[Task], topology: Topology) -> dict[str, str]:
         if name in failed:
             continue
         try:
-            local = local_shard(shard, task.config.shard_cache)
+            local = local_shard(shard, task.config.shard_cache, task.config.allow_pipe)
             labels_of_shard(local, task.config.classes_key)  # better now than after hours
             encode_shard(task.config, task.encoder, task.cache, local)
         except UserError as error:
@@ -229,13 +222,7 @@ def run_and_tell(
     if topology.is_main:
         for name, result in evaluated.results.items():
             kept = name in evaluated.kept
-            print(
-                "; ".join(
-                    describe(
-                        result, name, "newer than its inputs: kept" if kept else f"{result.details['seconds']:.1f} s"
-                    )
-                )
-            )
+            print("; ".join(describe(result, name, KEPT if kept else f"{result.details['seconds']:.1f} s")))
         if config.root is not None:
             print(summary(evaluated))
     topology.stop()
@@ -265,29 +252,11 @@ def _finished(tasks: dict[str, Task], task_name: str) -> dict[str, Result]:
 
 def finished_result(task: Task, task_name: str) -> Result | None:
     """The result in --output or --output_dir, if this encoder and these settings made it, of this folder, after all
-    its inputs were written; else None."""
-    config = task.config
-    place = config.output or config.output_dir
-    if place is None:
+    its inputs were written, and --overwrite is not given; else None."""
+    place = task.config.output or task.config.output_dir
+    if place is None or task.config.overwrite:
         return None
-    blank = task.result(task_name, {"none": None}, {})
-    file = Path(place) if place.endswith(".json") else Path(place) / file_name(blank)
-    if not file.is_file():
-        return None
-    try:
-        result = read_result(file)
-    except DataError:
-        return None  # it is replaced
-    same = (result.task, result.pretrained, result.dataset) == (task_name, blank.pretrained, blank.dataset)
-    made_by = all(result.details.get(name) == _as_json(value) for name, value in blank.details.items())
-    if not same or result.score is None or not made_by:
-        return None
-    written = file.stat().st_mtime
-    return result if all(path.stat().st_mtime <= written for path in _inputs(task)) else None
-
-
-def _as_json(value: object) -> object:
-    return json.loads(json.dumps(value))
+    return find_result(place, task.result(task_name, {"none": None}, {}), _inputs(task))
 
 
 def _train_features(config: EvaluationConfig) -> Path:
@@ -296,16 +265,24 @@ def _train_features(config: EvaluationConfig) -> Path:
 
 def _inputs(task: Task) -> list[Path]:
     """Local files a result depends on."""
-    files = [Path(shard) for shards in task.set.shards.values() for shard in shards if not is_url(shard)]
-    kind, value = split_model(task.config.model)
+    return [*local_files(task.set.shards.values()), *model_files(task.config.model)]
+
+
+def local_files(splits: Iterable[Sequence[str]]) -> list[Path]:
+    """The tars of some splits that are not remote."""
+    return [Path(shard) for shards in splits for shard in shards if not is_url(shard)]
+
+
+def model_files(model: str) -> list[Path]:
+    """Local files that --model names."""
+    kind, value = split_model(model)
     if kind in ("run", "untrained"):
         folder = checkpoint.find_encoder(value)
         # An untrained twin depends on the architecture alone.
-        files.append(folder / ("encoder.safetensors" if kind == "run" else "encoder.json"))
-    elif kind == "features":
-        files += [file for folder in feature_folders(value) for file in sorted(folder.glob("*/*"))]
-    elif Path(value).is_dir():
-        files += sorted(Path(value).glob("*"))
-    elif Path(value).exists():
-        files.append(Path(value))
-    return files
+        files = [folder / ("encoder.safetensors" if kind == "run" else "encoder.json")]
+        return files + (sorted(text.glob("*")) if kind == "run" and (text := checkpoint.text_folder(folder)) else [])
+    if kind == "features":
+        return [file for folder in feature_folders(value) for file in sorted(folder.glob("*/*"))]
+    if Path(value).is_dir():
+        return sorted(Path(value).glob("*"))
+    return [Path(value)] if Path(value).exists() else []

@@ -23,12 +23,14 @@ from mlcd_ds.topology import Topology
 
 @dataclass(frozen=True)
 class Towers:
-    """name: of the architecture. image_size: pixels.
+    """name: of the architecture. identity: what its embeddings depend on beside images and texts: architecture, hashes of
+    the weights, precision. image_size: pixels.
 
     embed_images: uint8 [n, 3, H, H] to float32 [n, D] on the CPU, unit rows. embed_texts: texts to the same.
     """
 
     name: str
+    identity: str
     image_size: int
     embed_images: Callable[[torch.Tensor], torch.Tensor]
     embed_texts: Callable[[Sequence[str]], torch.Tensor]
@@ -42,12 +44,17 @@ def load_towers(config: TextEvaluationConfig, device: torch.device) -> Towers:
             f"--model {config.model!r}: expected run:RUN, a run on captions (train.py --objective clip), or hf:FOLDER, a "
             "CLIPModel with its tokenizer"
         )
-    extractor = load_extractor(config.model, device, config.precision, with_texts=True)
+    precision = config.precision
+    if precision == "auto":
+        precision = "bfloat16" if device.type == "cuda" else "float32"
+    extractor = load_extractor(config.model, device, precision, with_texts=True)
     name = Path(path).name
     if kind == "run":
         encoder = json.loads((checkpoint.find_encoder(path) / "encoder.json").read_text())["model"]
         name = f"{encoder}+{checkpoint.load_text(path).name}"
-    return Towers(name, extractor.image_size, extractor.embed_images, extractor.embed_texts)
+    return Towers(
+        name, f"{extractor.name}:{precision}", extractor.image_size, extractor.embed_images, extractor.embed_texts
+    )
 
 
 def embed_distinct(towers: Towers, texts: Sequence[str], batch_size: int, what: str, shown: bool) -> torch.Tensor:

@@ -107,7 +107,6 @@ def zero_shot_set(config: ZeroShotConfig, tested: TestSet, towers: Towers, topol
             "n_test": len(all_truth),
             "skipped": dict(total),
             "seconds": round(time.monotonic() - started, 2),
-            "settings": config.model_dump(),
         },
     )
 

@@ -7,7 +7,7 @@ Shapes: B images, H height = width in pixels, W the encoder's width, C classes.
 import torch
 from torch import nn
 
-from mlcd_ds.models.vit import BlockRunner, VisionTransformer, decay_groups
+from mlcd_ds.models.vit import BlockRunner, Dropping, VisionTransformer, Visit, decay_groups
 
 ENCODER, HEAD = "encoder.", "head."
 """What the weights' names begin with."""
@@ -33,9 +33,9 @@ class Classifier(nn.Module):
         return self.encoder.depth
 
     @property
-    def dropping(self) -> None:
-        """Nothing is left out."""
-        return None
+    def dropping(self) -> Dropping | None:
+        """See `VisionTransformer.dropping`."""
+        return self.encoder.dropping
 
     def set_checkpointing(self, runner: BlockRunner | None, blocks: int | None = None) -> None:
         """See `VisionTransformer.set_checkpointing`."""
@@ -45,9 +45,9 @@ class Classifier(nn.Module):
         """See `VisionTransformer.first_weights`."""
         return self.encoder.first_weights()
 
-    def forward(self, images_B3HH: torch.Tensor) -> torch.Tensor:
-        """[B, C]."""
-        return self.head(self.encoder.forward_features(images_B3HH))
+    def forward(self, images_B3HH: torch.Tensor, visit: Visit | None = None) -> torch.Tensor:
+        """[B, C]. visit: see `VisionTransformer.forward_features`."""
+        return self.head(self.encoder.forward_features(images_B3HH, visit))
 
 
 def layer_groups(model: Classifier, weight_decay: float, learning_rate: float, layer_decay: float) -> list[dict]:

@@ -8,7 +8,6 @@ Shapes: W width, E embedding width, A heads.
 """
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from mlcd_ds.errors import CheckpointError, ConfigError
-from mlcd_ds.files import save_tensors, sync_file, sync_folder, write_json, write_text
+from mlcd_ds.files import save_tensors, whole_folder, write_json, write_text
 from mlcd_ds.models.vit import PIXEL_MEAN, PIXEL_STD, VitConfig
 
 PREFIX = "vision_model."
@@ -311,23 +310,14 @@ def compare(staging: Path, read: tuple, written: tuple) -> None:
 def publish(out: Path, fill: Callable[[Path], None], force: bool) -> list[str]:
     """Makes the folder `out` of what `fill(staging)` writes, whole or not at all; returns the names of its files.
 
-    Raises CheckpointError where `out` exists (unless `force`), and what `fill` raises.
+    Raises CheckpointError where `out` exists (unless `force`), SaveError where a disk is full or read-only, and what `fill`
+    raises; nothing is then left of it, and what was there before stays.
     """
     if out.exists() and not force:
         raise CheckpointError(f"{out} exists already: choose another --output_dir, or replace it by --force")
-    staging = out.with_name(out.name + ".tmp")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    fill(staging)
-    files = sorted(path.name for path in staging.iterdir())
-    for name in files:
-        sync_file(staging / name)
-    sync_folder(staging)
-    if out.exists():
-        shutil.rmtree(out)
-    staging.rename(out)
-    sync_folder(out.parent)
-    return files
+    with whole_folder(out) as staging:
+        fill(staging)
+        return sorted(path.name for path in staging.iterdir())
 
 
 def write_tensors(folder: Path, tensors: dict[str, torch.Tensor], max_file_bytes: int) -> None:

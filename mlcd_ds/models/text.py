@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from mlcd_ds.errors import ConfigError
-from mlcd_ds.models.vit import Block, BlockRunner, Dropping, TransformerConfig, VisionTransformer, Visit
+from mlcd_ds.models.vit import Block, BlockRunner, Dropping, Tower, TransformerConfig, VisionTransformer, Visit
 
 VOCABULARY = 49_408
 """Of CLIP's tokenizer."""
@@ -87,7 +87,7 @@ class TokenEmbeddings(nn.Module):
         return self.tokens(tokens_BT) + self.positions[: tokens_BT.shape[1]]
 
 
-class TextTransformer(nn.Module):
+class TextTransformer(Tower):
     """Token ids to embeddings.
 
     The initial weights are a function of (config, seed) alone; without a seed torch's default generator draws them. Under
@@ -95,46 +95,16 @@ class TextTransformer(nn.Module):
     """
 
     def __init__(self, config: TextConfig, seed: int | None = None):
-        super().__init__()
-        self.config = config
-        device = torch.get_default_device()
+        super().__init__(config)
         with torch.device("meta"):
             self.embeddings = TokenEmbeddings(config)
             self.blocks = nn.ModuleList(Block(config, causal=True) for _ in range(config.layers))
             self.norm_post = nn.LayerNorm(config.width, eps=config.norm_eps)
             self.projection = nn.Linear(config.width, config.embed_dim, bias=False)
-        self._run_block: BlockRunner | None = None
-        self._blocks_run = 0
-        self.to_empty(device=device)
-        if device.type != "meta":
-            self.initialise(seed)
+        self._allocate(seed)
 
-    @torch.no_grad()
-    def initialise(self, seed: int | None) -> None:
-        """Draws all weights anew: normal, with CLIP's standard deviations; biases 0, norms the identity."""
-        generator = None if seed is None else torch.Generator(self.projection.weight.device).manual_seed(seed)
-        config = self.config
-        narrow = config.width**-0.5
-        branch = narrow * (2 * config.layers) ** -0.5  # residual branches add up
-        for module in self.modules():
-            if isinstance(module, nn.LayerNorm):
-                module.reset_parameters()
-            elif isinstance(module, nn.Linear) and module.bias is not None:
-                nn.init.zeros_(module.bias)
-        stds = [(self.embeddings.tokens.weight, 0.02), (self.embeddings.positions, 0.01)]
-        for block in self.blocks:
-            stds += [(block.attention.qkv.weight, narrow), (block.attention.out.weight, branch)]
-            stds += [(block.fc1.weight, (2 * config.width) ** -0.5), (block.fc2.weight, branch)]
-        for parameter, std in [*stds, (self.projection.weight, narrow)]:
-            nn.init.normal_(parameter, std=std, generator=generator)
-
-    def set_checkpointing(self, runner: BlockRunner | None, blocks: int | None = None) -> None:
-        """Runs the first `blocks` blocks (None: all) through `runner(block, x_BTW)`, which may recompute them in backward.
-
-        runner None: plainly.
-        """
-        self._run_block = runner
-        self._blocks_run = len(self.blocks) if blocks is None else blocks
+    def _first_weights_and_stds(self) -> list[tuple[nn.Parameter, float]]:
+        return [(self.embeddings.tokens.weight, 0.02), (self.embeddings.positions, 0.01)]
 
     def forward(self, tokens_BT: torch.Tensor) -> torch.Tensor:
         """[B, E], not normalised. tokens_BT: int, each row with an end token; what stands behind it does not count.
@@ -142,9 +112,8 @@ class TextTransformer(nn.Module):
         A row without one is embedded at its first token: finite, and of no meaning.
         """
         x_BTW = self.embeddings(tokens_BT)
-        for index, block in enumerate(self.blocks):
-            is_run = self._run_block is not None and index < self._blocks_run
-            x_BTW = self._run_block(block, x_BTW) if is_run else block(x_BTW)
+        for index in range(self.depth):
+            x_BTW = self._through(index, x_BTW)
         ends_B = (tokens_BT == self.config.end_token).int().argmax(dim=1)
         x_BW = x_BTW[torch.arange(len(x_BTW), device=x_BTW.device), ends_B]
         return self.projection(self.norm_post(x_BW))
@@ -197,7 +166,7 @@ class ImageTextModel(nn.Module):
     @property
     def depth(self) -> int:
         """Blocks of the deeper tower."""
-        return max(len(self.image.blocks), len(self.text.blocks))
+        return max(self.image.depth, self.text.depth)
 
     @property
     def dropping(self) -> Dropping | None:

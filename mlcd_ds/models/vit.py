@@ -183,6 +183,7 @@ PRESETS: dict[str, VitConfig] = {
     # small images, for CPUs and tests
     "vit_toy": _clip_vit(32, 4, 4, 128, 4, 128),
     "vit_toy64": _clip_vit(64, 8, 4, 128, 4, 128),
+    "vit_toy64_p16": _clip_vit(64, 16, 4, 128, 4, 128),
     "vit_ti": _clip_vit(64, 8, 12, 192, 3, 192),
     "vit_s": _clip_vit(64, 8, 12, 384, 6, 384),
 }
@@ -415,66 +416,48 @@ def _scaled(branch_BTW: torch.Tensor, scales_2B: torch.Tensor | None, index: int
     return branch_BTW * scales_2B[index, :, None, None].to(branch_BTW.dtype)
 
 
-class VisionTransformer(nn.Module):
-    """Images to embeddings.
+class Tower(nn.Module):
+    """What both towers have in common. Who derives from it makes, in `torch.device("meta")`, `embeddings`, `blocks`,
+    `norm_post` and `projection`, then calls `_allocate`.
 
-    The initial weights are a function of (config, seed) alone, whatever the rank; without a seed torch's default
-    generator draws them. Under `torch.device("meta")` nothing is allocated or drawn. norm: "torch" or "apex", see
-    `norm_class`. dropping: what a forward pass with a Visit leaves out.
+    norm: class of the norms.
     """
 
-    def __init__(
-        self, config: VitConfig, seed: int | None = None, norm: str = "torch", dropping: Dropping | None = None
-    ):
+    def __init__(self, config: TransformerConfig, norm: type[nn.Module] = nn.LayerNorm):
         super().__init__()
-        self.config, self._norm = config, norm_class(norm)
-        self.dropping = dropping if dropping is not None and dropping.is_on else None
-        device = torch.get_default_device()
-        with torch.device("meta"):  # torch's own initial values would be drawn only to be thrown away
-            self.embeddings = Embeddings(config)
-            self.angles = TokenAngles(config) if config.rope else None
-            self.norm_pre = self._norm(config.width, eps=config.norm_eps)
-            self.blocks = nn.ModuleList(Block(config, norm=self._norm) for _ in range(config.layers))
-            self.norm_post = self._norm(config.width, eps=config.norm_eps)
-            self.projection = nn.Linear(config.width, config.embed_dim, bias=False)
+        self.config, self._norm = config, norm
         self._run_block: BlockRunner | None = None
         self._blocks_run = 0
+
+    def _allocate(self, seed: int | None) -> None:
+        """Gives the parameters their memory and initial values; under `torch.device("meta")` neither."""
+        device = torch.get_default_device()
         self.to_empty(device=device)
         if device.type != "meta":
             self.initialise(seed)
 
+    def _first_weights_and_stds(self) -> list[tuple[nn.Parameter, float]]:
+        """What lies before the blocks, with standard deviations, in the order in which they are drawn."""
+        raise NotImplementedError
+
     @torch.no_grad()
     def initialise(self, seed: int | None) -> None:
         """Draws all weights anew: normal, with OpenCLIP's standard deviations; biases 0, norms the identity."""
-        device = self.projection.weight.device
-        generator = None if seed is None else torch.Generator(device).manual_seed(seed)
-        config = self.config
-        narrow = config.width**-0.5
+        generator = None if seed is None else torch.Generator(self.projection.weight.device).manual_seed(seed)
+        narrow = self.config.width**-0.5
         # Residual branches add up: the last matrix of each is smaller by the root of their number.
-        branch = narrow * (2 * config.layers) ** -0.5
+        branch = narrow * (2 * self.config.layers) ** -0.5
         for module in self.modules():
             if isinstance(module, self._norm):
                 module.reset_parameters()
             elif isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
-
-        def normal(parameter: torch.Tensor, std: float) -> None:
-            nn.init.normal_(parameter, std=std, generator=generator)
-
-        normal(self.embeddings.patch.weight, (3 * config.patch_size**2) ** -0.5)
-        normal(self.embeddings.class_token, narrow)
-        if self.embeddings.positions is not None:
-            normal(self.embeddings.positions, narrow)
-        if self.embeddings.registers is not None:
-            normal(self.embeddings.registers, narrow)
-        if self.angles is not None:
-            normal(self.angles.class_angle, (config.head_width // 2) ** -0.5)
+        stds = self._first_weights_and_stds()
         for block in self.blocks:
-            normal(block.attention.qkv.weight, narrow)
-            normal(block.attention.out.weight, branch)
-            normal(block.fc1.weight, (2 * config.width) ** -0.5)
-            normal(block.fc2.weight, branch)
-        normal(self.projection.weight, narrow)
+            stds += [(block.attention.qkv.weight, narrow), (block.attention.out.weight, branch)]
+            stds += [(block.fc1.weight, (2 * self.config.width) ** -0.5), (block.fc2.weight, branch)]
+        for parameter, std in [*stds, (self.projection.weight, narrow)]:
+            nn.init.normal_(parameter, std=std, generator=generator)
 
     def set_checkpointing(self, runner: BlockRunner | None, blocks: int | None = None) -> None:
         """Runs the first `blocks` blocks (None: all) through `runner(block, *inputs)`; runner None: plainly.
@@ -489,6 +472,42 @@ class VisionTransformer(nn.Module):
     def depth(self) -> int:
         """Number of blocks."""
         return len(self.blocks)
+
+    def _through(self, index: int, *inputs: torch.Tensor | bool | None) -> torch.Tensor:
+        """[B, T, W], what the `index`-th block gives; see `Block.forward`."""
+        is_run = self._run_block is not None and index < self._blocks_run
+        return self._run_block(self.blocks[index], *inputs) if is_run else self.blocks[index](*inputs)
+
+
+class VisionTransformer(Tower):
+    """Images to embeddings.
+
+    The initial weights are a function of (config, seed) alone, whatever the rank; without a seed torch's default
+    generator draws them. Under `torch.device("meta")` nothing is allocated or drawn. norm: "torch" or "apex", see
+    `norm_class`. dropping: what a forward pass with a Visit leaves out.
+    """
+
+    def __init__(
+        self, config: VitConfig, seed: int | None = None, norm: str = "torch", dropping: Dropping | None = None
+    ):
+        super().__init__(config, norm_class(norm))
+        self.dropping = dropping if dropping is not None and dropping.is_on else None
+        with torch.device("meta"):  # torch's own initial values would be drawn only to be thrown away
+            self.embeddings = Embeddings(config)
+            self.angles = TokenAngles(config) if config.rope else None
+            self.norm_pre = self._norm(config.width, eps=config.norm_eps)
+            self.blocks = nn.ModuleList(Block(config, norm=self._norm) for _ in range(config.layers))
+            self.norm_post = self._norm(config.width, eps=config.norm_eps)
+            self.projection = nn.Linear(config.width, config.embed_dim, bias=False)
+        self._allocate(seed)
+
+    def _first_weights_and_stds(self) -> list[tuple[nn.Parameter, float]]:
+        embeddings, narrow = self.embeddings, self.config.width**-0.5
+        found = [(embeddings.patch.weight, (3 * self.config.patch_size**2) ** -0.5), (embeddings.class_token, narrow)]
+        found += [(given, narrow) for given in (embeddings.positions, embeddings.registers) if given is not None]
+        if self.angles is not None:
+            found.append((self.angles.class_angle, (self.config.head_width // 2) ** -0.5))
+        return found
 
     def first_weights(self) -> list[nn.Parameter]:
         """The weights that the backward pass comes to last."""
@@ -506,15 +525,14 @@ class VisionTransformer(nn.Module):
             scales = self.dropping.scales(visit, B, config.layers, device)
         x_BTW = self.norm_pre(self.embeddings(images_B3HH, kept_Bn))
         angles_Tr = None if self.angles is None else self.angles(kept_Bn)
-        for index, block in enumerate(self.blocks):
+        for index in range(self.depth):
             # A runner that moves its inputs off the device empties them: each block gets an alias of the angles. So their
             # gradient is summed block by block, with a runner and without.
             own_angles = None if angles_Tr is None else angles_Tr.view_as(angles_Tr)
             own_scales = None if scales is None else scales[index]
             # The class token alone leaves the last block.
             inputs = (x_BTW, own_angles, own_scales, index == len(self.blocks) - 1)
-            is_run = self._run_block is not None and index < self._blocks_run
-            x_BTW = self._run_block(block, *inputs) if is_run else block(*inputs)
+            x_BTW = self._through(index, *inputs)
         return self.norm_post(x_BTW[:, 0])
 
     def patch_features(self, images_B3HH: torch.Tensor, blocks: int | None = None) -> torch.Tensor:
