@@ -141,7 +141,7 @@ def test_the_tool_prints_all_parts():
     ):  # fmt: skip
         assert words in text, words
     flags = ["--model=vit_l14", "--gpus=7", f"--deepspeed_config={PAPER}", "--tflops=790"]
-    (wrong,) = run_script(1, [ROOT / "tools" / "plan.py", *flags])
+    (wrong,) = run_script(1, [ROOT / "tools" / "plan.py", *flags], fresh=True)
     assert wrong.code == 2 and "error: the batch sizes do not fit 7 ranks" in wrong.output
 
 
