@@ -280,15 +280,18 @@ def fail(error: UserError) -> None:
     """Prints `error` as the last word of this process and ends it, without waiting for other ranks or threads.
 
     Rank 0 speaks at once, and the launcher then ends the others. One that is still there a moment later has an error of
-    its own, and says so. (Were they to leave first, the launcher might end rank 0 before it has spoken.)
+    its own, and says so. (Were they to leave first, the launcher might end rank 0 before it has spoken.) Where a peer is
+    lost, all speak at once, and rank 0 stays a moment: in its store the others look up who has fallen silent.
     """
-    try:
-        rank = Topology.from_environment().rank
-    except ConfigError:  # the environment is what is wrong
-        rank = 0
+    rank = world_size = 0
+    with contextlib.suppress(ConfigError):  # the environment may be what is wrong
+        topology = Topology.from_environment()
+        rank, world_size = topology.rank, topology.world_size
     if rank > 0 and not isinstance(error, PeerError):  # each rank sees something else of a lost peer
         time.sleep(errors.SECONDS_FOR_RANK_0)
     print(f"error: {error}" if rank == 0 else f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
     sys.stdout.flush()
+    if rank == 0 and world_size > 1 and isinstance(error, PeerError):
+        time.sleep(errors.SECONDS_FOR_RANK_0)
     # os._exit: a rank that leaves through the interpreter's shutdown may wait for peers inside a process group.
     os._exit(error.exit_code)

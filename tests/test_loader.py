@@ -1,6 +1,7 @@
 """The order of samples, and batches that depend on neither ranks nor loader processes."""
 
 import errno
+import gc
 import json
 import multiprocessing
 import os
@@ -135,6 +136,32 @@ def test_augmentation_streams_do_not_repeat():
 
 
 # ------------------------------------------------------------------------------------------------ the loader
+
+
+class Cycle:
+    """Garbage that only a collection finds; notes which process ended it."""
+
+    def __init__(self, file: Path):
+        self.file, self.itself = file, self
+
+    def __del__(self):
+        with self.file.open("a") as file:
+            file.write(f"{os.getpid()}\n")
+
+
+def test_garbage_ends_before_loader_processes_start(data, tmp_path):
+    """A process group that is ended in a forked process waits there without end for threads it does not have."""
+    folder, shards = data
+    loader = make_loader(folder, shards, workers=1)
+    gc.disable()
+    try:
+        Cycle(tmp_path / "ended")
+        found = collect(loader, 0, 1)
+    finally:
+        gc.enable()
+    assert len(found) == 1
+    assert (tmp_path / "ended").read_text() == f"{os.getpid()}\n"
+
 
 COUNTS = [17, 9, 14, 20]
 

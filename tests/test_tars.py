@@ -288,6 +288,7 @@ def test_a_zeroed_region_is_not_an_end(good):
         (b"", "is empty"),
         (b"<html>" + b"404 not found " * 100, "HTML page"),
         (gzip.compress(bytes(10240)) + bytes(600), "gzip"),
+        (gzip.compress(bytes(10240), mtime=0x6B078601) + bytes(600), "gzip"),  # its signed bytes add up to -256
         (os.urandom(2000), "not a tar file"),
     ],
 )

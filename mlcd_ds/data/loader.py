@@ -5,6 +5,7 @@ H height and width in pixels.
 """
 
 import atexit
+import gc
 import math
 import signal
 import weakref
@@ -363,6 +364,9 @@ class ImageLabelLoader:
         """
         pieces = self._dataset.pieces
         self._steps.items = range(start_step * pieces, stop_step * pieces)
+        # Garbage is collected here rather than in the loader processes: a process group among it would wait there, without
+        # end, for threads that a forked process does not have.
+        gc.collect()
         arriving = iter(self._loader)
         held: deque[list[_Fate]] = deque()
         for step in range(start_step, stop_step):

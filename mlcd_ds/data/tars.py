@@ -556,7 +556,7 @@ def _walk_carefully(tar: OpenTar) -> Iterator[tuple[str, bytes, int, int]]:
 
 def _checksum_fits(header: bytes) -> bool:
     try:
-        stated = int(header[148:156].split(b"\0", 1)[0].strip() or b"0", 8)
+        stated = int(header[148:156].split(b"\0", 1)[0].strip(), 8)  # none at all is none: zeros would fit by chance
     except ValueError:
         return False
     # The checksum field itself counts as eight blanks; a few old writers summed signed bytes.
