@@ -9,7 +9,6 @@ sampled rows of a shard; P parameters; T tokens.
 
 import json
 import math
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -83,7 +82,7 @@ def encoder_flops(encoder: VitConfig, dropping: Dropping | None = None) -> tuple
     """FLOPs of one image: (forward, forward and backward, forward of one block before the last): models/flops.py."""
     costs = flops.costs(encoder, dropping)
     block = sum(cost.forward for name, cost in costs.items() if name.startswith("blocks.0."))
-    whole = flops.total(encoder, dropping)
+    whole = sum(costs.values(), flops.Cost())
     return whole.forward, whole.flops, block
 
 
@@ -238,22 +237,15 @@ def _collectives(
 
 
 def measured_tflops(device: str) -> tuple[float, str]:
-    """Of a square matrix product here: bfloat16 on a GPU, float32 on a CPU; and what was measured."""
+    """Of a large matrix product here: bfloat16 on a GPU, float32 on a CPU; and what was measured."""
     on_gpu = torch.cuda.is_available()
-    size, dtype = (8192, torch.bfloat16) if on_gpu else (1536, torch.float32)
-    a = torch.randn(size, size, device="cuda" if on_gpu else "cpu").to(dtype)
-    best = math.inf
-    for _ in range(4):
-        started = time.perf_counter()
-        a @ a
-        if on_gpu:
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - started)
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    rate = flops.measured_matmul_rate(torch.device("cuda" if on_gpu else "cpu"), dtype)
     kind = torch.cuda.get_device_name() if on_gpu else "CPU"
     warning = ""
     if device == "cuda" and not on_gpu:
         warning = ", which says nothing of a GPU: give --tflops for times that mean something"
-    return 2 * size**3 / best / 1e12, f"measured: {str(dtype)[6:]}, {size} x {size}, on this {kind}{warning}"
+    return rate / 1e12, f"measured: a large {str(dtype)[6:]} product on this {kind}{warning}"
 
 
 # ------------------------------------------------------------------------------------------------- what a knob does
