@@ -264,13 +264,18 @@ def ending_in_one_message() -> Iterator[None]:
         os._exit(1)
 
 
+def _place() -> tuple[int, int]:
+    """(rank, number of ranks) of this process; one alone where the environment is what is wrong."""
+    try:
+        topology = Topology.from_environment()
+    except ConfigError:
+        return 0, 1
+    return topology.rank, topology.world_size
+
+
 def stopped(stop: Preempted) -> None:
     """Ends a process that stopped because it was asked to. Rank 0 says so; no rank waits for another."""
-    try:
-        rank = Topology.from_environment().rank
-    except ConfigError:
-        rank = 0
-    if rank == 0:
+    if _place()[0] == 0:
         print(f"stopped: {stop}", flush=True)
     sys.stdout.flush()
     os._exit(stop.exit_code)
@@ -283,10 +288,7 @@ def fail(error: UserError) -> None:
     its own, and says so. (Were they to leave first, the launcher might end rank 0 before it has spoken.) Where a peer is
     lost, all speak at once, and rank 0 stays a moment: in its store the others look up who has fallen silent.
     """
-    rank = world_size = 0
-    with contextlib.suppress(ConfigError):  # the environment may be what is wrong
-        topology = Topology.from_environment()
-        rank, world_size = topology.rank, topology.world_size
+    rank, world_size = _place()
     if rank > 0 and not isinstance(error, PeerError):  # each rank sees something else of a lost peer
         time.sleep(errors.SECONDS_FOR_RANK_0)
     print(f"error: {error}" if rank == 0 else f"error on rank {rank}: {error}", file=sys.stderr, flush=True)

@@ -62,6 +62,13 @@ class FeatureExtractor:
     embed_texts: Callable[[Sequence[str]], torch.Tensor] | None = None
 
 
+def resolved_precision(precision: str, device: torch.device) -> str:
+    """What "auto" (bfloat16 on GPUs), "float32" or "bfloat16" comes to."""
+    if precision == "auto":
+        return "bfloat16" if device.type == "cuda" else "float32"
+    return precision
+
+
 def load_extractor(spec: str, device: torch.device, precision: str, with_texts: bool = False) -> FeatureExtractor:
     """`builtin:PATCHES.npz`, `hf:PATH_OR_NAME` (a transformers CLIP model) or `run:PATH` (an encoder we trained).
 
@@ -71,8 +78,7 @@ def load_extractor(spec: str, device: torch.device, precision: str, with_texts: 
     kind, _, path = spec.partition(":")
     if kind == "builtin" and path:
         return _builtin(Path(path))
-    if precision == "auto":
-        precision = "bfloat16" if device.type == "cuda" else "float32"
+    precision = resolved_precision(precision, device)
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[precision]
     if kind == "run" and path:
         return _run(path, device, dtype, with_texts)

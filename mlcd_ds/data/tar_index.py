@@ -185,6 +185,7 @@ def index_shards(config: IndexShardsConfig) -> dict[str, int]:
     shards = expand_shards(config.shards, config.allow_pipe)
     own = shards[topology.rank :: topology.world_size]
     counts: Counter = Counter()
+    unused: Counter = Counter()
     problems = []
     for shard in tqdm(own, desc="index", unit="tar", disable=not topology.is_main, mininterval=1):
         try:
@@ -194,22 +195,22 @@ def index_shards(config: IndexShardsConfig) -> dict[str, int]:
             counts[found.source] += 1
             counts["images"] += len(found.index.keys)
             for name, number in _unused(found.index).items():
-                counts[name] += number
                 if number:
+                    unused[name] += number
                     print(f"{shard}: {number:,} {name}", flush=True)
         except DataError as error:
             problems.append(str(error))
-    gathered = gather_objects((counts, problems), topology)
-    total = sum((count for count, _ in gathered), Counter())
-    problems = [problem for _, some in gathered for problem in some]
+    gathered = gather_objects((counts, unused, problems), topology)
+    total = sum((count for count, _, _ in gathered), Counter())
+    unused = sum((count for _, count, _ in gathered), Counter())
+    problems = [problem for _, _, some in gathered for problem in some]
     topology.stop()
     if topology.is_main:
         written = sum(total[source] for source in ("absent", "stale", "damaged"))
         print(
             f"{written} indexes written ({total['stale']} were stale, {total['damaged']} damaged), {total['file']} kept, "
-            f"{total['images']:,} images"
-            + "".join(f"; {total[name]:,} {name}" for name in _unused(TarIndex(Path(), (), {})) if total[name])
+            f"{total['images']:,} images" + "".join(f"; {number:,} {name}" for name, number in unused.items())
         )
     if problems:
         raise DataError(f"{len(problems)} of {len(shards)} tars have no index:\n" + "\n".join(problems[:20]))
-    return dict(total)
+    return dict(total + unused)

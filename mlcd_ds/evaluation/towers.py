@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from mlcd_ds import checkpoint
-from mlcd_ds.clustering.features import batches_of_images, load_extractor
+from mlcd_ds.clustering.features import batches_of_images, load_extractor, resolved_precision
 from mlcd_ds.config import TextEvaluationConfig
 from mlcd_ds.data.tars import IMAGE_EXTENSIONS, local_shard, read_samples
 from mlcd_ds.errors import ConfigError, DataError
@@ -44,9 +44,7 @@ def load_towers(config: TextEvaluationConfig, device: torch.device) -> Towers:
             f"--model {config.model!r}: expected run:RUN, a run on captions (train.py --objective clip), or hf:FOLDER, a "
             "CLIPModel with its tokenizer"
         )
-    precision = config.precision
-    if precision == "auto":
-        precision = "bfloat16" if device.type == "cuda" else "float32"
+    precision = resolved_precision(config.precision, device)
     extractor = load_extractor(config.model, device, precision, with_texts=True)
     name = Path(path).name
     if kind == "run":
