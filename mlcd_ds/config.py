@@ -27,6 +27,12 @@ def _finite(value: float) -> float:
 
 
 Finite = Annotated[float, AfterValidator(_finite)]
+AllowPipe = Annotated[bool, Field(description="take tars from pipe:COMMAND, which runs that shell command")]
+Overwrite = Annotated[bool, Field(description="evaluate sets anew whose result is there, too")]
+DropPath = Annotated[
+    Finite,
+    Field(ge=0, lt=1, description="stochastic depth: rate of the last block, falling linearly to 0 at the first"),
+]
 Objective = Literal["mlcd", "mlc", "cd"]
 MarginType = Literal["arc", "cos", "none"]
 MarginGradient = Literal["straight_through", "exact"]
@@ -160,9 +166,7 @@ class EncoderWork(Settings):
 class EncoderOptions(EncoderWork):
     """How an encoder is trained beside what its preset says: what is left out at random, recomputed, compiled."""
 
-    drop_path: Finite = Field(
-        0.0, ge=0, lt=1, description="stochastic depth: rate of the last block, falling linearly to 0 at the first"
-    )
+    drop_path: DropPath = 0.0
     norm: Literal["torch", "apex"] = Field(
         "torch", description="layer norms: torch's, or the fused ones of NVIDIA's apex"
     )
@@ -208,7 +212,7 @@ class RunSettings(Settings):
     max_skipped_fraction: Finite = Field(0.01, ge=0, le=1, description="stop above this share of unusable samples")
     max_pixels: int = Field(50_000_000, ge=1, description="larger images are skipped, judged by their header")
     shard_cache: str | None = Field(None, description="folder for remote tars; needed for URLs")
-    allow_pipe: bool = Field(False, description="take tars from pipe:COMMAND, which runs that shell command")
+    allow_pipe: AllowPipe = False
     save_every_steps: int = Field(1000, ge=1)
     keep_last: int = Field(3, ge=1, description="checkpoints kept")
     keep_every: int | None = Field(
@@ -409,9 +413,7 @@ class FinetuneConfig(RunSettings):
     label_smoothing: Finite = Field(0.1, ge=0, lt=1, description="share of the target that all classes get alike")
     mixup: Finite = Field(0.8, ge=0, description="alpha of mixup's Beta(alpha, alpha); 0: off")
     cutmix: Finite = Field(1.0, ge=0, description="alpha of CutMix's; both on: each takes half of the batches; 0: off")
-    drop_path: Finite = Field(
-        0.0, ge=0, lt=1, description="stochastic depth: rate of the last block, falling linearly to 0 at the first"
-    )
+    drop_path: DropPath = 0.0
     ema_decay: Finite = Field(
         0.0,
         ge=0,
@@ -460,7 +462,7 @@ class IndexShardsConfig(Settings):
 
     shards: str = Field(description="tars: braces, globs, text files of paths, '::' between several")
     shard_cache: str | None = Field(None, description="folder for remote tars; needed for URLs")
-    allow_pipe: bool = Field(False, description="take tars from pipe:COMMAND, which runs that shell command")
+    allow_pipe: AllowPipe = False
     timeout_minutes: Finite = Field(60.0, gt=0, description="longest wait for another rank")
 
 
@@ -472,7 +474,7 @@ class TokenizerConfig(Settings):
     vocab_size: int = Field(8192, ge=3, description="tokens at most, special ones included (CLIP: 49,408)")
     max_captions: int | None = Field(None, ge=1, description="captions to learn from at most; none: all")
     shard_cache: str | None = Field(None, description="folder for remote tars; needed for URLs")
-    allow_pipe: bool = Field(False, description="take tars from pipe:COMMAND, which runs that shell command")
+    allow_pipe: AllowPipe = False
     force: bool = Field(False, description="replace output where it exists")
 
 
@@ -495,7 +497,7 @@ class FeaturesConfig(Settings):
     )
     max_pixels: int = Field(50_000_000, ge=1)
     shard_cache: str | None = Field(None, description="folder for remote tars; needed for URLs")
-    allow_pipe: bool = Field(False, description="take tars from pipe:COMMAND, which runs that shell command")
+    allow_pipe: AllowPipe = False
     patch_size: int = Field(6, ge=2, description="builtin:patches: side of a patch in pixels")
     dictionary_size: int = Field(512, ge=2, description="builtin:patches: number of dictionary patches")
     patch_features: int = Field(256, ge=1, description="builtin:patches: features of an image, at most")
@@ -627,7 +629,7 @@ class InspectConfig(Settings):
     class_names: str | None = Field(None, description="text file with the name of class 0, 1, ... a line each")
     max_pixels: int = Field(50_000_000, ge=1, description="larger images are not made thumbnails of")
     shard_cache: str | None = Field(None, description="folder for remote tars; needed for URLs")
-    allow_pipe: bool = Field(False, description="take tars from pipe:COMMAND, which runs that shell command")
+    allow_pipe: AllowPipe = False
     seed: int = Field(0, ge=0, description="of the clusters and images that are drawn")
 
 
@@ -667,7 +669,7 @@ class EvaluationConfig(Settings):
     dataset_name: str | None = Field(None, description="what results call --test_shards; none: the shards")
     output: str | None = Field(None, description="JSON to write; one that is newer than all inputs is kept")
     output_dir: str | None = Field(None, description="folder for a JSON per set, each kept like --output")
-    overwrite: bool = Field(False, description="evaluate sets anew whose result is there, too")
+    overwrite: Overwrite = False
     cache: str | None = Field(
         None, description="folder for features, found again by hashes of weights and tars; needed with many ranks"
     )
@@ -678,7 +680,7 @@ class EvaluationConfig(Settings):
     max_skipped_fraction: Finite = Field(0.01, ge=0, le=1, description="stop above this share of unusable images")
     max_pixels: int = Field(50_000_000, ge=1)
     shard_cache: str | None = Field(None, description="folder for remote tars; needed for URLs")
-    allow_pipe: bool = Field(False, description="take tars from pipe:COMMAND, which runs that shell command")
+    allow_pipe: AllowPipe = False
     timeout_minutes: Finite = Field(60.0, gt=0, description="longest wait for another rank")
 
     @model_validator(mode="after")
@@ -748,7 +750,7 @@ class TextEvaluationConfig(Settings):
     output_dir: str | None = Field(
         None, description="folder for a result JSON per set; one that is newer than all inputs is kept"
     )
-    overwrite: bool = Field(False, description="evaluate sets anew whose result is there, too")
+    overwrite: Overwrite = False
     language: str = Field("en", description="of the texts, for the result files")
     precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 on GPUs")
     batch_size: int = Field(256, ge=1, description="images, and texts, per forward pass")
