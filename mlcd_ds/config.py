@@ -839,6 +839,7 @@ class ReproduceConfig(Settings):
     output_dir: str = Field(description="folder for everything; the same command goes on there")
     deepspeed_config: str = Field("ds_configs/cpu.json", description="of every training")
     ranks: int = Field(2, ge=1, description="processes of a training, on this machine")
+    jobs: int = Field(1, ge=1, description="encoders trained or tried at the same time, each by so many processes")
     model: str = Field("vit_toy64", description="encoder preset, of 64 pixels")
     text_model: str = Field("text_toy", description="text tower preset")
     steps: int = Field(2500, ge=20, description="optimizer steps of every encoder")

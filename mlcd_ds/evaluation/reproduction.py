@@ -17,7 +17,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mlcd_ds.clustering.charts import difference_chart
@@ -28,6 +29,7 @@ from mlcd_ds.files import make_folder, write_json, write_text
 
 ROOT = Path(__file__).resolve().parents[2]
 OBJECTIVES = ("cd", "mlc", "mlcd")
+ENCODERS = ("clip", *OBJECTIVES)
 FIXED = ("root", "deepspeed_config", "ranks", "model", "text_model", "steps", "lit_steps", "k")
 """Settings that a folder keeps; seeds and ablations may be added to it."""
 POSITIVES = 8
@@ -71,63 +73,106 @@ def reproduce(config: ReproduceConfig) -> str:
     stages = Stages(config)
     stages.check_data()
     stages.claim()
+    ablations = _ablations(config) if config.ablations else []
+    _run_all(stages, [run for ablation in ablations for run in ablation.others()])
     seeds = range(config.seeds)
-    for seed in seeds:
-        stages.train(f"clip_s{seed}", stages.clip_flags() | {"seed": seed})
-    stages.cluster(config.k)
-    for objective in OBJECTIVES:
-        for seed in seeds:
-            stages.train(f"{objective}_s{seed}", stages.head_flags(config.k) | {"objective": objective, "seed": seed})
-    encoders = ("clip", *OBJECTIVES)
-    for seed in seeds:
-        for encoder in encoders:
-            stages.evaluate(f"{encoder}_s{seed}")
-            stages.lit(f"{encoder}_s{seed}", seed)
-    rows = {encoder: [stages.scores(f"{encoder}_s{seed}", COLUMNS) for seed in seeds] for encoder in encoders}
-    stages.evaluate("untrained", f"untrained:{stages.run_of('mlcd_s0')}")
+    rows = {encoder: [stages.scores(f"{encoder}_s{seed}", COLUMNS) for seed in seeds] for encoder in ENCODERS}
     rows["untrained"] = [stages.scores("untrained", COLUMNS[:3])]
-    for seed in seeds:
-        stages.zero_shot(f"clip_s{seed}_itself", stages.run_of(f"clip_s{seed}"))
     rows["clip, its own text tower"] = [stages.scores(f"clip_s{seed}_itself", COLUMNS[3:]) for seed in seeds]
-    text = _heading(config) + table(rows, COLUMNS)
-    if config.ablations:
-        text += "".join(_ablation(stages, *ablation) for ablation in _ablations(config))
+    text = _heading(config) + table(rows, COLUMNS) + "".join(_ablation_table(stages, each) for each in ablations)
     write_text(Path(config.output_dir) / "reproduce.md", text)
     return text
 
 
-def _ablations(config: ReproduceConfig) -> list[tuple[str, Sequence[float], float, Callable[[float], dict]]]:
-    """(letter, values, the comparison's own value, value -> changed settings of mlcd)."""
-    return [
-        ("l", config.ablate_l, POSITIVES, lambda value: {"num_positives": int(value)}),
-        ("r", config.ablate_r, SAMPLE_RATE, lambda value: {"sample_rate": value}),
-        ("k", config.ablate_k, config.k, lambda value: {"k": int(value)}),
-    ]
+def _run_all(stages: "Stages", ablations: Sequence["HeadRun"]) -> None:
+    """Runs every stage, `jobs` encoders at a time; seed by seed, then the ablations.
+
+    The first failure is raised when what runs beside it has ended; nothing new is begun.
+    """
+    config, seeds = stages.config, range(stages.config.seeds)
+    with ThreadPoolExecutor(config.jobs) as pool:
+        try:
+            stages.make_tokenizer()
+            clips = [pool.submit(stages.train_clip, seed) for seed in seeds]
+            clips[0].result()
+            for k in dict.fromkeys((config.k, *(run.k for run in ablations))):
+                pool.submit(stages.cluster, k).result()
+            jobs = []
+            for seed in seeds:
+                jobs += [
+                    pool.submit(stages.head_encoder, _head_run(config, name, seed), lit=True) for name in OBJECTIVES
+                ]
+                jobs.append(pool.submit(stages.clip_encoder, seed, clips[seed]))
+            jobs += [pool.submit(stages.head_encoder, run) for run in ablations]
+            for job in as_completed(jobs):
+                job.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    stages.evaluate("untrained", f"untrained:{stages.run_of('mlcd_s0')}")
 
 
-def _ablation(stages: "Stages", letter: str, values: Sequence[float], own: float, change: Callable) -> str:
-    columns = (PROBE_SCENES, PROBE_CIFAR10)
-    rows = {}
-    for value in values:
-        scores = []
-        for seed in range(stages.config.seeds if value == own else stages.config.ablation_seeds):
-            name = f"mlcd_s{seed}" if value == own else f"mlcd_{letter}{value:g}_s{seed}"
-            changed = change(value)
-            k = changed.pop("k", stages.config.k)
-            stages.cluster(k)
-            stages.train(name, stages.head_flags(k) | {"objective": "mlcd", "seed": seed} | changed)
-            stages.evaluate(name)
-            scores.append(stages.scores(name, columns))
-        rows[f"{letter} = {value:g}"] = scores
-    base = rows.get(f"{letter} = {own:g}")
+@dataclass(frozen=True)
+class HeadRun:
+    """One training on cluster labels. name: of its folders; k, l, r as in the paper's Table 5."""
+
+    name: str
+    objective: str
+    seed: int
+    k: int
+    l: int = POSITIVES
+    r: float = SAMPLE_RATE
+
+
+def _head_run(config: ReproduceConfig, objective: str, seed: int) -> HeadRun:
+    """A run of the comparison."""
+    return HeadRun(f"{objective}_s{seed}", objective, seed, config.k)
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """mlcd with one number changed. letter: its name. own: its value in the comparison. rows: its values -> their runs."""
+
+    letter: str
+    own: float
+    rows: Mapping[float, Sequence[HeadRun]]
+
+    def others(self) -> list[HeadRun]:
+        """The runs that the comparison does not have."""
+        return [run for value, runs in self.rows.items() if value != self.own for run in runs]
+
+
+def _ablations(config: ReproduceConfig) -> list[Ablation]:
+    ablations = []
+    for letter, values in (("l", config.ablate_l), ("r", config.ablate_r), ("k", config.ablate_k)):
+        own, rows = getattr(_head_run(config, "mlcd", 0), letter), {}
+        for value in values:
+            if value == own:
+                rows[value] = [_head_run(config, "mlcd", seed) for seed in range(config.seeds)]
+                continue
+            runs = [_head_run(config, "mlcd", seed) for seed in range(config.ablation_seeds)]
+            changed = {letter: type(own)(value)}
+            rows[value] = [replace(run, name=f"mlcd_{letter}{value:g}_s{run.seed}", **changed) for run in runs]
+        ablations.append(Ablation(letter, own, rows))
+    return ablations
+
+
+def _ablation_table(stages: "Stages", ablation: Ablation) -> str:
+    """The ablation's table in Markdown; writes its chart beside it where it has the comparison's own value."""
+    columns, letter = (PROBE_SCENES, PROBE_CIFAR10), ablation.letter
+    own = f"{letter} = {ablation.own:g}"
+    rows = {
+        f"{letter} = {value:g}": [stages.scores(run.name, columns) for run in runs]
+        for value, runs in ablation.rows.items()
+    }
     parts = [f"\n## mlcd at other {letter}\n\n", table(rows, columns)]
-    if base:
-        reference = statistics.mean(score[PROBE_SCENES.title] for score in base)
-        gains = [100 * (statistics.mean(s[PROBE_SCENES.title] for s in scores) - reference) for scores in rows.values()]
+    if own in rows:
+        means = {name: 100 * statistics.mean(score[PROBE_SCENES.title] for score in row) for name, row in rows.items()}
+        gains = [mean - means[own] for mean in means.values()]
         hints = [f"{name}: {gain:+.2f} points" for name, gain in zip(rows, gains, strict=True)]
-        chart = difference_chart(list(rows), gains, hints, f"points of scenes64 mAP against {letter} = {own:g}")
+        chart = difference_chart(list(rows), gains, hints, f"points of scenes64 mAP against {own}")
         write_text(Path(stages.config.output_dir) / f"ablation_{letter}.svg", chart)
-        parts.append(f"\n![mAP against {letter} = {own:g}](ablation_{letter}.svg)\n")
+        parts.append(f"\n![mAP against {own}](ablation_{letter}.svg)\n")
     return "".join(parts)
 
 
@@ -190,20 +235,16 @@ class Stages:
         """The run folder of an encoder."""
         return self.folder / "runs" / name
 
-    def clip_flags(self) -> dict:
-        """Flags of training on captions; makes the tokenizer they need."""
+    def make_tokenizer(self) -> None:
+        """A small vocabulary of the captions."""
         self._run(
             "tokenizer", self.tokenizer.exists, "train_tokenizer.py",
             {"shards": self.scenes / "train/*.tar", "vocab_size": 1024, "output": self.tokenizer},
         )  # fmt: skip
-        return {"objective": "clip", "tokenizer": self.tokenizer, "text_model": self.config.text_model}
 
-    def head_flags(self, k: int) -> dict:
-        """Flags of training on the labels of k clusters."""
-        return HEAD | {
-            "labels": self.folder / f"labels_{k}", "centers": self.folder / f"centers_{k}",
-            "num_positives": POSITIVES, "sample_rate": SAMPLE_RATE,
-        }  # fmt: skip
+    def clip_flags(self) -> dict:
+        """Flags of training on captions."""
+        return {"objective": "clip", "tokenizer": self.tokenizer, "text_model": self.config.text_model}
 
     def cluster(self, k: int) -> None:
         """Features of the first CLIP run, k centers, the nearest of them to every image."""
@@ -231,6 +272,29 @@ class Stages:
             "warmup_steps": self.config.steps // 20, "workers": 0, "save_every_steps": 500, "keep_last": 1,
         }  # fmt: skip
         self._run(name, lambda: _done(run), "../mlcd_ds/train.py", own | IMAGES | flags, ranks=self.config.ranks)
+
+    def train_clip(self, seed: int) -> None:
+        """CLIP from scratch."""
+        self.train(f"clip_s{seed}", self.clip_flags() | {"seed": seed})
+
+    def clip_encoder(self, seed: int, trained: Future) -> None:
+        """What the table says of a CLIP run, when `trained` is done."""
+        trained.result()
+        name = f"clip_s{seed}"
+        self.evaluate(name)
+        self.lit(name, seed)
+        self.zero_shot(f"{name}_itself", self.run_of(name))
+
+    def head_encoder(self, run: HeadRun, lit: bool = False) -> None:
+        """One training on cluster labels, and what the tables say of it; with `lit` also by a text tower."""
+        flags = {
+            "labels": self.folder / f"labels_{run.k}", "centers": self.folder / f"centers_{run.k}",
+            "num_positives": run.l, "sample_rate": run.r, "objective": run.objective, "seed": run.seed,
+        }  # fmt: skip
+        self.train(run.name, HEAD | flags)
+        self.evaluate(run.name)
+        if lit:
+            self.lit(run.name, run.seed)
 
     def evaluate(self, name: str, model: str | None = None) -> None:
         """Probes on both sets and nearest neighbours on cifar10."""
