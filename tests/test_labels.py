@@ -1,7 +1,11 @@
 """Label shards, and what a run refuses to start on."""
 
 import dataclasses
+import errno
+import io
+import os
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -10,7 +14,8 @@ import pytest
 from ranks import run_ranks
 from toy_data import INFO, labels_of, make_shards, write_labels
 
-from mlcd_ds.data.labels import check_label_folder, read_label_info, read_label_shard, write_label_shard
+from mlcd_ds.data import storage
+from mlcd_ds.data.labels import check_label_folder, read_dropped, read_label_info, read_label_shard, write_label_shard
 from mlcd_ds.data.shards import build_shard_table
 from mlcd_ds.data.tars import write_tar
 from mlcd_ds.errors import DataError
@@ -44,6 +49,57 @@ def test_the_file_is_what_the_design_says(tmp_path):
         "cosine": pa.list_(pa.float16()),
     }
     assert table.column("label").to_pylist() == [[4, 2, 9], [7], [], [49, 0]]
+
+
+def failing_reads(monkeypatch, number, times):
+    """The first `times` reads of a file, by whatever function, fail."""
+    left, opened = [times], Path.open
+
+    def failing(path, *arguments, **options):
+        file = opened(path, *arguments, **options)
+
+        class Failing(io.BufferedReader):
+            def read(self, *size):
+                if left[0]:
+                    left[0] -= 1
+                    raise OSError(number, os.strerror(number))
+                return super().read(*size)
+
+        return Failing(file.detach())
+
+    monkeypatch.setattr(Path, "open", failing)
+
+
+READERS = {
+    "rows": lambda path: read_label_shard(path).keys,
+    "footer": read_label_info,
+    "dropped": read_dropped,
+}
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE])
+@pytest.mark.parametrize("reader", READERS.values(), ids=READERS)
+def test_a_disk_or_file_server_that_comes_back_is_waited_for(tmp_path, monkeypatch, reader, number):
+    write_label_shard(path := tmp_path / "x.parquet", KEYS, LABELS, COSINES, INFO, dropped=2)
+    expected, waits = reader(path), []
+    monkeypatch.setattr(storage.time, "sleep", waits.append)
+    failing_reads(monkeypatch, number, 3)
+    assert reader(path) == expected
+    assert waits == list(storage.RETRY_SECONDS[:3])
+
+
+@pytest.mark.parametrize(
+    "number, message", [(errno.EIO, "cannot be read: .*Write the labels again"), (errno.ESTALE, "Its file server")]
+)
+@pytest.mark.parametrize("reader", READERS.values(), ids=READERS)
+def test_a_disk_or_file_server_that_stays_away_is_an_error_with_the_file(
+    tmp_path, monkeypatch, reader, number, message
+):
+    write_label_shard(path := tmp_path / "x.parquet", KEYS, LABELS, COSINES, INFO)
+    monkeypatch.setattr(storage.time, "sleep", lambda seconds: None)
+    failing_reads(monkeypatch, number, 10**6)
+    with pytest.raises(DataError, match=f"the label file {path}.*{message}"):
+        reader(path)
 
 
 def test_a_shard_without_rows(tmp_path):

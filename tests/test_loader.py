@@ -26,7 +26,7 @@ from mlcd_ds import train
 from mlcd_ds.batch import NO_IMAGE, NO_LABEL, ImageLabelBatch
 from mlcd_ds.config import RunConfig
 from mlcd_ds.data import loader as loader_module
-from mlcd_ds.data import tars
+from mlcd_ds.data import storage, tars
 from mlcd_ds.data.labels import LabelsInfo, draw_positives, label_path, write_label_shard
 from mlcd_ds.data.loader import ImageLabelLoader
 from mlcd_ds.data.plan import EpochPlan, augmentation_generator, positives_generator
@@ -628,7 +628,7 @@ def failing_reads(monkeypatch, name, number):
 @pytest.mark.parametrize("kept", [0, 100])
 @pytest.mark.parametrize("name, number", [("open", errno.EMFILE), ("open", errno.EACCES), ("pread", errno.ESTALE)])
 def test_what_the_machine_lacks_ends_the_run_and_is_never_a_skip(tmp_path, monkeypatch, name, number, kept):
-    monkeypatch.setattr(tars.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(storage.time, "sleep", lambda seconds: None)
     monkeypatch.setattr("mlcd_ds.data.shards.KEPT_SAMPLES", kept)
     shards = make_shards(tmp_path, [30, 10])
     loader = make_loader(tmp_path, shards)
@@ -639,6 +639,20 @@ def test_what_the_machine_lacks_ends_the_run_and_is_never_a_skip(tmp_path, monke
     assert loader.ledger.num_skipped == 0
     with pytest.raises(DataError, match=f"00001.tar: {os.strerror(number)}.*{cure}"):
         build_shard_table(shards, [tmp_path / "labels"], 3, 1.0, None, Topology.single(), allow_missing=True)
+
+
+def test_a_loader_process_that_cannot_hand_over_its_batch_ends_the_run_at_once(data, monkeypatch, capfd):
+    """torch hands tensors over as open files, in a thread whose exceptions nobody waits for."""
+
+    def refused(storage):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(torch.UntypedStorage, "_share_fd_cpu_", refused)
+    began = time.monotonic()
+    with pytest.raises(DataError, match="a loader process died .* while step 1 was waited for"):
+        collect(make_loader(*data, workers=1), 0, 2)
+    assert time.monotonic() - began < 60
+    assert "cannot hand over what it has read: OSError: [Errno 24] Too many open files" in capfd.readouterr().err
 
 
 def test_too_many_open_files_of_batches_are_told_with_the_cure(data):
@@ -653,13 +667,13 @@ def test_too_many_open_files_of_batches_are_told_with_the_cure(data):
 @pytest.mark.parametrize("name", ["open", "pread"])
 def test_a_bad_disk_is_waited_for_once_and_its_images_are_counted(tmp_path, monkeypatch, name):
     waits = []
-    monkeypatch.setattr(tars.time, "sleep", waits.append)
+    monkeypatch.setattr(storage.time, "sleep", waits.append)
     loader = make_loader(tmp_path, make_shards(tmp_path, [30, 10]))
     failing_reads(monkeypatch, name, errno.EIO)
     collect(loader, 0, 5)
     assert loader.ledger.skips == {(1, "damaged_tar"): 10}
     assert "Input/output error" in loader.ledger.names[0]
-    assert waits == list(tars.RETRY_SECONDS)
+    assert waits == list(storage.RETRY_SECONDS)
 
 
 def test_a_dry_run_on_captions_counts_what_is_there_and_takes_what_the_run_takes(tmp_path):

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from mlcd_ds.data import tars
+from mlcd_ds.data import storage, tars
+from mlcd_ds.data.storage import RETRY_SECONDS, UnreadableError
 from mlcd_ds.data.tars import (
     OpenTar,
-    UnreadableError,
     examine_tar,
     expand_shards,
     index_tar,
@@ -351,7 +351,7 @@ def test_a_tar_that_shrinks_while_it_is_read_is_an_error(tmp_path):
 def waits(monkeypatch):
     """Seconds that were waited between tries."""
     slept = []
-    monkeypatch.setattr(tars.time, "sleep", slept.append)
+    monkeypatch.setattr(storage.time, "sleep", slept.append)
     return slept
 
 
@@ -408,7 +408,7 @@ def test_what_the_machine_lacks_is_no_damage_of_a_tar(good, monkeypatch, waits, 
     with pytest.raises(UnreadableError, match=f"cannot read the tar .*x.tar: .*{words}"):
         examine_tar(good)
     tried_again = number in (errno.ESTALE, errno.ENOTCONN)
-    assert waits == (list(tars.RETRY_SECONDS) if tried_again else [])
+    assert waits == (list(RETRY_SECONDS) if tried_again else [])
 
 
 @pytest.mark.parametrize("name", ["open", "pread"])
@@ -436,7 +436,7 @@ def test_a_disk_that_fails_for_good_is_damage(good, monkeypatch, waits):
     monkeypatch.setattr(tars.os, "pread", failing_there)
     index, damage = examine_tar(good)
     assert index.keys == ("k0", "k1") and "cannot read the tar" in str(damage) and "Input/output error" in str(damage)
-    assert waits == list(tars.RETRY_SECONDS)
+    assert waits == list(RETRY_SECONDS)
     failing(monkeypatch, "open", errno.EIO, 10**6)
     index, damage = examine_tar(good)
     assert index.keys == () and not isinstance(damage, UnreadableError)

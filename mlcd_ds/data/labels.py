@@ -11,15 +11,17 @@ Shapes: n images of a shard, l labels stored per image.
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mlcd_ds.batch import NO_LABEL
+from mlcd_ds.data.storage import T, persistently
 from mlcd_ds.errors import DataError
 from mlcd_ds.files import write_bytes
 
@@ -116,13 +118,11 @@ def read_label_shard(path: str | Path) -> LabelShard:
     shard, or holds a label outside 0..k-1, a row longer than l, a key twice, or a cosine that is not a number.
     """
     path = Path(path)
-    try:
-        with path.open("rb") as file:
-            table = pq.read_table(file, columns=_SCHEMA.names, use_threads=False)
-    except FileNotFoundError:
-        raise DataError(f"the label file {path} does not exist. {_CURE}") from None
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"the label file {path} cannot be read: {error}. {_CURE}") from None
+
+    def parse(file: BinaryIO) -> pa.Table:
+        return pq.read_table(file, columns=_SCHEMA.names, use_threads=False)
+
+    table = _read(path, parse)
     info = _info(path, table.schema)
     try:
         keys = table.column("key").to_pylist()
@@ -155,20 +155,28 @@ def _digest(keys: Sequence[str], labels: np.ndarray, cosines: np.ndarray, info: 
 
 def read_label_info(path: str | Path) -> tuple[LabelsInfo, int]:
     """(what the shard is of, number of rows), from the file's footer alone. Raises DataError naming the file."""
-    path = Path(path)
-    try:
-        with path.open("rb") as file:
-            parquet = pq.ParquetFile(file)
-            return _info(path, parquet.schema_arrow), parquet.metadata.num_rows
-    except FileNotFoundError:
-        raise DataError(f"the label file {path} does not exist. {_CURE}") from None
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"the label file {path} cannot be read: {error}. {_CURE}") from None
+    footer = _read(Path(path), pq.read_metadata)
+    return _info(Path(path), footer.schema.to_arrow_schema()), footer.num_rows
 
 
 def read_dropped(path: str | Path) -> int:
     """How many rows of a label shard have no label because their features could not be used; from its footer."""
-    return int((pq.read_schema(path).metadata or {}).get(_DROPPED_KEY, b"0"))
+    return int((_read(Path(path), pq.read_schema).metadata or {}).get(_DROPPED_KEY, b"0"))
+
+
+def _read(path: Path, parse: Callable[[BinaryIO], T]) -> T:
+    """`parse` of the open file, again where a disk or a file server fails. Raises DataError naming the file."""
+
+    def read() -> T:
+        with path.open("rb") as file:
+            return parse(file)
+
+    try:
+        return persistently(read, f"the label file {path}")
+    except FileNotFoundError:
+        raise DataError(f"the label file {path} does not exist. {_CURE}") from None
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"the label file {path} cannot be read: {error}. {_CURE}") from None
 
 
 def _info(path: Path, schema: pa.Schema) -> LabelsInfo:

@@ -7,11 +7,14 @@ H height and width in pixels.
 import atexit
 import gc
 import math
+import os
 import signal
+import sys
 import weakref
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from multiprocessing.queues import Queue
 from multiprocessing.util import Finalize
 from pathlib import Path
 
@@ -27,7 +30,7 @@ from mlcd_ds.data.decode import IMAGE_PROBLEMS, ImageError
 from mlcd_ds.data.labels import draw_positives
 from mlcd_ds.data.plan import EpochPlan, augmentation_generator, positives_generator
 from mlcd_ds.data.shards import TAR_PROBLEMS, ShardContents, ShardReader, ShardTable, build_shard_table
-from mlcd_ds.data.tars import too_many_files
+from mlcd_ds.data.storage import too_many_files
 from mlcd_ds.data.tokenizer import CaptionTokenizer
 from mlcd_ds.data.transforms import decode_random_resized_crop
 from mlcd_ds.errors import ConfigError, DataError, UserError
@@ -272,6 +275,17 @@ def _start_worker(_: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     torch.set_num_threads(1)
+    Queue._on_queue_feeder_error = staticmethod(_end_unsent)  # multiprocessing's own prints it and loses the batch
+
+
+def _end_unsent(error: Exception, _: object) -> None:
+    """Ends a loader process whose batch cannot be handed over, so that the rank does not wait for it in vain."""
+    print(
+        f"loader process {os.getpid()} cannot hand over what it has read: {type(error).__name__}: {error}",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(1)
 
 
 def _close_at_exit(loader: "ImageLabelLoader") -> None:
@@ -490,8 +504,9 @@ class ImageLabelLoader:
             names = [data.table.names[shard] for shard in sorted(shards)]
             raise DataError(
                 f"a loader process died ({str(error).splitlines()[0]}) while step {step + 1} was waited for, whose images "
-                f"are in the tars {', '.join(names[:3])}{', ...' if names[3:] else ''}. Out of memory is the usual cause: "
-                "use fewer --workers or less --prefetch, and see that /dev/shm is large enough; then --resume auto."
+                f"are in the tars {', '.join(names[:3])}{', ...' if names[3:] else ''}. If it printed nothing above, out "
+                "of memory is the usual cause: use fewer --workers or less --prefetch, and see that /dev/shm is large "
+                "enough; then --resume auto."
             ) from None
         if piece.error is not None:
             raise DataError(piece.error)

@@ -26,13 +26,12 @@ from mlcd_ds.data.labels import (
     missing_labels,
     read_label_shard,
 )
+from mlcd_ds.data.storage import RETRY_SECONDS, UnreadableError
 from mlcd_ds.data.tar_index import FoundIndex, examine
 from mlcd_ds.data.tars import (
-    RETRY_SECONDS,
     MissingTarError,
     OpenTar,
     TarIndex,
-    UnreadableError,
     is_url,
     local_shard,
     shard_name,

@@ -14,19 +14,26 @@ import io
 import json
 import os
 import re
-import resource
 import shutil
 import subprocess
 import sys
 import tarfile
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import BinaryIO
 
 import numpy as np
 
+from mlcd_ds.data.storage import (
+    MACHINE_ERRORS,
+    RETRY_SECONDS,
+    SERVER_ERRORS,
+    T,
+    UnreadableError,
+    cure_of,
+    persistently,
+)
 from mlcd_ds.errors import DataError
 from mlcd_ds.files import write_bytes, write_text
 
@@ -47,17 +54,6 @@ _ZERO_BLOCK = bytes(BLOCK)
 _REGULAR = (b"0", b"\0", b"7")
 _LINKS_AND_SPECIAL = (b"1", b"2", b"3", b"4", b"5", b"6")
 _CURE = "Fetch or write it again, or take it out of the shard list."
-
-RETRY_SECONDS = (0.1, 0.5, 2.0, 5.0)
-"""Waits between the tries of a read that a disk or a file server refuses."""
-_MACHINE_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-_SERVER_ERRORS = (
-    errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ESHUTDOWN, errno.ECONNRESET, errno.ECONNABORTED,
-    errno.ECONNREFUSED, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH, errno.EREMOTEIO,
-)  # fmt: skip
-
-T = TypeVar("T")
-
 
 # ---------------------------------------------------------------------------------------------- which shards
 
@@ -199,8 +195,8 @@ def local_shard(path: str, cache_dir: str | Path | None, allow_pipe: bool = Fals
             raise UnreadableError(
                 f"{text}. Are the credentials valid, and may the cache folder be written to?"
             ) from None
-        if number in _MACHINE_ERRORS:
-            raise UnreadableError(f"{text}. {_cure_of(number)}") from None
+        if number in MACHINE_ERRORS:
+            raise UnreadableError(f"{text}. {cure_of(number)}") from None
         raise DataError(text) from None
     return target
 
@@ -238,55 +234,6 @@ def import_webdataset():
 # ---------------------------------------------------------------------------------------------- reading
 
 
-class UnreadableError(DataError):
-    """A tar cannot be read, for a reason that lies in the machine and not in the tar: no skip, the run ends."""
-
-
-def persistently(read: Callable[[], T], path: str | Path, waits: Sequence[float] = RETRY_SECONDS) -> T:
-    """`read()` of the tar `path`; where a disk or a file server fails, again after each of `waits` (seconds).
-
-    Raises UnreadableError, with the cure, for what lies in the machine: no more open files, no memory, no permission, a file
-    server that is still away after the last try. Any other OSError is raised as it is, a disk's (EIO) after the last try.
-    """
-    for wait in (*waits, None):
-        try:
-            return read()
-        except OSError as error:
-            cure = _cure_of(error.errno)
-            if cure is not None and (error.errno not in _SERVER_ERRORS or wait is None):
-                raise UnreadableError(f"cannot read the tar {path}: {error.strerror}. {cure}") from None
-            if wait is None or (cure is None and error.errno != errno.EIO):
-                raise
-        time.sleep(wait)
-    raise AssertionError("not reached")
-
-
-def _cure_of(number: int | None) -> str | None:
-    """What to do about an error that lies in the machine; None for any other."""
-    if number == errno.EMFILE:
-        return too_many_files()
-    if number == errno.ENFILE:
-        return "This host may open no more files (sysctl fs.file-max): raise that, or end what else runs here."
-    if number == errno.ENOMEM:
-        return "This host has no memory left: use fewer --workers or less --prefetch."
-    if number in (errno.EACCES, errno.EPERM):
-        return f"User {os.getuid()} may not read it: change its permissions, or start as its owner."
-    if number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-        return "What is fetched cannot be written: make room in --shard_cache, or choose another folder."
-    if number in _SERVER_ERRORS:
-        return "Its file server does not answer: see that the file system is mounted here and its server is up."
-    return None
-
-
-def too_many_files() -> str:
-    """What to do about EMFILE."""
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return (
-        f"This process may have {soft} files open at a time (ulimit -n). Raise the limit (ulimit -n {max(4096, 2 * soft)}, "
-        "LimitNOFILE= of a service, --ulimit nofile= of a container), or use fewer --workers or less --prefetch."
-    )
-
-
 class OpenTar:
     """A local tar, open to be read by offsets; close it, or use it as a context.
 
@@ -296,7 +243,7 @@ class OpenTar:
 
     def __init__(self, path: str | Path, waits: Sequence[float] = RETRY_SECONDS):
         self.path, self._waits = Path(path), waits
-        self._file: int | None = persistently(self._open, path, waits)
+        self._file: int | None = persistently(self._open, f"the tar {path}", waits)
         self.size = os.fstat(self._file).st_size
 
     def _open(self) -> int:
@@ -324,12 +271,12 @@ class OpenTar:
             try:
                 return read()
             except OSError as error:
-                if error.errno in _SERVER_ERRORS:  # from a stale handle nothing more will come
+                if error.errno in SERVER_ERRORS:  # from a stale handle nothing more will come
                     self.close()
                 raise
 
         try:
-            return persistently(again, self.path, self._waits)
+            return persistently(again, f"the tar {self.path}", self._waits)
         except OSError:
             self._waits = ()  # a bad disk: its other samples are not waited for
             raise
