@@ -154,6 +154,7 @@ class TrainEngine:
             config=_with_whole_blocks(model, settings) if options.compile or recompute.selective else settings.json,
             dist_init_required=False,
         )
+        self._copies = _float32_copies(self.engine.optimizer) if settings.zero_stage == 0 else {}
         self._set_recompute(model, recompute)
         if options.compile:
             compile_blocks(module for module in model.modules() if isinstance(module, Block))
@@ -523,8 +524,12 @@ class TrainEngine:
             if not parameter.requires_grad:
                 continue
             full = deepspeed.utils.safe_get_full_fp32_param(parameter) if partitioned else None
-            weights[name] = (parameter if full is None else full).detach().float().cpu()
+            weights[name] = (self._whole(parameter) if full is None else full).detach().float().cpu()
         return weights | self._frozen
+
+    def _whole(self, parameter: torch.nn.Parameter) -> torch.Tensor:
+        """What every rank steps of a parameter where nothing is partitioned: itself, or its float32 copy."""
+        return self._copies.get(id(parameter), parameter)
 
     def local_weights(self) -> Pieces:
         """Of each trained parameter, flattened, (where it begins, the part of its float32 weights that this rank steps).
@@ -545,7 +550,7 @@ class TrainEngine:
                 start = 0 if mapping is None else mapping.lp_fragment_address.start
                 values = parameter.new_empty(0) if mapping is None else mapping.get_hp_fragment()
             else:
-                whole = parameter.detach().view(-1)
+                whole = self._whole(parameter).detach().view(-1)
                 start = len(whole) * rank // ranks
                 values = whole[start : len(whole) * (rank + 1) // ranks]
             if len(values):
@@ -730,6 +735,13 @@ def to_universal(checkpoint_folder: Path, folder: Path) -> None:
         with contextlib.redirect_stdout(io.StringIO()):
             ds_to_universal.main(arguments)
     universal.make_uniform(folder / ENGINE_TAG)
+
+
+def _float32_copies(optimizer: object) -> dict[int, torch.Tensor]:
+    """{id(parameter): what is stepped of it} of DeepSpeed's optimizer for bfloat16 without ZeRO; empty for float32's."""
+    groups = zip(getattr(optimizer, "fp16_groups", ()), getattr(optimizer, "fp32_groups", ()), strict=True)
+    pairs = (pair for group in groups for pair in zip(*group, strict=True))
+    return {id(parameter): copy for parameter, copy in pairs}
 
 
 def _averaged(stats: list[dict[str, torch.Tensor]], weights_A: torch.Tensor) -> dict[str, torch.Tensor]:

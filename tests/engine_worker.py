@@ -7,6 +7,7 @@ from pathlib import Path
 import deepspeed
 import torch
 
+from mlcd_ds.averaging import WeightAverage
 from mlcd_ds.batch import NO_IMAGE, ImageLabelBatch, head_suffix
 from mlcd_ds.config import DeepSpeedDefaults, EncoderOptions, HeadConfig
 from mlcd_ds.ds_config import BatchSizes, resolve_deepspeed_config
@@ -210,6 +211,29 @@ def bad_step(engine: TrainEngine, batch: ImageLabelBatch, topology: Topology, wh
     }
 
 
+class WatchedAverage:
+    """A run's moving average as the engine's pieces give it, beside one of the whole float32 weights."""
+
+    def __init__(self, engine: TrainEngine, decay: float):
+        self.engine, self.average = engine, WeightAverage(decay, engine.local_weights(), engine.trained_shapes())
+        self.whole = self._weights()
+
+    def _weights(self) -> dict[str, torch.Tensor]:
+        return {name: weight.double() for name, weight in self.engine.encoder_weights().items()}
+
+    def update(self) -> None:
+        self.average.update(self.engine.local_weights())
+        decay = self.average.decay
+        self.whole = {name: decay * self.whole[name] + (1 - decay) * now for name, now in self._weights().items()}
+
+    def error(self, topology: Topology) -> float:
+        """Largest difference, as a share of how far the averages are from the weights."""
+        found, now = self.average.whole(topology), self._weights()
+        assert set(found) == set(self.whole)
+        way = max((self.whole[name] - now[name]).abs().max().item() for name in now)
+        return max((found[name].double() - self.whole[name]).abs().max().item() for name in now) / way
+
+
 def steps_with_bad_ones(topology: Topology, stage: int, accumulation: int, precision: str) -> dict:
     """Good steps with bad ones between them, and a twin without: the good ones must be the same, bit for bit."""
     schedule = {"total_num_steps": 10, "warmup_num_steps": 2, "warmup_type": "linear"}
@@ -220,16 +244,24 @@ def steps_with_bad_ones(topology: Topology, stage: int, accumulation: int, preci
     ends = []
     for has_bad in (True, False):
         engine = build(topology, stage, accumulation, False, {"sample_rate": SAMPLE_RATE}, **json)
-        learning_rates = []
+        learning_rates, average = [], WatchedAverage(engine, 0.9)
         for step in (0, 2, 3, 4):
             batch = own_part(batch_of_step(step), topology)
             result = engine.train_step(batch, step)
+            average.update()
             learning_rates.append(result.learning_rate)
             if has_bad and step == 2:
                 found |= {what: bad_step(engine, batch, topology, what) for what in BAD}
                 counts = (engine.skipped_steps, engine.engine.skipped_steps, engine.engine.global_steps)
                 found["counts"], found["micro_steps"] = counts, engine.engine.micro_steps
+        found["average_error"] = average.error(topology)
         weights, (head,) = engine.encoder_weights(), engine.heads
+        found["finer"] = any((weight != weight.bfloat16()).any().item() for weight in weights.values())
+        found["unlike"] = [
+            name
+            for name, p in engine.engine.module.named_parameters()
+            if p.numel() and not torch.equal(weights[name].to(p.dtype), p.detach())
+        ]  # at stage 3 there is nothing left of them between steps
         rest = {"centers": head.centers.detach(), "learning_rates": torch.tensor(learning_rates)}
         ends.append(weights | rest | engine.head_optimizers[0].state_dict())
     bad, good = ends

@@ -244,6 +244,16 @@ def test_one_ranks_bad_step_is_skipped_by_encoder_and_head_everywhere(results, c
         assert found["last_moved"]
 
 
+@pytest.mark.parametrize("combination", [(ranks, *each) for ranks in (1, 2) for each in BAD_COMBINATIONS[ranks]])
+def test_moving_average_is_of_the_float32_weights(results, combination):
+    """At every ZeRO stage, in bfloat16 too: kept in pieces it is the average of the whole weights."""
+    world_size, *rest = combination
+    for rank in results[world_size]:
+        found = rank[f"bad,{tuple(rest)}"]
+        assert found["average_error"] < 1e-3
+        assert found["finer"] and found["unlike"] == []  # of the weights themselves: float32, and those that are used
+
+
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_bad_gradient_of_the_second_head_alone_moves_nothing(results, world_size):
     for rank in results[world_size]:
