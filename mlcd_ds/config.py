@@ -845,6 +845,8 @@ class ReproduceConfig(Settings):
     steps: int = Field(2500, ge=20, description="optimizer steps of every encoder")
     lit_steps: int = Field(500, ge=20, description="optimizer steps of a text tower fitted to a locked encoder")
     k: int = Field(1000, ge=2, description="clusters of the comparison")
+    scale: Finite = Field(64.0, gt=0, description="of the cosines in cd, mlc and mlcd: the paper's S")
+    margin: Finite = Field(0.3, ge=0, lt=1.5, description="of arc, radians, in cd, mlc and mlcd")
     seeds: int = Field(3, ge=1, description="of the comparison")
     ablations: bool = Field(True, description="also other l, r and k")
     ablation_seeds: int = Field(1, ge=1, description="of each value that the comparison does not have")

@@ -25,6 +25,7 @@ from mlcd_ds.data.tars import write_tar
 from mlcd_ds.data.tokenizer import train_tokenizer
 from mlcd_ds.data.transforms import resize_shorter_and_center_crop
 from mlcd_ds.errors import ConfigError, DataError
+from mlcd_ds.evaluation import retrieval, zero_shot
 from mlcd_ds.evaluation.results import read_results
 from mlcd_ds.evaluation.retrieval import own_ranks, retrieval_set
 from mlcd_ds.evaluation.text_sets import evaluate_text_sets
@@ -151,10 +152,10 @@ def test_results_are_written_in_clip_benchmarks_shape(trained, sets, tmp_path, c
         config = ZeroShotConfig(model="x", root=str(tmp_path / "root"), datasets=datasets)
         assert [found.name for found in find_test_sets(config, CLASSES_FILE)] == ["wds/vtab/cifar10"]
     config = ZeroShotConfig(model=f"run:{trained}", root=str(root), output_dir=str(tmp_path))
-    evaluate_text_sets(config, zero_shot_set, CLASSES_FILE)
+    evaluate_text_sets(config, zero_shot.TASK, zero_shot_set, CLASSES_FILE)
     evaluate_text_sets(
         RetrievalConfig(model=f"run:{trained}", root=str(root), output_dir=str(tmp_path)),
-        retrieval_set, None,
+        retrieval.TASK, retrieval_set, None,
     )  # fmt: skip
     found = {(result.dataset, result.task): result for result in read_results(tmp_path).values()}
     assert set(found) == {(name, "zeroshot_classification") for name in ("one", "many")} | {
@@ -179,9 +180,11 @@ def test_finished_sets_are_kept_and_the_others_made(trained, tmp_path, capsys):
             made.append(tested.name)
             return evaluate(config, tested, *rest)
 
-        kind = RetrievalConfig if evaluate is retrieval_set else ZeroShotConfig
+        kind, task, marker = ZeroShotConfig, zero_shot.TASK, CLASSES_FILE
+        if evaluate is retrieval_set:
+            kind, task, marker = RetrievalConfig, retrieval.TASK, None
         settings = {"model": config.model, "root": config.root, "output_dir": config.output_dir} | changes
-        evaluate_text_sets(kind(**settings), noting, None if kind is RetrievalConfig else CLASSES_FILE)
+        evaluate_text_sets(kind(**settings), task, noting, marker)
         return made
 
     def killed(config, tested, *rest):
@@ -215,7 +218,7 @@ def test_what_does_not_fit_is_refused_with_the_cure(trained, tmp_path):
     def refused(match, error=DataError, **changes):
         values = {"model": f"run:{trained}", "root": str(tmp_path), "datasets": "one"} | changes
         with pytest.raises(error, match=match):
-            evaluate_text_sets(ZeroShotConfig(**values), zero_shot_set, CLASSES_FILE)
+            evaluate_text_sets(ZeroShotConfig(**values), zero_shot.TASK, zero_shot_set, CLASSES_FILE)
 
     refused("holds no test/", datasets="absent")
     refused("holds no set", datasets="all")
@@ -231,7 +234,7 @@ def test_what_does_not_fit_is_refused_with_the_cure(trained, tmp_path):
     refused("--templates FILE names another file")
     with pytest.raises(ConfigError, match="--recall_k '0,1'"):
         config = RetrievalConfig(model=f"run:{trained}", root=str(tmp_path), datasets="pairs", recall_k="0,1")
-        evaluate_text_sets(config, retrieval_set, None)
+        evaluate_text_sets(config, retrieval.TASK, retrieval_set, None)
 
 
 # ---------------------------------------------------------------------------------------------- retrieval
@@ -323,12 +326,12 @@ def test_transformers_computes_the_same_features_and_the_folder_comes_back_bit_f
 def test_the_folder_scores_what_the_run_scores(trained, sets, tmp_path):
     root, _ = sets
     export(trained, tmp_path / "out")
-    for config, evaluate in (
-        (ZeroShotConfig(model="x", root=str(root), datasets="one"), zero_shot_set),
-        (RetrievalConfig(model="x", root=str(root), datasets="pairs"), retrieval_set),
+    for config, task, evaluate in (
+        (ZeroShotConfig(model="x", root=str(root), datasets="one"), zero_shot.TASK, zero_shot_set),
+        (RetrievalConfig(model="x", root=str(root), datasets="pairs"), retrieval.TASK, retrieval_set),
     ):
         one, other = (
-            evaluate_text_sets(config.model_copy(update={"model": model}), evaluate, None)[0].metrics
+            evaluate_text_sets(config.model_copy(update={"model": model}), task, evaluate, None)[0].metrics
             for model in (f"run:{trained}", f"hf:{tmp_path / 'out'}")
         )
         assert one == pytest.approx(other, abs=1e-6)

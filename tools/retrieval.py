@@ -12,13 +12,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mlcd_ds import cli
 from mlcd_ds.config import RetrievalConfig
-from mlcd_ds.evaluation.retrieval import retrieval_set
+from mlcd_ds.evaluation.retrieval import TASK, retrieval_set
 from mlcd_ds.evaluation.text_sets import evaluate_text_sets
 
 
 def retrieval(config: RetrievalConfig) -> None:
     """Looks for images by their captions and for captions by their images: recall at 1, 5, 10."""
-    evaluate_text_sets(config, retrieval_set, None)
+    evaluate_text_sets(config, TASK, retrieval_set, None)
 
 
 if __name__ == "__main__":

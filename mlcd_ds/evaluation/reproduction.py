@@ -30,7 +30,7 @@ from mlcd_ds.files import make_folder, write_json, write_text
 ROOT = Path(__file__).resolve().parents[2]
 OBJECTIVES = ("cd", "mlc", "mlcd")
 ENCODERS = ("clip", *OBJECTIVES)
-FIXED = ("root", "deepspeed_config", "ranks", "model", "text_model", "steps", "lit_steps", "k")
+FIXED = ("root", "deepspeed_config", "ranks", "model", "text_model", "steps", "lit_steps", "k", "scale", "margin")
 """Settings that a folder keeps; seeds and ablations may be added to it."""
 POSITIVES = 8
 """l of the comparison: the paper's."""
@@ -38,8 +38,8 @@ SAMPLE_RATE = 0.1
 """r of the comparison: the paper's."""
 NEIGHBOURS = 20
 """k of the nearest-neighbour column."""
-HEAD = {"scale": 24, "margin": 0, "head_lr_scale": 3}
-"""For runs of a few thousand steps (docs/results/scenes64.md): the paper's S = 64 and margin 0.3 are for many thousands."""
+HEAD_LR_SCALE = 3
+"""For runs of a few thousand steps (docs/results/scenes64.md)."""
 IMAGES = {"crop_scale_min": 0.8}
 """Objects of these scenes are as small as a quarter of the side: harder crops cut them away."""
 
@@ -195,7 +195,8 @@ def table(rows: Mapping[str, Sequence[Mapping[str, float]]], columns: Sequence[C
 def _heading(config: ReproduceConfig) -> str:
     return (
         f"{config.model}, {config.steps} steps each (CLIP from scratch, cd, mlc, mlcd), {config.lit_steps} steps of LiT, "
-        f"{config.ranks} ranks, `{config.deepspeed_config}`, k = {config.k}, l = {POSITIVES}, r = {SAMPLE_RATE}. Per cent; "
+        f"{config.ranks} ranks, `{config.deepspeed_config}`, k = {config.k}, l = {POSITIVES}, r = {SAMPLE_RATE}, "
+        f"S = {config.scale:g}, margin {config.margin:g}. Per cent; "
         "mean and standard deviation over seeds. The labels of all seeds are from the first seed's CLIP.\n\n"
     )
 
@@ -290,8 +291,9 @@ class Stages:
         flags = {
             "labels": self.folder / f"labels_{run.k}", "centers": self.folder / f"centers_{run.k}",
             "num_positives": run.l, "sample_rate": run.r, "objective": run.objective, "seed": run.seed,
+            "scale": self.config.scale, "margin": self.config.margin, "head_lr_scale": HEAD_LR_SCALE,
         }  # fmt: skip
-        self.train(run.name, HEAD | flags)
+        self.train(run.name, flags)
         self.evaluate(run.name)
         if lit:
             self.lit(run.name, run.seed)

@@ -5,8 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from mlcd_ds import collectives
-from mlcd_ds.config import TextEvaluationConfig, ZeroShotConfig
-from mlcd_ds.evaluation import retrieval, zero_shot
+from mlcd_ds.config import TextEvaluationConfig
 from mlcd_ds.evaluation.results import Result, find_result, write_result
 from mlcd_ds.evaluation.sets import KEPT, local_files, model_files, settings_of
 from mlcd_ds.evaluation.towers import TestSet, Towers, find_test_sets, load_towers
@@ -16,12 +15,12 @@ from mlcd_ds.topology import Topology
 Evaluate = Callable[[TextEvaluationConfig, TestSet, Towers, Topology], Result]
 
 
-def evaluate_text_sets(config: TextEvaluationConfig, evaluate: Evaluate, marker: str | None) -> list[Result]:
+def evaluate_text_sets(config: TextEvaluationConfig, task: str, evaluate: Evaluate, marker: str | None) -> list[Result]:
     """Evaluates every set that `config` names; rank 0 writes a result file as each is done, and a line.
 
     A result in --output_dir that these towers and settings have made, newer than its inputs, is kept, unless --overwrite.
-    marker: the file by which `--datasets all` knows a set; None: sets for retrieval. Raises what `evaluate` raises, the sets
-    before it done.
+    task: of the results of `evaluate`. marker: the file by which `--datasets all` knows a set; None: sets for retrieval.
+    Raises what `evaluate` raises, the sets before it done.
     """
     topology = Topology.from_environment()
     if topology.is_distributed:
@@ -31,7 +30,7 @@ def evaluate_text_sets(config: TextEvaluationConfig, evaluate: Evaluate, marker:
     sets = collectives.on_main(topology, find_test_sets, config, marker)
     towers = load_towers(config, topology.device)
     results = []
-    kept = collectives.on_main(topology, _finished, config, sets, towers)
+    kept = collectives.on_main(topology, _finished, config, task, sets, towers)
     for tested in sets:
         result = kept.get(tested.name)
         if result is None:
@@ -58,11 +57,10 @@ def _origin(config: TextEvaluationConfig, tested: TestSet, towers: Towers) -> di
     return {"folder": str(tested.folder), "encoder": towers.identity, "settings": settings_of(config)}
 
 
-def _finished(config: TextEvaluationConfig, sets: list[TestSet], towers: Towers) -> dict[str, Result]:
+def _finished(config: TextEvaluationConfig, task: str, sets: list[TestSet], towers: Towers) -> dict[str, Result]:
     """{set: its result} of those that need not be evaluated."""
     if config.output_dir is None or config.overwrite:
         return {}
-    task = zero_shot.TASK if isinstance(config, ZeroShotConfig) else retrieval.TASK
     named = [Path(file) for name in ("classnames", "templates") if (file := getattr(config, name, None))]
     found = {}
     for tested in sets:
