@@ -49,7 +49,7 @@ WINDOW = 4096
 LARGE_WINDOW = 1 << 16
 """The same, while one such window holds several headers."""
 READ_AHEAD = 1 << 17
-"""Bytes that are read at a time where most of them are wanted, in ascending order."""
+"""Bytes that are read at a time where most of them are wanted, in ascending order, and several samples fit."""
 _ZERO_BLOCK = bytes(BLOCK)
 _REGULAR = (b"0", b"\0", b"7")
 _LINKS_AND_SPECIAL = (b"1", b"2", b"3", b"4", b"5", b"6")
@@ -599,7 +599,9 @@ def read_samples(
         with OpenTar(index.path) as tar:
             if end > tar.size:
                 raise DataError(f"the tar {path} has {tar.size} bytes, its index says {end}: did the file change?")
-            ahead = READ_AHEAD if 2 * total > end - first else 0
+            ahead = 0
+            if 2 * total > end - first:  # large members are not worth a copy: one read each, and one for the small ones
+                ahead = READ_AHEAD if 8 * total < READ_AHEAD * len(members) else WINDOW
             window, base = b"", 0
             for key in index.keys:
                 parts = {}
