@@ -305,7 +305,7 @@ def run_steps(
         if stops or is_due(step, config.save_every_steps, plan.length):
             watch.does("saves", step)
             with longer_waits(longest_wait(config), config.timeout_minutes):
-                saved = saver.save(step)
+                saved = saver.save_last(step) if step == total_steps else saver.save(step)
         if stops:
             raise stopped(step, saved, watch, store)
     loader.close()
@@ -394,11 +394,25 @@ class Saver:
         self.failed = 0
         """Saves in a row that could not be written."""
 
-    def save(self, step: int) -> bool:
+    def save_last(self, step: int) -> bool:
+        """`save` of the last step, which no later one makes up for: tried twice. True.
+
+        Raises SaveError where neither try could be written: the run is not done.
+        """
+        if self.save(step, "It is tried once more") or self.save(step, "The run ends without it"):
+            return True
+        raise SaveError(
+            f"the last step, {step}, could not be saved (twice, see above): the run is not done. The last good checkpoint is "
+            f"{self.store.newest()}. Make room or mend the disk, then --resume auto, which does the steps after it again."
+        )
+
+    def save(self, step: int, then: str = "") -> bool:
         """Writes and publishes the checkpoint of `step`: False where the disk did not let it, on every rank.
 
-        Raises SaveError after --max_failed_saves in a row, NonFiniteError where a weight is no number.
+        then: what comes after a failed save, for people. Raises SaveError after --max_failed_saves in a row, NonFiniteError
+        where a weight is no number.
         """
+        then = then or f"The run goes on, and stops after {self.config.max_failed_saves} failed saves in a row"
         self._refuse_bad_weights(step)
         started = time.monotonic()
         is_main = self.store.topology.is_main
@@ -411,8 +425,7 @@ class Saver:
             if is_main:
                 print(
                     f"WARNING: CHECKPOINT NOT SAVED at step {step} ({self.failed} in a row): {error}. The last good one is "
-                    f"{newest}. The run goes on, and stops after {self.config.max_failed_saves} failed saves in a row: "
-                    "make room on the disk.",
+                    f"{newest}. {then}: make room on the disk.",
                     flush=True,
                 )
             if self.failed >= self.config.max_failed_saves:
@@ -461,9 +474,19 @@ def stopped(step: int, saved: bool, watch: Watch, store: CheckpointStore) -> Pre
     """What every rank ends with once all have agreed to stop after `step`."""
     reasons = collectives.gather_objects(watch.stop_reason, store.topology)
     rank, reason = next((rank, text) for rank, text in enumerate(reasons) if text)
-    newest = store.newest()
-    kept = f"saved as {newest}" if saved else f"NOT saved, the last good checkpoint is {newest}"
-    return Preempted(f"after step {step}, on rank {rank}: {reason}; {kept}. --resume auto goes on from there")
+    last = collectives.on_main(store.topology, checkpoint.published, store.folder)[-1:]
+    if saved:
+        kept = f"saved as {last[0]}. --resume auto goes on from there"
+    elif last:
+        kept = (
+            f"NOT SAVED, for the disk did not let it (see above). Make room, then --resume auto: it goes on from step "
+            f"{checkpoint.step_of(last[0])}, {last[0]}, and does the steps after it again"
+        )
+    else:
+        kept = (
+            "NOT SAVED, for the disk did not let it (see above), nor was any step before: make room, then start again"
+        )
+    return Preempted(f"after step {step}, on rank {rank}: {reason}; {kept}")
 
 
 def is_due(step: int, every: int, length: RunLength) -> bool:

@@ -1,0 +1,120 @@
+"""The loop over the steps with an engine that only writes: what a save that fails at the wrong moment leaves behind."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from mlcd_ds import checkpoint, run_loop
+from mlcd_ds.checkpoint import CheckpointStore, published, step_of
+from mlcd_ds.errors import Preempted, SaveError
+from mlcd_ds.files import save_tensors
+from mlcd_ds.profiling import PhaseClock
+from mlcd_ds.run_folder import RunFolder
+from mlcd_ds.topology import Topology
+
+STEPS, SAVE_EVERY = 4, 2
+
+
+class Progress:
+    """Tells nothing."""
+
+    first_step = 0
+
+    def __init__(self, *_, **__):
+        pass
+
+    def timing_waits(self, batches):
+        return batches
+
+    def report(self, *_):
+        pass
+
+
+class Loop:
+    """A run of four steps, saved at every second. full: the saves, by number, that find no room; stop_after: this step."""
+
+    def __init__(self, folder, monkeypatch, full=(), stop_after=None, max_failed_saves=3):
+        self.folder, self.saves, self.full = folder, 0, full
+        self.topology = Topology.single()
+        self.store = CheckpointStore(folder, self.topology, 3)
+        self.run = RunFolder(folder)
+        monkeypatch.setattr(run_loop, "samples_per_second_at_peak", lambda *_: 1.0)
+        monkeypatch.setattr(run_loop, "set_timeout_of_every_group", lambda *_: None)
+        self.engine = SimpleNamespace(
+            clock=PhaseClock(torch.device("cpu")), skipped_steps=0, not_finite=lambda: "", save=self.save, monitor_events=lambda events: None,
+            tensorboard=None, train_step=self.step,
+        )  # fmt: skip
+        self.loader = SimpleNamespace(
+            iterate=lambda first, last, ahead: iter(range(first, last)), close=lambda: None,
+            totals=lambda: {"columns": [], "shards": {}},
+        )  # fmt: skip
+        self.config = SimpleNamespace(
+            seed=0, profile_steps=None, max_bad_steps=5, log_every_steps=1, save_every_steps=SAVE_EVERY, model="tiny",
+            timeout_minutes=1, start_timeout_minutes=1, max_failed_saves=max_failed_saves,
+        )  # fmt: skip
+        self.plan = SimpleNamespace(
+            settings=SimpleNamespace(global_batch=4, zero_stage=1), world_size=1,
+            length=SimpleNamespace(total_steps=STEPS),
+        )  # fmt: skip
+        self.stop_after = stop_after
+        self.watch = SimpleNamespace(
+            enter_loop=lambda: None, does=lambda *_: None, stop_wanted=lambda: False, stop_reason="SIGTERM",
+            in_loop=True, stop_beating=lambda: None,
+        )  # fmt: skip
+
+    def step(self, batch, step, **_):
+        return SimpleNamespace(applied=True, stop_ranks=int(step + 1 == self.stop_after))
+
+    def save(self, folder, model):
+        self.saves += 1
+        if self.saves in self.full:
+            raise OSError(28, "No space left on device")
+        checkpoint.save_rows(folder / "head", 0, 5, 5, {"centers": torch.zeros(5, 2)})
+        save_tensors(folder / "ranks" / checkpoint.rank_file(0), {"torch": torch.get_rng_state()})
+        (folder / "encoder" / "encoder.json").write_text("{}")
+
+    def go(self):
+        run_loop.run_steps(
+            self.run, self.config, self.plan, self.topology, self.watch, engine=self.engine, loader=self.loader,
+            store=self.store, found=None, samples_per_epoch=4, telling=Progress,
+        )  # fmt: skip
+
+    @property
+    def steps(self):
+        return [step_of(path) for path in published(self.folder / "checkpoints")]
+
+    @property
+    def status(self):
+        return json.loads((self.folder / "status.json").read_text())
+
+
+def test_a_last_save_that_fails_once_is_tried_again(tmp_path, monkeypatch, capsys):
+    loop = Loop(tmp_path, monkeypatch, full=(2,))
+    loop.go()
+    assert loop.steps == [2, 4] and loop.status["state"] == "done"
+    assert "CHECKPOINT NOT SAVED at step 4 (1 in a row)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("max_failed_saves", [1, 2, 3])
+def test_a_run_whose_last_step_is_not_saved_is_not_done(tmp_path, monkeypatch, max_failed_saves):
+    loop = Loop(tmp_path, monkeypatch, full=(2, 3), max_failed_saves=max_failed_saves)
+    with pytest.raises(SaveError, match="step_000000002.*Make room or mend the disk, then --resume auto"):
+        loop.go()
+    assert loop.steps == [2] and loop.status["state"] == "running"  # what ends a run is noted by run_loop.watched
+    assert SaveError.exit_code == 7
+
+
+@pytest.mark.parametrize(
+    ("full", "stop_after", "words"),
+    [
+        ((), 3, "saved as .*step_000000003. --resume auto goes on from there"),
+        ((2,), 3, "NOT SAVED.*Make room, then --resume auto: it goes on from step 2, .*step_000000002"),
+        ((1,), 1, "NOT SAVED.*nor was any step before"),
+    ],
+)
+def test_a_run_that_is_stopped_says_what_was_saved(tmp_path, monkeypatch, full, stop_after, words):
+    loop = Loop(tmp_path, monkeypatch, full=full, stop_after=stop_after)
+    with pytest.raises(Preempted, match=f"after step {stop_after}, on rank 0: SIGTERM; {words}"):
+        loop.go()
