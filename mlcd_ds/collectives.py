@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from mlcd_ds.errors import UserError
+from mlcd_ds.errors import Preempted, UserError
 from mlcd_ds.topology import Topology
 
 T = TypeVar("T")
@@ -149,13 +149,14 @@ def barrier(topology: Topology) -> None:
 def on_main(topology: Topology, function: Callable[..., T], *arguments) -> T:
     """`function(*arguments)` on rank 0 alone: its result, or the error it raises, on every rank.
 
-    A UserError arrives as it is; what else goes wrong, as a RuntimeError on the others, so that they do not wait in vain.
+    A UserError arrives as it is, and so does a wish to stop; what else goes wrong, as a RuntimeError on the others, so that
+    they do not wait in vain.
     """
     result, error = None, None
     if topology.is_main:
         try:
             result = function(*arguments)
-        except UserError as raised:
+        except (UserError, Preempted) as raised:
             error = raised
         except Exception as raised:
             gather_objects((None, RuntimeError(f"rank 0: {type(raised).__name__}: {raised}")), topology)

@@ -64,7 +64,11 @@ class DeviceMemoryError(UserError):
     exit_code = 8
 
 
-class Preempted(UserError):
-    """The run was asked to stop (a signal, a launcher that is gone), and has; --resume auto goes on from there."""
+class Preempted(BaseException):
+    """The run was asked to stop (a signal, a launcher that is gone), and has; --resume auto goes on from there.
+
+    No Exception, as KeyboardInterrupt is none: a signal raises it anywhere while a run starts, and whoever takes any
+    Exception there for damage of what is being read would throw away a good checkpoint.
+    """
 
     exit_code = 75

@@ -158,7 +158,7 @@ class RunFolder:
             print(f"status.json of {self.path} could not be written: {trouble}", flush=True)
 
     def _note(self, error: BaseException, rank: int) -> None:
-        reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        reason = str(error) if isinstance(error, UserError | Preempted) else f"{type(error).__name__}: {error}"
         if rank > 0:
             if not isinstance(error, PeerError):  # which took its time already
                 time.sleep(errors.SECONDS_FOR_RANK_0)

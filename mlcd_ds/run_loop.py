@@ -402,8 +402,8 @@ class Saver:
         if self.save(step, "It is tried once more") or self.save(step, "The run ends without it"):
             return True
         raise SaveError(
-            f"the last step, {step}, could not be saved (twice, see above): the run is not done. The last good checkpoint is "
-            f"{self.store.newest()}. Make room or mend the disk, then --resume auto, which does the steps after it again."
+            f"the last step, {step}, could not be saved (twice, see above): the run is not done. The last good checkpoint "
+            f"is {self.store.newest()}. Make room or mend the disk, then --resume auto, which does the steps after it again."
         )
 
     def save(self, step: int, then: str = "") -> bool:

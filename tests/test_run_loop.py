@@ -1,18 +1,25 @@
-"""The loop over the steps with an engine that only writes: what a save that fails at the wrong moment leaves behind."""
+"""Runs with an engine that only writes: what saves that fail, and signals that come, at a wrong moment leave behind."""
 
 import json
+import os
+import signal
 from types import SimpleNamespace
 
 import pytest
 import torch
+from ranks import run_ranks
+from toy_data import make_shards
 
-from mlcd_ds import checkpoint, run_loop
+from mlcd_ds import checkpoint, collectives, run_loop, universal
 from mlcd_ds.checkpoint import CheckpointStore, published, step_of
+from mlcd_ds.data import shards as shard_table
+from mlcd_ds.data import tars
 from mlcd_ds.errors import Preempted, SaveError
 from mlcd_ds.files import save_tensors
 from mlcd_ds.profiling import PhaseClock
 from mlcd_ds.run_folder import RunFolder
 from mlcd_ds.topology import Topology
+from mlcd_ds.watch import Watch
 
 STEPS, SAVE_EVERY = 4, 2
 
@@ -43,7 +50,8 @@ class Loop:
         monkeypatch.setattr(run_loop, "samples_per_second_at_peak", lambda *_: 1.0)
         monkeypatch.setattr(run_loop, "set_timeout_of_every_group", lambda *_: None)
         self.engine = SimpleNamespace(
-            clock=PhaseClock(torch.device("cpu")), skipped_steps=0, not_finite=lambda: "", save=self.save, monitor_events=lambda events: None,
+            clock=PhaseClock(torch.device("cpu")), skipped_steps=0, not_finite=lambda: "",
+            save=self.save, monitor_events=lambda events: None,
             tensorboard=None, train_step=self.step,
         )  # fmt: skip
         self.loader = SimpleNamespace(
@@ -118,3 +126,55 @@ def test_a_run_that_is_stopped_says_what_was_saved(tmp_path, monkeypatch, full, 
     loop = Loop(tmp_path, monkeypatch, full=full, stop_after=stop_after)
     with pytest.raises(Preempted, match=f"after step {stop_after}, on rank 0: SIGTERM; {words}"):
         loop.go()
+
+
+def signalled(function):
+    """`function`, in which a signal comes that asks the run to stop."""
+
+    def call(*arguments, **options):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return function(*arguments, **options)
+
+    return call
+
+
+def test_a_signal_while_checkpoints_are_verified_leaves_them_as_they_are(tmp_path, monkeypatch):
+    loop = Loop(tmp_path, monkeypatch)
+    loop.go()
+    monkeypatch.setattr(checkpoint, "sha256", signalled(checkpoint.sha256))
+    with pytest.raises(Preempted, match="SIGTERM before the first step"):
+        with Watch(loop.topology, 1, 60):
+            loop.store.find(lambda text: pytest.fail(text))
+    assert loop.steps == [2, 4]
+
+
+def test_a_signal_while_files_are_read_is_no_fault_of_theirs(tmp_path, monkeypatch):
+    """Where whatever a reader raises is damage: a tar's labels, a tar that is fetched, DeepSpeed's pickles."""
+    shards = make_shards(tmp_path, [2])
+    torch.save({}, tmp_path / "states.pt")
+    pickles = torch.serialization
+    names = {shard_table: "read_label_shard", tars: "_open_remote", pickles: "get_unsafe_globals_in_checkpoint"}
+    readers = {
+        shard_table: lambda: shard_table.build_shard_table(
+            shards, [tmp_path / "labels"], 3, 0.0, None, Topology.single()
+        ),
+        tars: lambda: tars.local_shard(f"local://{shards[0]}", str(tmp_path / "cache")),
+        pickles: lambda: universal.refuse_foreign_pickles(tmp_path),
+    }
+    for owner, read in readers.items():
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, names[owner], signalled(getattr(owner, names[owner])))
+            with pytest.raises(Preempted), Watch(Topology.single(), 1, 60):
+                read()
+    assert list((tmp_path / "cache").rglob("*.tmp")) == []
+
+
+def test_a_signal_in_what_rank_0_does_for_all_stops_every_rank():
+    def stop():
+        raise Preempted("asked to")
+
+    def on(topology):
+        with pytest.raises(Preempted, match="asked to"):
+            collectives.on_main(topology, stop)
+
+    run_ranks(2, on)
