@@ -22,11 +22,13 @@ see the same file system.
 """
 
 import contextlib
+import errno
 import hashlib
 import itertools
 import json
 import re
 import shutil
+import stat
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +40,7 @@ from safetensors.torch import load_file
 from mlcd_ds import collectives
 from mlcd_ds.batch import head_suffix
 from mlcd_ds.data import tokenizer as tokenizers
+from mlcd_ds.data.storage import UnreadableError, cure_of, persistently
 from mlcd_ds.data.tokenizer import CaptionTokenizer
 from mlcd_ds.errors import CheckpointError, NewerFormatError, SaveError
 from mlcd_ds.files import comes_into_sight, save_tensors, sha256, sync_file, sync_folder, write_json, write_text
@@ -172,9 +175,10 @@ class CheckpointStore:
     def find(self, announce=print) -> Checkpoint | None:
         """The newest checkpoint that is whole, verified by all ranks, a share of its files each; None when there is none.
 
-        A damaged one is announced by name, set aside as damaged_step_N, and the one before it taken. Raises
-        CheckpointError, on every rank, when there are checkpoints and none is whole, or when the newest is of a later
-        format: that is no damage, and going back would throw away work.
+        A damaged one is announced by name, set aside as damaged_step_N, and the one before it taken. Raises, on every
+        rank, CheckpointError when there are checkpoints and none is whole, when the damaged one cannot be renamed, or when
+        the newest is of a later format; UnreadableError when it cannot be read for a reason that lies in a machine. These
+        two are no damage, and going back would throw away work.
         """
         problems, damaged = [], []
         for path in collectives.on_main(self.topology, published, self.folder)[::-1]:
@@ -182,9 +186,7 @@ class CheckpointStore:
             if problem is None:
                 # Out of the way, by a name that nobody looks for: the run will come to this step again, and neither its
                 # new checkpoint nor the count of those to keep may meet the old one.
-                if self.topology.is_main:
-                    for other in damaged:
-                        other.rename(_free_name(other))
+                collectives.on_main(self.topology, _set_aside, damaged)
                 return collectives.on_main(self.topology, read_state, path)
             problems.append(problem)
             damaged.append(path)
@@ -200,19 +202,21 @@ class CheckpointStore:
         """What is wrong with a published checkpoint, the same on every rank; None where nothing is."""
         found = None
         try:
+            _wait_for_files(path, self.topology.rank, self.topology.world_size)
             verify(path, self.topology.rank, self.topology.world_size)
             if self.topology.is_main:
                 read_state(path)
-        except CheckpointError as error:
+        except (CheckpointError, UnreadableError) as error:
             found = error
-        except (
-            Exception
-        ) as error:  # a bad disk, a manifest of another shape: whatever it is, this checkpoint is not whole
+        except MemoryError:
+            found = UnreadableError(f"cannot read {path}: {cure_of(errno.ENOMEM)}")
+        except Exception as error:  # a bad disk, a manifest of another shape: this checkpoint is not whole
             found = CheckpointError(f"{path} cannot be read ({type(error).__name__}: {error})")
-        problem = next((problem for problem in collectives.gather_objects(found, self.topology) if problem), None)
-        if isinstance(problem, NewerFormatError):
-            raise problem
-        return None if problem is None else str(problem)
+        problems = [problem for problem in collectives.gather_objects(found, self.topology) if problem]
+        for problem in problems:
+            if isinstance(problem, NewerFormatError | UnreadableError):
+                raise problem
+        return str(problems[0]) if problems else None
 
     def _prune(self) -> None:
         """Removes what is neither among the last nor to be kept. What cannot be removed stays, and is named."""
@@ -223,6 +227,19 @@ class CheckpointStore:
                 shutil.rmtree(path)
             except OSError as error:
                 print(f"WARNING: the old checkpoint {path} could not be removed: {error}", flush=True)
+
+
+def _set_aside(damaged: list[Path]) -> None:
+    """Renames checkpoints to damaged_step_N. Raises CheckpointError where that cannot be."""
+    for path in damaged:
+        name = _free_name(path)
+        try:
+            path.rename(name)
+        except OSError as error:
+            raise CheckpointError(
+                f"the damaged checkpoint {path} cannot be set aside as {name.name} ({error.strerror}), and the run would "
+                "meet it again at its step: rename or remove it, or mend the folder's permissions or its disk."
+            ) from None
 
 
 def _free_name(path: Path) -> Path:
@@ -302,7 +319,7 @@ def read_manifest(path: Path) -> dict[str, dict]:
     Raises CheckpointError where the manifest is missing or damaged, NewerFormatError where a later version wrote it.
     """
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
+        manifest = json.loads(_read_text(path / MANIFEST))
         version, files = manifest["format_version"], manifest["files"]
     except FileNotFoundError:
         raise CheckpointError(f"{path / MANIFEST} does not exist: the checkpoint was never finished") from None
@@ -318,17 +335,49 @@ def read_manifest(path: Path) -> dict[str, dict]:
     return files
 
 
+def _read_text(file: Path) -> str:
+    """The text of a small file of a checkpoint, tried again where a disk or a file server fails."""
+    return persistently(file.read_text, f"the checkpoint's {file}")
+
+
+def _size(file: Path) -> int | None:
+    """Bytes of a file of a checkpoint; None where there is none."""
+    try:
+        found = persistently(file.stat, f"the checkpoint's {file}")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return found.st_size if stat.S_ISREG(found.st_mode) else None
+
+
+def _wait_for_files(path: Path, part: int, parts: int) -> None:
+    """Waits for manifest and files (every `parts`-th, from `part` on) of a published checkpoint, where they are not all in
+    sight: another host may have written them just now. Says nothing about what is then found.
+    """
+
+    def in_sight() -> bool:
+        if _size(path / MANIFEST) is None:
+            return False
+        return all(_size(path / name) is not None for name in list(read_manifest(path))[part::parts])
+
+    if not in_sight():
+        if part == 0:
+            print(f"{path.name}: waits for files that are not in sight, up to a minute", flush=True)
+        comes_into_sight(in_sight)
+
+
 def check_file(path: Path, name: str, expected: dict, contents: bool = True) -> None:
     """Compares one file of a checkpoint with its manifest's entry; contents: False looks at the size alone.
 
-    Raises CheckpointError naming what is missing or changed.
+    Raises CheckpointError naming what is missing or changed, UnreadableError where it cannot be read for a reason that lies
+    in the machine, OSError for a disk's error that stays.
     """
     file = path / name
-    if not file.is_file():
+    size = _size(file)
+    if size is None:
         raise CheckpointError(f"{file} is missing")
-    if file.stat().st_size != expected["bytes"]:
-        raise CheckpointError(f"{file} has {file.stat().st_size} bytes, the manifest says {expected['bytes']}")
-    if contents and sha256(file) != expected["sha256"]:
+    if size != expected["bytes"]:
+        raise CheckpointError(f"{file} has {size} bytes, the manifest says {expected['bytes']}")
+    if contents and persistently(lambda: sha256(file), f"the checkpoint's {file}") != expected["sha256"]:
         raise CheckpointError(f"{file} has changed since it was written: its SHA-256 is not the manifest's")
 
 
@@ -344,9 +393,9 @@ def verify(path: Path, part: int = 0, parts: int = 1) -> None:
 def read_state(path: Path) -> Checkpoint:
     """The checkpoint in `path`, by its state.json."""
     try:
-        state = json.loads((path / "state.json").read_text())
+        state = json.loads(_read_text(path / "state.json"))
         return Checkpoint(path, int(state["step"]), state)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path / 'state.json'} cannot be read: {error}") from None
 
 
@@ -357,7 +406,7 @@ def read_ledger(path: Path) -> dict | None:
     """
     file = path / LEDGER
     try:
-        totals = json.loads(file.read_text())
+        totals = json.loads(_read_text(file))
         if all(len(counts) == len(totals["columns"]) for counts in totals["shards"].values()):
             return totals
         problem = "a number for each column was expected of every tar"

@@ -29,7 +29,7 @@ from mlcd_ds.batch import ImageLabelBatch, head_suffix
 from mlcd_ds.checkpoint import Checkpoint
 from mlcd_ds.config import EncoderOptions, HeadConfig
 from mlcd_ds.ds_config import DeepSpeedSettings
-from mlcd_ds.errors import CheckpointError
+from mlcd_ds.errors import CheckpointError, UserError
 from mlcd_ds.feed import ImageFeed, Sent
 from mlcd_ds.files import plain_write_errors, save_tensors
 from mlcd_ds.models.compiled import Recompilations, check_compiler, compile_blocks
@@ -639,7 +639,7 @@ class TrainEngine:
         found = None
         try:
             refuse_foreign_pickles(folder, self.topology.rank, self.topology.world_size)
-        except CheckpointError as error:
+        except UserError as error:
             found = error
         for error in collectives.gather_objects(found, self.topology):
             if error is not None:

@@ -13,11 +13,13 @@ converter leaves files that only the ZeRO stage they came from can read; `make_u
 """
 
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from mlcd_ds.data.storage import UnreadableError, persistently
 from mlcd_ds.errors import CheckpointError
 
 ENGINE_TAG = "engine"
@@ -44,11 +46,17 @@ def refuse_foreign_pickles(folder: Path, part: int = 0, parts: int = 1) -> None:
     """Looks through every file under `folder` (or every `parts`-th, from `part` on) that DeepSpeed would unpickle.
 
     Nothing is unpickled: torch's helper reads the instructions. Raises CheckpointError naming the file, and what it would
-    have imported, or that it is no file of torch.save.
+    have imported, or that it is no file of torch.save; UnreadableError where one cannot be read for a reason that lies in
+    the machine.
     """
     for path in sorted(path for path in folder.rglob("*") if path.is_file())[part::parts]:
         try:
-            found = set(torch.serialization.get_unsafe_globals_in_checkpoint(path)) - _DEEPSPEED_CLASSES
+            look = partial(torch.serialization.get_unsafe_globals_in_checkpoint, path)
+            found = set(persistently(look, str(path))) - _DEEPSPEED_CLASSES
+        except UnreadableError:
+            raise
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error}") from None
         except Exception as error:  # whatever it is, it is no file of ours
             raise CheckpointError(
                 f"{path} is not what torch.save writes ({error}): it is not loaded, for a pickle can run anything. Take a "

@@ -1,15 +1,20 @@
 """Checkpoints: published whole or not at all, damage found by name, rows found by their address."""
 
+import errno
 import json
+import os
 import shutil
 import threading
 from types import SimpleNamespace
 
 import pytest
 import torch
+from ranks import run_ranks
 
 from mlcd_ds import checkpoint, files, run_loop
 from mlcd_ds.checkpoint import CheckpointStore, load_rows, published, save_rows
+from mlcd_ds.data import storage
+from mlcd_ds.data.storage import UnreadableError
 from mlcd_ds.errors import CheckpointError, NewerFormatError, SaveError
 from mlcd_ds.files import save_tensors, sha256, write_json
 from mlcd_ds.models.vit import VisionTransformer, VitConfig
@@ -20,6 +25,12 @@ TINY = VitConfig(
     image_size=8, patch_size=4, layers=1, width=8, heads=2, mlp_width=16, embed_dim=4, rope=False, activation="gelu",
     norm_eps=1e-5,
 )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def short_sight(monkeypatch):
+    """What is missing is waited for, not for a minute here."""
+    monkeypatch.setattr(files, "VISIBLE_SECONDS", 0.1)
 
 
 def store(folder, keep_last=3):
@@ -58,7 +69,7 @@ def test_staged_checkpoint_is_never_found_and_goes_with_the_next_save(tmp_path):
 
 
 @pytest.mark.parametrize(("part", "words"), [("head", "1 of the 1 files in head/"), ("ranks", "ranks/rank_00000")])
-def test_part_that_rank_0_does_not_see_is_not_published(tmp_path, monkeypatch, part, words):
+def test_part_that_rank_0_does_not_see_is_not_published(tmp_path, part, words):
     """As where the hosts of a run have different disks under the same path."""
     writer = store(tmp_path)
     staging = writer.stage(1)
@@ -66,7 +77,6 @@ def test_part_that_rank_0_does_not_see_is_not_published(tmp_path, monkeypatch, p
         save_rows(staging / "head", 0, 5, 5, {"centers": torch.zeros(5, 2)})
     if part != "ranks":
         save_tensors(staging / "ranks" / checkpoint.rank_file(0), {"torch": torch.get_rng_state()})
-    monkeypatch.setattr(files, "VISIBLE_SECONDS", 0.3)
     with pytest.raises(CheckpointError, match=f"lacks {words}.*same file system"):
         writer.publish(1)
     assert published(tmp_path / "checkpoints") == []
@@ -74,6 +84,7 @@ def test_part_that_rank_0_does_not_see_is_not_published(tmp_path, monkeypatch, p
 
 def test_a_part_that_comes_into_sight_late_is_waited_for(tmp_path, monkeypatch):
     """As on a network file system: rank 0 lists, and another rank hashes, what a third has written a moment ago."""
+    monkeypatch.setattr(files, "VISIBLE_SECONDS", 60.0)
     writer = store(tmp_path)
     staging = writer.stage(1)
     fill(staging, 1)
@@ -88,8 +99,7 @@ def test_a_part_that_comes_into_sight_late_is_waited_for(tmp_path, monkeypatch):
     assert files.comes_into_sight(lambda: next(looks)) and not files.comes_into_sight(lambda: False, seconds=0.1)
 
 
-def test_rows_of_every_head_must_be_there(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "VISIBLE_SECONDS", 0.3)
+def test_rows_of_every_head_must_be_there(tmp_path):
     writer = CheckpointStore(tmp_path, Topology.single(), 3, heads=2)
     staging = writer.stage(1)
     save_rows(staging / "head", 0, 5, 5, {"centers": torch.zeros(5, 2)})
@@ -192,6 +202,84 @@ def test_manifests_of_another_shape(tmp_path, files):
     path = write(tmp_path, 2)
     write_json(path / "manifest.json", {"format_version": 1, "files": files})
     assert store(tmp_path).find(lambda _: None).step == 1
+
+
+def failing(monkeypatch, number, times):
+    """The digest of the next files, so many times in vain."""
+    left, original = iter(range(times)), checkpoint.sha256
+
+    def digest(path):
+        if next(left, None) is not None:
+            raise OSError(number, os.strerror(number))
+        return original(path)
+
+    monkeypatch.setattr(checkpoint, "sha256", digest)
+    monkeypatch.setattr(storage.time, "sleep", lambda seconds: None)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT])
+def test_a_checkpoint_on_a_disk_or_file_server_that_comes_back_is_taken(tmp_path, monkeypatch, number):
+    for step in (1, 2):
+        write(tmp_path, step)
+    failing(monkeypatch, number, times=4)
+    assert store(tmp_path).find(lambda text: pytest.fail(text)).step == 2
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize(
+    ("number", "cure"),
+    [(errno.EMFILE, "ulimit -n"), (errno.ESTALE, "its server is up"), (errno.EACCES, "may not read")],
+)
+def test_what_the_machine_lacks_is_no_damage_of_a_checkpoint(tmp_path, monkeypatch, number, cure, ranks):
+    """On every rank, though one alone meets it."""
+    for step in (1, 2):
+        write(tmp_path, step)
+    failing(monkeypatch, number, times=5 if number == errno.ESTALE else 1)
+
+    def find(topology):
+        with pytest.raises(UnreadableError, match=f"cannot read the checkpoint's .*step_000000002/.*{cure}"):
+            CheckpointStore(tmp_path, topology, 3).find(lambda text: pytest.fail(text))
+
+    run_ranks(ranks, find)
+    assert [checkpoint.step_of(path) for path in published(tmp_path / "checkpoints")] == [1, 2]
+
+
+def test_a_bad_disk_is_damage_of_what_lies_on_it(tmp_path, monkeypatch):
+    for step in (1, 2):
+        write(tmp_path, step)
+    failing(monkeypatch, errno.EIO, times=5)
+    assert store(tmp_path).find(lambda text: None).step == 1
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "head/rows_0000000000_0000000005.safetensors"])
+def test_a_published_file_that_comes_into_sight_late_is_waited_for(tmp_path, monkeypatch, name):
+    """As after a start on another host than the last one's."""
+    monkeypatch.setattr(files, "VISIBLE_SECONDS", 60.0)
+    write(tmp_path, 1)
+    hidden = write(tmp_path, 2) / name
+    hidden.rename(tmp_path / "hidden")
+    late = threading.Timer(0.3, lambda: (tmp_path / "hidden").rename(hidden))
+    late.start()
+    assert store(tmp_path).find(lambda text: pytest.fail(text)).step == 2
+    late.join()
+
+
+def test_a_damaged_checkpoint_that_cannot_be_set_aside_ends_the_start(tmp_path, monkeypatch):
+    write(tmp_path, 1)
+    (write(tmp_path, 2) / "state.json").write_text("")
+
+    def read_only(*_):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(checkpoint.Path, "rename", read_only)
+
+    def find(topology):
+        with pytest.raises(
+            CheckpointError, match="cannot be set aside as damaged_step_000000002 .Read-only.*rename or"
+        ):
+            CheckpointStore(tmp_path, topology, 3).find(lambda text: None)
+
+    run_ranks(2, find)
 
 
 def test_copies_that_users_made_are_neither_found_nor_pruned(tmp_path):
