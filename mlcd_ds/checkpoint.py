@@ -164,7 +164,10 @@ class CheckpointStore:
                 sync_folder(folder)
             staging.rename(final)
             sync_folder(self.folder)
+        try:
             write_text(self.folder / "latest", final.name + "\n")
+        except OSError as error:  # a hint for people; what is pruned below may make room again
+            print(f"WARNING: {self.folder / 'latest'} could not be written, {final.name} was: {error}", flush=True)
         self._prune()
 
     def newest(self) -> str:

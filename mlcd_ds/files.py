@@ -200,10 +200,13 @@ def sync_file(path: Path) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Waits until the names in a folder (a rename just made) are on the disk."""
+    """Waits until the names in a folder (a rename just made) are on the disk, where its file system can do that."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # fsync is for files alone there
+            raise
     finally:
         os.close(descriptor)
 

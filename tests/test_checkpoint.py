@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+import stat
 import threading
 from types import SimpleNamespace
 
@@ -414,7 +415,7 @@ def fill(staging, step):
     write_json(staging / "state.json", {"step": step})
 
 
-@pytest.mark.parametrize("name", ["stage", "write", "sync_file", "write_json", "sync_folder", "write_text"])
+@pytest.mark.parametrize("name", ["stage", "write", "sync_file", "write_json", "sync_folder"])
 def test_a_save_that_cannot_be_written_leaves_the_one_before_and_nothing_else(tmp_path, monkeypatch, name):
     writer = store(tmp_path)
     writer.write(1, lambda folder: fill(folder, 1))
@@ -432,11 +433,43 @@ def test_a_save_that_cannot_be_written_leaves_the_one_before_and_nothing_else(tm
             writer.write(2, function)
     assert list((tmp_path / "checkpoints").glob("*.tmp")) == []
     found = published(tmp_path / "checkpoints")
-    # Where only the pointer for people could not be written, the checkpoint itself is there, and whole.
-    assert [checkpoint.step_of(path) for path in found] == ([1, 2] if name == "write_text" else [1])
+    assert [checkpoint.step_of(path) for path in found] == [1]
     checkpoint.verify(found[-1])
     writer.write(3, lambda folder: fill(folder, 3))
     assert store(tmp_path).find().step == 3
+
+
+def test_a_hint_that_cannot_be_written_is_told_and_old_checkpoints_make_room(tmp_path, monkeypatch, capsys):
+    """`latest` is for people: the checkpoint is whole without it, and a full disk gets room only by what is pruned."""
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    writer = store(tmp_path, keep_last=1)
+    writer.write(1, lambda folder: fill(folder, 1))
+    monkeypatch.setattr(checkpoint, "write_text", full)
+    for step in (2, 3):
+        writer.write(step, lambda folder, step=step: fill(folder, step))
+    assert [checkpoint.step_of(path) for path in published(tmp_path / "checkpoints")] == [3]
+    assert store(tmp_path).find().step == 3
+    assert "latest could not be written, step_000000003 was: [Errno 28]" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EIO])
+def test_a_file_system_that_cannot_sync_folders_takes_saves(tmp_path, monkeypatch, number):
+    fsync = os.fsync
+
+    def refusing(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        fsync(descriptor)
+
+    monkeypatch.setattr(files.os, "fsync", refusing)
+    if number == errno.EIO:
+        with pytest.raises(SaveError, match="Input/output error"):
+            store(tmp_path).write(1, lambda folder: fill(folder, 1))
+    else:
+        checkpoint.verify(store(tmp_path).write(1, lambda folder: fill(folder, 1)))
 
 
 def fill_with_files(staging, step):
