@@ -31,6 +31,7 @@ import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -101,21 +102,22 @@ class CheckpointStore:
             for part in (*self.head_folders, "ranks", "encoder"):
                 (staging / part).mkdir(parents=True)
 
-    def write(self, step: int, write: Callable[[Path], None]) -> Path:
+    def write(self, step: int, write: Callable[[Path], Iterable[Path] | None]) -> Path:
         """Stages, lets every rank `write(folder)` its parts, publishes.
 
-        `write` must have ended its own collectives before the first OSError that it raises. Raises SaveError, on every
-        rank, when anything could not be written on any; nothing of the step is then left.
+        `write` returns the files that it wrote (rank 0, which lists them all, need not). It must have ended its own
+        collectives before the first OSError that it raises. Raises SaveError, on every rank, when anything could not be
+        written on any; nothing of the step is then left.
         """
         try:
             staging = self.stage(step)
-            problem = None
+            written, problem = {}, None
             try:
-                write(staging)
+                written = {str(path.relative_to(staging)): path.stat().st_size for path in write(staging) or ()}
             except OSError as error:
                 problem = str(error)
             self._agree(staging, problem)
-            return self.publish(step)
+            return self.publish(step, written=written)
         except SaveError:
             if self.topology.is_main:
                 shutil.rmtree(self.folder / f"{_name(step)}.tmp", ignore_errors=True)  # its space may be what is needed
@@ -129,24 +131,30 @@ class CheckpointStore:
             rank, text = next(iter(bad.items()))
             raise SaveError(f"{staging} could not be written on rank(s) {list(bad)}; rank {rank}: {text}")
 
-    def publish(self, step: int, shards: int | None = None) -> Path:
+    def publish(self, step: int, shards: int | None = None, written: dict[str, int] | None = None) -> Path:
         """Makes the staged checkpoint the newest one. Every rank calls it after writing its parts.
 
-        shards: where one process has written the rows of so many ranks, and no random number generators.
+        shards: where one process has written the rows of so many ranks, and no random number generators. written: {name:
+        bytes} of this rank's files, without which, and at another size, nothing is published.
         Raises SaveError, on every rank, where a rank cannot read its parts back or rank 0 cannot write; CheckpointError
         where parts are missing.
         """
         staging, final = self.folder / f"{_name(step)}.tmp", self.folder / _name(step)
-        collectives.barrier(self.topology)  # every part is written
+        reported: dict[str, int] = {}
+        for part in collectives.gather_objects(written or {}, self.topology):  # every part is written
+            reported.update(part)
+        ranks = self.topology.world_size
         # One rank lists: on a network file system the others may see a part later than its writer does.
-        files = collectives.on_main(self.topology, _parts, staging, self.topology.world_size, self.head_folders, shards)
+        files = collectives.on_main(self.topology, _parts, staging, ranks, self.head_folders, shards, reported)
         hashed, problem = {}, None
         try:
-            for name in files[self.topology.rank :: self.topology.world_size]:
+            for name, size in list(files.items())[self.topology.rank :: ranks]:
                 path = staging / name
-                comes_into_sight(path.is_file)  # another host has written it
+                comes_into_sight(partial(_has_size, path, size))  # another host has written it
                 sync_file(path)
                 hashed[name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+                if hashed[name]["bytes"] != size:
+                    raise OSError(errno.EIO, f"{hashed[name]['bytes']} bytes, its writer says {size}", str(path))
         except OSError as error:
             problem = str(error)
         self._agree(staging, problem)
@@ -278,17 +286,21 @@ def head_folder(index: int) -> str:
     return f"head{head_suffix(index)}"
 
 
-def _parts(staging: Path, world_size: int, head_folders: list[str], shards: int | None) -> list[str]:
-    """All files of a staged checkpoint, relative to it. Raises CheckpointError where a rank's part is not among them, nor
-    comes into sight.
+def _parts(
+    staging: Path, world_size: int, head_folders: list[str], shards: int | None, reported: dict[str, int]
+) -> dict[str, int]:
+    """{name: bytes} of all files of a staged checkpoint. Raises CheckpointError where a rank's part, or a file that
+    `reported` names with its bytes, is not among them, nor comes into sight; SaveError where the disk fails.
     """
-    found: list[tuple[list[str], list[str]]] = []
+    found: list[tuple[dict[str, int], list[str]]] = []
 
     def complete() -> bool:
-        found.append(_parts_in_sight(staging, world_size, head_folders, shards))
+        found.append(_parts_in_sight(staging, world_size, head_folders, shards, reported))
         return not found[-1][1]
 
-    if not comes_into_sight(complete):
+    with _save_errors(staging):
+        whole = comes_into_sight(complete)
+    if not whole:
         raise CheckpointError(
             f"{staging} lacks {found[-1][1][0]}, though every rank has written its own: do all hosts see the same file "
             "system under --output_dir? Give a folder that they share."
@@ -297,10 +309,12 @@ def _parts(staging: Path, world_size: int, head_folders: list[str], shards: int 
 
 
 def _parts_in_sight(
-    staging: Path, world_size: int, head_folders: list[str], shards: int | None
-) -> tuple[list[str], list[str]]:
-    """(all files of a staged checkpoint, the parts that lack among them)."""
-    names = sorted(str(path.relative_to(staging)) for path in staging.rglob("*") if path.is_file())
+    staging: Path, world_size: int, head_folders: list[str], shards: int | None, reported: dict[str, int]
+) -> tuple[dict[str, int], list[str]]:
+    """({name: bytes} of all files of a staged checkpoint, the parts that lack among them)."""
+    names = {
+        str(path.relative_to(staging)): path.stat().st_size for path in sorted(staging.rglob("*")) if path.is_file()
+    }
     ranks = range(world_size if shards is None else 0)
     missing = [f"ranks/{rank_file(rank)}" for rank in ranks if f"ranks/{rank_file(rank)}" not in names]
     shards = world_size if shards is None else shards
@@ -308,7 +322,17 @@ def _parts_in_sight(
         rows = [name for name in names if name.startswith(f"{folder}/")]
         if len(rows) != shards:
             missing.append(f"{shards - len(rows)} of the {shards} files in {folder}/")
+    for name, size in reported.items():
+        if names.get(name) != size:
+            missing.append(name if name not in names else f"{size - names[name]} of the {size} bytes of {name}")
     return names, missing
+
+
+def _has_size(path: Path, size: int) -> bool:
+    try:
+        return path.stat().st_size == size
+    except FileNotFoundError:
+        return False
 
 
 def rank_file(rank: int) -> str:
@@ -420,10 +444,15 @@ def read_ledger(path: Path) -> dict | None:
     raise CheckpointError(f"{file} cannot be read: {problem}")
 
 
+def rows_file(start: int, stop: int) -> str:
+    """Name of the file with these global rows of a head."""
+    return f"rows_{start:010d}_{stop:010d}.safetensors"
+
+
 def save_rows(folder: Path, start: int, stop: int, num_classes: int, tensors: dict[str, torch.Tensor]) -> None:
     """Writes one shard's rows, each tensor [stop - start, ...], with their global address."""
     address = {"format_version": FORMAT_VERSION, "start": start, "stop": stop, "num_classes": num_classes}
-    path = folder / f"rows_{start:010d}_{stop:010d}.safetensors"
+    path = folder / rows_file(start, stop)
     save_tensors(path, tensors, {name: str(value) for name, value in address.items()})
 
 

@@ -183,6 +183,7 @@ class TrainEngine:
         # the engine mixes it with the others', tells whose fault a bad step is.
         self._own_gradient_is_bad: list[torch.Tensor] = []
         self._write_error: Exception | None = None
+        self._written: list[Path] = []
         self._make_writes_patient()
         for weight in model.first_weights():
             weight.register_hook(self._note_own_gradient)
@@ -509,7 +510,14 @@ class TrainEngine:
             return call
 
         writer, monitor = self.engine.checkpoint_engine, self.engine.monitor
-        writer.save, writer.makedirs = patient(writer.save), patient(writer.makedirs)
+        save = writer.save
+
+        def noted(*arguments, **options):
+            result = save(*arguments, **options)
+            self._written.append(Path(arguments[1] if len(arguments) > 1 else options["path"]))
+            return result
+
+        writer.save, writer.makedirs = patient(noted), patient(writer.makedirs)
         self.engine._copy_recovery_script = patient(self.engine._copy_recovery_script)
         monitor.write_events = never_stopping(monitor.write_events, "a log of DeepSpeed's monitors")
 
@@ -568,12 +576,13 @@ class TrainEngine:
         named += [(f"centers{head_suffix(index)}", head.centers) for index, head in enumerate(self.heads)]
         return next((name for name, values in named if not torch.isfinite(values.detach()).all()), "")
 
-    def save(self, folder: Path, model_name: str) -> None:
+    def save(self, folder: Path, model_name: str) -> list[Path]:
         """Writes this rank's parts of a checkpoint into a staged folder (checkpoint.CheckpointStore.stage).
 
+        Returns what this rank wrote, but for the model's own files, which rank 0 writes.
         Raises OSError, on this rank alone, where they cannot be written; all collectives have then ended.
         """
-        self._write_error = None
+        self._write_error, self._written = None, []
         self.engine.save_checkpoint(str(folder), tag=ENGINE_TAG, save_latest=False)
         weights = self.encoder_weights()
         # From here on nobody waits for anybody: this rank may fail alone.
@@ -581,12 +590,14 @@ class TrainEngine:
             raise self._write_error
         for path, head, rows in self._head_rows(folder):
             checkpoint.save_rows(path, head.start, head.stop, head.partition.num_classes, rows)
+            self._written.append(path / checkpoint.rows_file(head.start, head.stop))
         random_states = {"torch": torch.get_rng_state()}
         if self.topology.device.type == "cuda":
             random_states["cuda"] = torch.cuda.get_rng_state()
         save_tensors(self._rank_file(folder), random_states)
         if self.topology.is_main:
             self._save_model(folder, model_name, weights)
+        return [*self._written, self._rank_file(folder)]
 
     def _save_model(self, folder: Path, model_name: str, weights: dict[str, torch.Tensor]) -> None:
         """Writes what tools read of a checkpoint, on rank 0. weights: `encoder_weights`."""

@@ -445,9 +445,9 @@ class Saver:
             note("running", step)
         return True
 
-    def _write(self, folder: Path, step: int, totals: dict) -> None:
+    def _write(self, folder: Path, step: int, totals: dict) -> list[Path]:
         """This rank's parts. Raises OSError, on this rank alone."""
-        self.engine.save(folder, self.config.model)
+        written = self.engine.save(folder, self.config.model)
         if self.monitor is not None:
             self.monitor.sync()
             state = {
@@ -459,6 +459,7 @@ class Saver:
             }
             write_json(folder / "state.json", state)
             write_text(folder / checkpoint.LEDGER, json.dumps(totals) + "\n")
+        return written
 
     def _refuse_bad_weights(self, step: int) -> None:
         found = collectives.gather_objects(self.engine.not_finite(), self.store.topology)

@@ -100,6 +100,61 @@ def test_a_part_that_comes_into_sight_late_is_waited_for(tmp_path, monkeypatch):
     assert files.comes_into_sight(lambda: next(looks)) and not files.comes_into_sight(lambda: False, seconds=0.1)
 
 
+def write_on_two(folder, monkeypatch, after_rank_1=lambda path: None):
+    """A checkpoint of two ranks, each of which reports its file of the engine's."""
+
+    def on(topology):
+        def parts(staging):
+            partition = ClassPartition(5, 2)
+            start, stop = partition.start(topology.rank), partition.stop(topology.rank)
+            save_rows(staging / "head", start, stop, 5, {"centers": torch.zeros(stop - start, 2)})
+            save_tensors(staging / "ranks" / checkpoint.rank_file(topology.rank), {"torch": torch.get_rng_state()})
+            own = staging / "engine" / f"states_{topology.rank}.pt"
+            own.parent.mkdir(exist_ok=True)
+            own.write_bytes(bytes(100))
+            if topology.is_main:
+                write_json(staging / "state.json", {"step": 1})
+            return [own]
+
+        class Store(CheckpointStore):
+            def _agree(self, staging, problem):
+                super()._agree(staging, problem)
+                if topology.rank == 1 and not agreed:  # once: when all have written
+                    agreed.append(True)
+                    after_rank_1(staging / "engine" / "states_1.pt")
+
+        agreed = []
+        return Store(folder, topology, 3).write(1, parts)
+
+    return run_ranks(2, on)[0]
+
+
+@pytest.mark.parametrize("seen", [None, 40])
+def test_what_a_rank_has_written_must_be_seen_whole(tmp_path, monkeypatch, seen):
+    """A file of DeepSpeed's that a network file system lists late, or shorter than it is."""
+
+    def hide(path):
+        path.unlink() if seen is None else path.write_bytes(bytes(seen))
+
+    what = "engine/states_1.pt" if seen is None else "60 of the 100 bytes of engine/states_1.pt"
+    with pytest.raises(CheckpointError, match=f"lacks {what}, though every rank has written its own"):
+        write_on_two(tmp_path, monkeypatch, hide)
+    assert published(tmp_path / "checkpoints") == []
+
+
+def test_what_a_rank_has_written_is_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "VISIBLE_SECONDS", 60.0)
+
+    def hide(path):
+        path.write_bytes(bytes(40))
+        threading.Timer(0.3, lambda: path.write_bytes(bytes(100))).start()
+
+    path = write_on_two(tmp_path, monkeypatch, hide)
+    checkpoint.verify(path)
+    assert checkpoint.read_manifest(path)["engine/states_1.pt"]["bytes"] == 100
+    assert len(checkpoint.read_manifest(path)) == 7
+
+
 def test_rows_of_every_head_must_be_there(tmp_path):
     writer = CheckpointStore(tmp_path, Topology.single(), 3, heads=2)
     staging = writer.stage(1)

@@ -62,6 +62,14 @@ def test_steps_go_on_counting_one_by_one(acts, name):
         assert set(act["saved"]["head"]["steps"].tolist()) == {(number + 1) * STEPS}
 
 
+@pytest.mark.parametrize("name", STAGES)
+def test_every_file_that_a_rank_writes_is_told(acts, name):
+    """So that no checkpoint is published without one; what rank 0 writes beside them, it sees by itself."""
+    for number, act in enumerate(acts[name]):
+        assert act["not told"] == ["encoder/encoder.json", "encoder/encoder.safetensors"]
+        assert act["told"] >= 1 + 2 * CHAIN[number]  # the encoder's state, each rank's rows and generators
+
+
 def test_all_chains_take_the_same_course(acts):
     """Every class takes part in every step, so that the loss hardly depends on who computes it."""
     for name, own in acts.items():

@@ -125,7 +125,10 @@ def act(topology: Topology, folder: Path, number: int) -> None:
             for part in ("head", "ranks"):
                 (after / part).mkdir(parents=True)
         collectives.barrier(topology)
-        engine.save(after, "tiny")
+        told = {path for own in collectives.gather_objects(engine.save(after, "tiny"), topology) for path in own}
+        lying = {path for path in after.rglob("*") if path.is_file()}
+        results["told"] = len(told & lying)
+        results["not told"] = sorted(str(path.relative_to(after)) for path in lying ^ told)
         if name == "1" and number == len(stages) - 1:
             for spoil in (another_encoder, foreign_pickle):
                 results[spoil.__name__] = refusal(engine, topology, before, spoil, found)
