@@ -83,6 +83,8 @@ class CheckpointStore:
         self.folder = run_folder / "checkpoints"
         self.topology = topology
         self.keep_last, self.keep_every = keep_last, keep_every
+        self.bytes_published = 0
+        """Of the newest checkpoint that was published from here."""
         self.head_folders = [head_folder(index) for index in range(heads)]
 
     def stage(self, step: int) -> Path:
@@ -162,6 +164,7 @@ class CheckpointStore:
         for part in collectives.gather_objects(hashed, self.topology):
             everything.update(part)
         collectives.on_main(self.topology, self._finish, step, staging, final, everything)
+        self.bytes_published = sum(entry["bytes"] for entry in everything.values())
         return final
 
     def _finish(self, step: int, staging: Path, final: Path, files: dict[str, dict]) -> None:

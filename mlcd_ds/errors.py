@@ -53,7 +53,7 @@ class PeerError(UserError):
 
 
 class SaveError(UserError):
-    """A checkpoint could not be written: a full or read-only disk. The checkpoints before it are untouched."""
+    """A checkpoint, or what a run must write, could not be: a full or read-only disk. Checkpoints before are untouched."""
 
     exit_code = 7
 

@@ -4,18 +4,21 @@ run/config.json     every resolved value        run/status.json   running, done,
 run/metrics.jsonl   one line per logged step    run/tensorboard/  run/checkpoints/
 """
 
+import contextlib
 import errno
 import fcntl
 import json
 import os
+import re
 import socket
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from mlcd_ds import errors
 from mlcd_ds.config import EncoderOptions
-from mlcd_ds.errors import CheckpointError, PeerError, Preempted, UserError
+from mlcd_ds.errors import CheckpointError, PeerError, Preempted, SaveError, UserError
 from mlcd_ds.files import write_json
 
 FREE_TO_CHANGE = frozenset(
@@ -52,12 +55,16 @@ class RunFolder:
         self.path = Path(path)
         self.step = 0
         """Steps finished so far, for the status of a run that fails."""
+        self.saved = 0
+        """Step of the newest checkpoint that this run has published, kept in status.json: 0 while there is none."""
         self.is_ours = False
         """Whether this run has taken the folder: set on every rank once `write_config` has passed."""
         self._lock = None
 
     def open(self, resume: bool) -> None:
-        """Takes the folder. Raises CheckpointError when another process has it, or it holds a run and resume is off."""
+        """Takes the folder. Raises CheckpointError when another process has it, it holds a run and resume is off, or a run
+        whose checkpoints are gone; SaveError when the disk is full.
+        """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = (self.path / ".lock").open("a+")
@@ -80,17 +87,46 @@ class RunFolder:
             raise CheckpointError(
                 f"--output_dir {self.path} is in use by {holder}. Wait for it, stop it, or choose another folder."
             ) from None
-        self._lock.truncate(0)
-        self._lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-        self._lock.flush()
-        left = [*(self.path / "checkpoints").glob("step_*"), *self.path.glob("metrics.jsonl")]
-        if not left:
-            (self.path / "config.json").unlink(missing_ok=True)  # of a run that never began
+        with writing_the_run(self.path / ".lock"):
+            self._lock.truncate(0)
+            self._lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+            self._lock.flush()
+        checkpoints = self.path / "checkpoints"
+        self.saved = self._saved_before()
+        set_aside = sorted(path.name for path in checkpoints.glob("damaged_step_*"))
+        left = [*checkpoints.glob("step_*"), *self.path.glob("metrics.jsonl"), *set_aside]
+        if not left and not self.saved:
+            with writing_the_run(self.path / "config.json"):
+                (self.path / "config.json").unlink(missing_ok=True)  # of a run that never began
         elif not resume:
             self._lock.close()
             raise CheckpointError(
                 f"--output_dir {self.path} already holds a run. Go on with it by --resume auto, or choose another folder."
             )
+        elif (self.saved or set_aside) and not any(re.fullmatch(r"step_\d{9}", p.name) for p in checkpoints.glob("*")):
+            self._lock.close()
+            known = f"step {self.saved} was saved (status.json)" if self.saved else f"it holds {set_aside[-1]}"
+            raise CheckpointError(
+                f"--resume auto: {checkpoints} holds no checkpoint, though {known}: starting anew would throw that run "
+                "away. Is the disk there that they lie on, or were they moved? Put them back, or take another --output_dir."
+            )
+
+    def _saved_before(self) -> int:
+        """The step that the folder's last run had saved, by its status.json; 0 where that does not tell."""
+        try:
+            status = json.loads((self.path / "status.json").read_text())
+            if "saved" in status:
+                return int(status["saved"])
+            # Of an earlier version: "running" was written by saves; a run that failed had saved less, or nothing.
+            known = status["state"] in ("running", "done") or "; saved as " in status["reason"]
+            return int(status["step"]) if known else 0
+        except FileNotFoundError:
+            return 0
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"{self.path / 'status.json'} cannot be read ({error}): look at checkpoints/ beside it; remove it to go on "
+                "from the newest there, or to begin where there is none."
+            ) from None
 
     def write_config(self, config: dict[str, Any], allow_changed: str | None = None) -> None:
         """Compares `config` with that of the run that is being resumed, if any, and writes it.
@@ -116,8 +152,9 @@ class RunFolder:
                 )
             for text in changed.values():
                 print(f"--allow_changed: {text}", flush=True)
-        write_json(path, config)
-        self.status("running", self.step)
+        with writing_the_run(path):
+            write_json(path, config)
+            self.status("running", self.step)
 
     def global_batch(self) -> int | None:
         """Images of a step of the run that is being resumed, None where there is none. Raises as `config`."""
@@ -141,7 +178,8 @@ class RunFolder:
 
     def status(self, state: str, step: int, reason: str = "") -> None:
         """Writes status.json: the launcher may hide exit codes, this file does not."""
-        write_json(self.path / "status.json", {"state": state, "step": step, "reason": reason})
+        status = {"state": state, "step": step, "saved": self.saved, "reason": reason}
+        write_json(self.path / "status.json", status)
 
     def fail(self, error: BaseException, rank: int) -> None:
         """Notes what ends the run; not what kept it from starting, which may be about another's run.
@@ -163,13 +201,26 @@ class RunFolder:
             if not isinstance(error, PeerError):  # which took its time already
                 time.sleep(errors.SECONDS_FOR_RANK_0)
             reason = f"rank {rank}: {reason}"
-        if json.loads((self.path / "status.json").read_text())["state"] == "running":
+        before = json.loads((self.path / "status.json").read_text())
+        if before["state"] == "running":
+            self.saved = max(self.saved, before.get("saved", 0))  # rank 0 knows it before the others do
             self.status("preempted" if isinstance(error, Preempted) else "failed", self.step, reason)
 
     def ended_at_once(self, reason: str) -> None:
         """Notes, on rank 0, that the process is about to be ended in the middle of something."""
         if self._lock is not None and self.is_ours:
             self.fail(RuntimeError(reason), rank=0)
+
+
+@contextlib.contextmanager
+def writing_the_run(what: Path | str) -> Iterator[None]:
+    """Makes a SaveError, with the cure, of an OSError: of what must be written for a run to begin, and to be done."""
+    try:
+        yield
+    except OSError as error:
+        raise SaveError(
+            f"{what} could not be written: {error.strerror or error}. Make room on the disk, or mend it, then --resume auto."
+        ) from error
 
 
 def _changes(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:

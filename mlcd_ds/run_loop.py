@@ -36,7 +36,7 @@ from mlcd_ds.models.vit import Dropping, VitConfig
 from mlcd_ds.monitor import Monitor, never_stopping
 from mlcd_ds.profiling import StepProfiler
 from mlcd_ds.progress import Progress
-from mlcd_ds.run_folder import RunFolder
+from mlcd_ds.run_folder import RunFolder, writing_the_run
 from mlcd_ds.schedule import RunLength
 from mlcd_ds.topology import Topology, longer_waits, set_timeout_of_every_group
 from mlcd_ds.watch import Watch
@@ -275,7 +275,7 @@ def run_steps(
         samples_per_second_at_peak=samples_per_second_at_peak(config, plan, topology),
     )
     profiler = StepProfiler(config.profile_steps, run.path / "profile", topology, engine.clock, monitor, global_batch)
-    run.step = step
+    run.step = run.saved = step
     bad_steps = BadSteps(config.max_bad_steps, store)
     saver = Saver(run, config, plan, store, engine, loader, monitor)
     watch.enter_loop()
@@ -312,7 +312,8 @@ def run_steps(
     profiler.close(step)
     if topology.is_main:
         monitor.close()
-        run.status("done", step)
+        with writing_the_run(f"{run.path / 'status.json'}, though the last step is saved,"):
+            run.status("done", step)
         print(f"done: {step} steps. Encoder: {checkpoint.find_encoder(run.path)}", flush=True)
 
 
@@ -339,10 +340,19 @@ def resume(
 
 
 def open_monitor(run: RunFolder, engine: TrainEngine, step: int, plan: RunPlan, topology: Topology) -> Monitor | None:
-    """Rank 0's monitor; the others have none."""
-    if not topology.is_main:
-        return None
-    return Monitor(run.path, engine.monitor_events, engine.tensorboard, step, step * plan.settings.global_batch)
+    """Rank 0's monitor; the others have none. Raises SaveError, on every rank, where its file cannot be begun."""
+    monitor, problem = None, None
+    if topology.is_main:
+        try:
+            with writing_the_run(run.path / "metrics.jsonl"):
+                samples = step * plan.settings.global_batch
+                monitor = Monitor(run.path, engine.monitor_events, engine.tensorboard, step, samples)
+        except SaveError as error:
+            problem = error
+    problem = collectives.gather_objects(problem, topology)[0]
+    if problem is not None:
+        raise problem
+    return monitor
 
 
 class BadSteps:
@@ -434,10 +444,10 @@ class Saver:
                     f"last good checkpoint is {newest}. Make room or mend the disk, then --resume auto."
                 ) from error
             return False
-        self.failed = 0
+        self.failed, self.run.saved = 0, step
         if is_main:
             seconds = time.monotonic() - started
-            megabytes = sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) / 1e6
+            megabytes = self.store.bytes_published / 1e6
             print(
                 f"saved {path.name}: {seconds:.1f} s, {megabytes:,.1f} MB, {megabytes / seconds:,.0f} MB/s", flush=True
             )

@@ -1,16 +1,17 @@
 """The run folder: what a resumed run may change, and what it notes when it ends."""
 
 import json
+import resource
 import subprocess
 import sys
 
 import pytest
 from processes import ROOT
 
-from mlcd_ds import errors
+from mlcd_ds import errors, run_folder
 from mlcd_ds.config import DeepSpeedDefaults
 from mlcd_ds.ds_config import BatchSizes, resolve_deepspeed_config
-from mlcd_ds.errors import CheckpointError, DataError
+from mlcd_ds.errors import CheckpointError, DataError, SaveError
 from mlcd_ds.run_folder import RunFolder
 
 
@@ -137,7 +138,8 @@ def test_any_rank_notes_the_error_that_ends_the_run_and_the_first_word_stays(tmp
     run.status("running", 7)
     run.fail(OSError(28, "No space left on device"), rank=1)
     status = json.loads((tmp_path / "status.json").read_text())
-    assert status == {"state": "failed", "step": 7, "reason": "rank 1: OSError: [Errno 28] No space left on device"}
+    reason = "rank 1: OSError: [Errno 28] No space left on device"
+    assert status == {"state": "failed", "step": 7, "saved": 0, "reason": reason}
     run.fail(RuntimeError("connection closed by peer"), rank=0)
     assert json.loads((tmp_path / "status.json").read_text()) == status
     run.status("running", 8)
@@ -185,3 +187,79 @@ def test_folder_of_a_run_that_never_began_is_taken_and_a_damaged_config_is_named
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match="config.json is damaged"):
         RunFolder(tmp_path).write_config(record())
+
+
+def began(folder, **status):
+    """A run folder as a run leaves it that has logged a step; status: what its status.json holds, None for none."""
+    run = RunFolder(folder)
+    run.open(resume=True)
+    run.write_config(record())
+    (folder / "metrics.jsonl").write_text('{"step": 1}\n')
+    (folder / "status.json").write_text(json.dumps({"reason": "", "step": 0} | status))
+
+
+@pytest.mark.parametrize(
+    "status",
+    [
+        {"state": "running", "step": 40, "saved": 40},
+        {"state": "failed", "step": 45, "saved": 40},
+        {"state": "running", "step": 40},  # of an earlier version
+        {"state": "preempted", "step": 40, "reason": "after step 40, on rank 0: SIGTERM; saved as step_000000040"},
+    ],
+)
+def test_a_run_whose_checkpoints_are_gone_is_not_begun_anew(tmp_path, status):
+    began(tmp_path, **status)
+    for make in (lambda: None, (tmp_path / "checkpoints").mkdir):
+        make()
+        with pytest.raises(
+            CheckpointError, match=r"checkpoints holds no checkpoint, though step 40 was saved.*Put them"
+        ):
+            RunFolder(tmp_path).open(resume=True)
+    (tmp_path / "metrics.jsonl").unlink()
+    with pytest.raises(CheckpointError, match="already holds a run"):
+        RunFolder(tmp_path).open(resume=False)
+    (tmp_path / "checkpoints" / "step_000000040").mkdir()
+    run = RunFolder(tmp_path)
+    run.open(resume=True)
+    run.write_config(record())  # what was saved is still known when this start fails, to any rank
+    other = RunFolder(tmp_path)
+    other.is_ours = True
+    other.fail(DataError("no"), rank=0)
+    assert json.loads((tmp_path / "status.json").read_text())["saved"] == 40
+
+
+@pytest.mark.parametrize(
+    "status", [{"state": "running"}, {"state": "failed", "step": 3}, {"state": "failed", "step": 3, "saved": 0}]
+)
+def test_a_run_that_had_saved_nothing_begins_anew(tmp_path, status):
+    began(tmp_path, **status)
+    (tmp_path / "checkpoints" / "step_000000002.tmp").mkdir(parents=True)
+    RunFolder(tmp_path).open(resume=True)
+
+
+def test_a_run_of_which_only_damaged_checkpoints_are_left_is_not_begun_anew(tmp_path):
+    began(tmp_path, state="running")
+    (tmp_path / "checkpoints" / "damaged_step_000000040").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match="holds no checkpoint, though it holds damaged_step_000000040"):
+        RunFolder(tmp_path).open(resume=True)
+
+
+def test_a_full_disk_at_the_start_has_a_cure(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    run = RunFolder(tmp_path)
+    run.open(resume=True)
+    monkeypatch.setattr(run_folder, "write_json", full)
+    with pytest.raises(SaveError, match="config.json could not be written: No space left on device. Make room.*resume"):
+        run.write_config(record())
+
+
+def test_a_full_disk_that_lets_no_lock_be_written_has_a_cure(tmp_path):
+    run, before = RunFolder(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        with pytest.raises(SaveError, match=".lock could not be written: File too large"):
+            run.open(resume=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)

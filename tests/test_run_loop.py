@@ -10,7 +10,7 @@ import torch
 from ranks import run_ranks
 from toy_data import make_shards
 
-from mlcd_ds import checkpoint, collectives, run_loop, universal
+from mlcd_ds import checkpoint, collectives, monitor, run_loop, universal
 from mlcd_ds.checkpoint import CheckpointStore, published, step_of
 from mlcd_ds.data import shards as shard_table
 from mlcd_ds.data import tars
@@ -176,5 +176,32 @@ def test_a_signal_in_what_rank_0_does_for_all_stops_every_rank():
     def on(topology):
         with pytest.raises(Preempted, match="asked to"):
             collectives.on_main(topology, stop)
+
+    run_ranks(2, on)
+
+
+def full(*_, **__):
+    raise OSError(28, "No space left on device")
+
+
+def test_a_full_disk_at_the_end_leaves_no_run_that_seems_to_run(tmp_path, monkeypatch):
+    loop = Loop(tmp_path, monkeypatch)
+    write = loop.run.status
+    loop.run.status = lambda state, *rest: full() if state == "done" else write(state, *rest)
+    with pytest.raises(
+        SaveError, match="status.json, though the last step is saved, could not be written: No space left"
+    ):
+        loop.go()
+    assert loop.steps == [2, 4] and loop.status["saved"] == 4
+
+
+def test_a_log_that_cannot_be_begun_ends_the_start_of_every_rank(tmp_path, monkeypatch):
+    loop = Loop(tmp_path, monkeypatch)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 3}\n')
+    monkeypatch.setattr(monitor, "write_text", full)
+
+    def on(topology):
+        with pytest.raises(SaveError, match="metrics.jsonl could not be written: No space left"):
+            run_loop.open_monitor(loop.run, loop.engine, 2, loop.plan, topology)
 
     run_ranks(2, on)

@@ -108,7 +108,12 @@ def test_it_trains(whole_run):
     lines = metrics(run)
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     assert lines[-1]["train_loss"] < 0.9 * lines[0]["train_loss"]
-    assert json.loads((run / "status.json").read_text()) == {"state": "done", "step": STEPS, "reason": ""}
+    assert json.loads((run / "status.json").read_text()) == {
+        "state": "done",
+        "step": STEPS,
+        "saved": STEPS,
+        "reason": "",
+    }
     for words in (
         "global batch",
         "24 images = 12 a micro-batch x 1 accumulated x 2 ranks",
