@@ -35,6 +35,8 @@ STACKS_SIGNAL = signal.SIGUSR2
 STDERR = 2
 
 BEAT_SECONDS = 2.0
+LAST_WORD_SECONDS = 5.0
+"""So long a process that is ended from beside its main thread may take to note why."""
 ONE_REQUEST_SECONDS = 1.0
 """Signals that come so soon after each other are one request: a launcher passes on what a terminal has sent already."""
 
@@ -202,10 +204,11 @@ class Watch:
         """Ends this process from beside its main thread, which may stand in a collective."""
         _print_stacks()
         self._say(f"ends at once: {reason}")
-        try:
-            self.on_end(reason)
-        finally:
-            os._exit(code)
+        # The run folder may lie on the very storage that hangs: whoever writes there is not waited for, for long.
+        telling = threading.Thread(target=self.on_end, args=(reason,), daemon=True)
+        telling.start()
+        telling.join(LAST_WORD_SECONDS)
+        os._exit(code)
 
     def _say(self, text: str) -> None:
         print(f"rank {self.topology.rank}: {text}", flush=True)
@@ -218,8 +221,8 @@ class Watch:
             beat += 1
             try:
                 self._beat(beat)
-            except RuntimeError:  # the store has gone with rank 0: whoever asks will learn that
-                return
+            except RuntimeError:  # rank 0, which holds the store, is gone, or frozen: it may come back
+                continue
 
     def _beat(self, beat: int) -> None:
         doing = self._doing

@@ -6,8 +6,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -329,3 +331,34 @@ def test_no_launcher_no_watch(monkeypatch):
     assert launcher_lives() and runner_lives()
     parents[os.getppid()] = 1
     assert launcher_lives() and not runner_lives()
+
+
+def test_a_last_word_that_the_storage_does_not_take_ends_the_process_nevertheless(monkeypatch):
+    ended = threading.Event()
+    monkeypatch.setattr(watch, "LAST_WORD_SECONDS", 0.1)
+    monkeypatch.setattr(watch.os, "_exit", lambda code: ended.set())
+    hangs = threading.Event()
+    mine = watch.Watch(Topology.single(), 1, 60, lambda reason: hangs.wait(60))
+    threading.Thread(target=mine._end, args=("no data", NO_DATA), daemon=True).start()
+    assert ended.wait(10)
+    hangs.set()
+
+
+def test_a_rank_goes_on_telling_that_it_lives_once_the_store_answers_again(monkeypatch):
+    """As where rank 0 was frozen for a while: later failures would name a live rank as silent."""
+    told, frozen = [], iter((True, True, False))
+
+    def set_value(key, value):
+        if next(frozen, False):
+            raise RuntimeError("wait timeout after 4000ms")
+        told.append(json.loads(value)[0])
+
+    monkeypatch.setattr(watch, "BEAT_SECONDS", 0.01)
+    mine = watch.Watch(Topology.single(), 1, 60)
+    mine._store = SimpleNamespace(set=set_value)
+    beating = threading.Thread(target=mine._keep_beating, daemon=True)
+    beating.start()
+    wait_until(lambda: len(told) >= 2, 10)
+    mine.stop_beating()
+    beating.join(10)
+    assert told[:2] == [3, 4]
