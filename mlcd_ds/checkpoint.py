@@ -3,7 +3,8 @@
     run/checkpoints/
         latest                      names the newest folder: a hint for people, discovery goes by manifests
         step_000001000/
-            manifest.json           size and SHA-256 of every other file: written last, before the folder gets its name
+            manifest.json           size and SHA-256 of every other file, and of itself (`manifest_digest`; older ones lack
+                                    it): written last, before the folder gets its name
             state.json              step, samples, world size, what the run was
             ledger.json             samples decoded and skipped, by reason, of each tar, up to this step (older ones lack it)
             engine/...              DeepSpeed's own files
@@ -170,7 +171,7 @@ class CheckpointStore:
     def _finish(self, step: int, staging: Path, final: Path, files: dict[str, dict]) -> None:
         with _save_errors(staging):
             manifest = {"format_version": FORMAT_VERSION, "step": step, "files": dict(sorted(files.items()))}
-            write_json(staging / MANIFEST, manifest)
+            write_json(staging / MANIFEST, manifest | {"sha256": manifest_digest(manifest)})
             for folder in sorted({(staging / name).parent for name in files}):
                 sync_folder(folder)
             staging.rename(final)
@@ -343,6 +344,12 @@ def rank_file(rank: int) -> str:
     return f"rank_{rank:05d}.safetensors"
 
 
+def manifest_digest(manifest: dict) -> str:
+    """SHA-256 of a manifest's content, but for its own "sha256", as JSON with sorted keys, in hexadecimal digits."""
+    content = {name: value for name, value in manifest.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 def read_manifest(path: Path) -> dict[str, dict]:
     """{name: {"bytes", "sha256"}} of a checkpoint's files.
 
@@ -351,10 +358,18 @@ def read_manifest(path: Path) -> dict[str, dict]:
     try:
         manifest = json.loads(_read_text(path / MANIFEST))
         version, files = manifest["format_version"], manifest["files"]
+        changed = "sha256" in manifest and manifest["sha256"] != manifest_digest(manifest)
+        foreign = sorted(manifest.keys() - {"format_version", "step", "files", "sha256"})
     except FileNotFoundError:
         raise CheckpointError(f"{path / MANIFEST} does not exist: the checkpoint was never finished") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path / MANIFEST} cannot be read ({error}): the checkpoint is damaged") from None
+    if changed:
+        raise CheckpointError(
+            f"{path / MANIFEST} has changed since it was written: its SHA-256 is not the one it holds"
+        )
+    if foreign and version == FORMAT_VERSION:
+        raise CheckpointError(f"{path / MANIFEST} holds {foreign[0]!r}, which nobody writes: the checkpoint is damaged")
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise NewerFormatError(
             f"{path} has format version {version}, this program reads {FORMAT_VERSION}: a later version has written it. "

@@ -245,6 +245,7 @@ def test_whatever_is_wrong_the_checkpoint_before_is_taken(tmp_path, name, text):
     (path / name).write_text(text)
     manifest = json.loads((path / "manifest.json").read_text()) if name == "state.json" else None
     if manifest:  # a damage that the digest does not show
+        del manifest["sha256"]
         manifest["files"]["state.json"] = {"bytes": len(text), "sha256": sha256(path / name)}
         write_json(path / "manifest.json", manifest)
     said = []
@@ -361,12 +362,28 @@ def test_manifest_missing_or_broken(tmp_path):
         path.rmdir()
 
 
+def test_a_manifest_of_before_it_had_a_checksum_is_read(tmp_path):
+    path = write(tmp_path, 2)
+    manifest = json.loads((path / "manifest.json").read_text())
+    del manifest["sha256"]
+    write_json(path / "manifest.json", manifest)
+    assert store(tmp_path).find(lambda text: pytest.fail(text)).step == 2
+
+
+def test_a_bit_of_the_version_that_flips_is_damage(tmp_path):
+    write(tmp_path, 1)
+    manifest = write(tmp_path, 2) / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"format_version": 1', '"format_version": 3'))
+    assert store(tmp_path).find(lambda text: None).step == 1
+
+
 def test_newer_format_is_no_damage(tmp_path):
     """It is neither set aside nor passed over: the run would go back to an older checkpoint and write over the newer."""
     write(tmp_path, 1)
     path = write(tmp_path, 2)
     manifest = json.loads((path / "manifest.json").read_text())
-    write_json(path / "manifest.json", manifest | {"format_version": 2})
+    later = manifest | {"format_version": 2, "another": "key"}
+    write_json(path / "manifest.json", later | {"sha256": checkpoint.manifest_digest(later)})
     with pytest.raises(NewerFormatError, match="format version 2, this program reads 1: a later version.*Update"):
         store(tmp_path).find(lambda text: pytest.fail(text))
     assert path.is_dir()

@@ -77,10 +77,20 @@ def test_every_damaged_part_is_named(tmp_path, capsys):
 
 
 def test_every_flipped_bit_is_found(tmp_path):
-    """A bit in the first, the middle and the last byte of each file."""
+    """A bit in the first, the middle and the last byte of each file, and bits all over the manifest."""
     path = make_run(tmp_path, steps=(2,)) / "checkpoints" / "step_000000002"
-    files = sorted(file for file in path.rglob("*") if file.is_file() and file.name != "manifest.json")
-    assert len(files) == 6 + 2 + 1 + 1
+    manifest = path / "manifest.json"
+    whole = manifest.read_bytes()
+    for place in {*range(8 * 30), *range(0, 8 * len(whole), 37)}:  # each of the format's version
+        data = bytearray(whole)
+        data[place // 8] ^= 1 << place % 8
+        manifest.write_bytes(data)
+        with pytest.raises(CheckpointError) as caught:
+            checkpoint.read_manifest(path)
+        assert not isinstance(caught.value, NewerFormatError)  # which would not let a run fall back
+    manifest.write_bytes(whole)
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    assert len(files) == 6 + 2 + 1 + 1 + 1
     for file in files:
         whole = file.read_bytes()
         for place in (0, len(whole) // 2, len(whole) - 1):
@@ -91,6 +101,13 @@ def test_every_flipped_bit_is_found(tmp_path):
                 verify(path)
         file.write_bytes(whole)
     verify(path)
+
+
+@pytest.mark.parametrize("text", ["null", "[]", "3"])
+def test_list_tells_of_a_state_of_another_shape(tmp_path, capsys, text):
+    (make_run(tmp_path) / "checkpoints" / "step_000000004" / "state.json").write_text(text)
+    checkpoint_tools.list_checkpoints(CheckpointPathConfig(path=str(tmp_path)))
+    assert "state.json cannot be read" in capsys.readouterr().out.splitlines()[-1]
 
 
 def test_list_tells_step_date_size_ranks_and_what_is_missing(tmp_path, capsys):
@@ -192,7 +209,7 @@ def test_damaged_or_missing_checkpoints_are_refused(tmp_path):
     with pytest.raises(CheckpointError, match="holds no checkpoint: expected a run folder"):
         verify(tmp_path)
     manifest = json.loads((path / "manifest.json").read_text()) | {"format_version": 3}
-    write_json(path / "manifest.json", manifest)
+    write_json(path / "manifest.json", manifest | {"sha256": checkpoint.manifest_digest(manifest)})
     with pytest.raises(CheckpointError, match="1 of 2"):
         verify(tmp_path / "run")
     with pytest.raises(CheckpointError, match="a later version has written it"):
