@@ -65,8 +65,9 @@ def test_steps_go_on_counting_one_by_one(acts, name):
 @pytest.mark.parametrize("name", STAGES)
 def test_every_file_that_a_rank_writes_is_told(acts, name):
     """So that no checkpoint is published without one; what rank 0 writes beside them, it sees by itself."""
+    of_rank_0 = {"encoder/encoder.json", "encoder/encoder.safetensors", "zero_to_fp32.py", "zero_to_torch.py"}
     for number, act in enumerate(acts[name]):
-        assert act["not told"] == ["encoder/encoder.json", "encoder/encoder.safetensors"]
+        assert set(act["not told"]) <= of_rank_0
         assert act["told"] >= 1 + 2 * CHAIN[number]  # the encoder's state, each rank's rows and generators
 
 
