@@ -27,6 +27,7 @@ from mlcd_ds.batch import NO_IMAGE, NO_LABEL, ImageLabelBatch
 from mlcd_ds.config import RunConfig
 from mlcd_ds.data import loader as loader_module
 from mlcd_ds.data import storage, tars
+from mlcd_ds.data.decode import ImageError
 from mlcd_ds.data.labels import LabelsInfo, draw_positives, label_path, write_label_shard
 from mlcd_ds.data.loader import ImageLabelLoader
 from mlcd_ds.data.plan import EpochPlan, augmentation_generator, positives_generator
@@ -610,6 +611,59 @@ def test_a_tar_that_is_damaged_or_missing_at_the_start_is_counted_up_to_the_limi
     for (_, _, keys), (_, _, keys2) in zip(found, whole, strict=True):
         assert all(key in ("", key2) for key, key2 in zip(keys, keys2, strict=True))
     assert loader.ledger.skips == {(1, reason): lost} and loader.ledger.read == 40
+
+
+def swapped(folder):
+    """A tar of eight images of one size, labelled, and the bytes of one with the same keys and the first two swapped."""
+    encoded = [encode(picture(i)) for i in range(8)]
+    images = [image + bytes(max(map(len, encoded)) - len(image)) for image in encoded]
+    keys = [f"{i:09d}" for i in range(8)]
+    write_labels(folder / "labels", "00000", keys)
+    for path, own in ((folder / "00000.tar", images), (folder / "other.tar", [images[1], images[0], *images[2:]])):
+        tars.write_tar(path, [(key, {"jpg": image}) for key, image in zip(keys, own, strict=True)])
+    return folder / "00000.tar", (folder / "other.tar").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "when", ["renamed", "written over", "written over while it is open", "written over by its own"]
+)
+def test_a_tar_that_becomes_another_whole_one_is_refused(tmp_path, when):
+    """The same keys at the same places: nothing but the time of change tells that images have other labels."""
+    path, other = swapped(tmp_path)
+    loader = make_loader(tmp_path, [str(path)], batch=4)
+    steps = loader.iterate(0, 2)
+    if "open" in when:
+        next(steps)
+    if when == "renamed":
+        (tmp_path / "other.tar").replace(path)
+    else:
+        path.write_bytes(path.read_bytes() if "own" in when else other)
+    os.utime(path, ns=(0, 10**18))
+    with pytest.raises(
+        DataError, match="00000.tar became another while the run was reading it: it had .*--resume auto"
+    ):
+        list(steps)
+    assert loader.ledger.num_skipped == 0
+
+
+def test_a_tar_that_is_fetched_again_may_be_the_same(tmp_path):
+    path, _ = swapped(tmp_path)
+    whole = path.read_bytes()
+    table = build_shard_table(
+        [f"local://{path}"], [tmp_path / "labels"], 3, 0.0, str(tmp_path / "cache"), Topology.single()
+    )
+    (cached,) = (tmp_path / "cache").rglob("*.tar")
+    reader = ShardReader(table, 100)
+    for turn, data in enumerate((whole, whole, whole[: len(whole) // 2])):
+        cached.write_bytes(data)
+        os.utime(cached, ns=(0, turn))
+        assert reader.image_bytes(reader.contents(0), 0)[:300] == encode(picture(0))[:300]
+    with pytest.raises(ImageError, match="is cut"):
+        reader.image_bytes(reader.contents(0), 7)
+    cached.write_bytes(whole[512 * 3 :][: len(whole) // 2])  # what is left lies elsewhere, so it may be another tar's
+    with pytest.raises(ImageError, match="00000.tar"):
+        reader.image_bytes(reader.contents(0), 1)
+    reader.close()
 
 
 def failing_reads(monkeypatch, name, number):

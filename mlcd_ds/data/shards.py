@@ -29,9 +29,11 @@ from mlcd_ds.data.labels import (
 from mlcd_ds.data.storage import RETRY_SECONDS, UnreadableError
 from mlcd_ds.data.tar_index import FoundIndex, examine
 from mlcd_ds.data.tars import (
+    ChangedTarError,
     MissingTarError,
     OpenTar,
     TarIndex,
+    TarState,
     is_url,
     local_shard,
     shard_name,
@@ -58,7 +60,7 @@ class ShardContents:
     on captions, has a member to hold one. captions: int64 [n, 3], of a run on captions: byte offset and size of that member,
     and which of captions.EXTENSIONS it is (-1: none). problem, damage: of a tar that is damaged or missing, one of
     TAR_PROBLEMS and what is wrong with it; the images it has lost keep their place, with LOST as their offset, so that the
-    order of all others stays.
+    order of all others stays. shard: its number in the table. state: as which the tar was examined on this host.
     """
 
     path: Path
@@ -70,6 +72,8 @@ class ShardContents:
     captions: np.ndarray | None = None
     problem: str = ""
     damage: str = ""
+    shard: int = -1
+    state: TarState | None = None
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -152,12 +156,39 @@ class ShardTable:
         Of a tar that is damaged or missing now, what is left of it; every image keeps its place. Raises DataError when tar
         or labels are others than at the start.
         """
+        return self.kept[shard] if shard in self.kept else self._load(shard)
+
+    def load_again(self, before: ShardContents) -> ShardContents:
+        """What is left of a tar that was written to after `before` was loaded; every image keeps its place. Of one that is
+        damaged now, what lies where it lay.
+
+        Raises ChangedTarError where the tar is whole: nothing tells whether its images are still those of the labels. One
+        that was fetched once more may be, if everything lies where it lay.
+        """
+        shard = before.shard
+        now = self._load(shard, tuple(key.decode() for key in before.keys))
+        left = now.offsets != LOST
+        in_place = np.array_equal(now.keys, before.keys) and all(
+            np.array_equal(getattr(now, name)[left], getattr(before, name)[left]) for name in ("offsets", "sizes")
+        )
+        if not now.damage and not (in_place and is_url(self.shards[shard])):
+            raise ChangedTarError(
+                f"the tar {before.path} became another while the run was reading it: it had {before.state}, now "
+                f"{now.state}. Start again with --resume auto."
+            )
+        if not in_place:
+            now = _all_lost(now, len(before))
         if shard in self.kept:
-            return self.kept[shard]
+            self.kept[shard] = now
+        return now
+
+    def _load(self, shard: int, keys_before: tuple[str, ...] = ()) -> ShardContents:
         path = self.shards[shard]
         labels = [read_label_shard(label_path(folder, self.names[shard])) for folder in self.labels_dirs]
         found = look_into(path, self.cache_dir, self.allow_pipe, self.index_folder)
-        contents = _join(found, labels, self.num_positives, self.captions)
+        if keys_before:
+            found = replace(found, keys_before=keys_before)
+        contents = _join(found, labels, self.num_positives, self.captions, shard)
         infos = tuple(found.info for found in labels)
         if infos == self.labels_infos and contents.damage and len(contents) != self.counts[shard]:
             contents = _all_lost(contents, self.counts[shard])
@@ -198,7 +229,7 @@ LOST = -1
 
 
 def _join(
-    found: FoundIndex, labels: Sequence[LabelShard], num_positives: int, with_captions: bool = False
+    found: FoundIndex, labels: Sequence[LabelShard], num_positives: int, with_captions: bool, shard: int
 ) -> ShardContents:
     """labels: of the same tar, from each of the folders."""
     index, keys = found.index, _keys(found, labels)
@@ -216,7 +247,7 @@ def _join(
         captions = np.array([_caption_place(there.get(key, {})) for key in keys], np.int64).reshape(-1, 3)
         labelled = (captions[:, 2] >= 0) | (places[:, 0] == LOST)  # what is lost had one, for all we know
     columns = places[:, 0], places[:, 1], joined.reshape(len(keys), -1 if len(labels) else 0)
-    contents = ShardContents(index.path, encoded, *columns, labelled, captions)
+    contents = ShardContents(index.path, encoded, *columns, labelled, captions, shard=shard, state=index.state)
     if found.damage is None:
         return contents
     problem = "missing_tar" if isinstance(found.damage, MissingTarError) else "damaged_tar"
@@ -240,16 +271,14 @@ def _keys(found: FoundIndex, labels: Sequence[LabelShard]) -> Sequence[str]:
 
 def _all_lost(contents: ShardContents, count: int) -> ShardContents:
     """Of a tar that is so damaged that its images cannot be told: `count` that are lost, without a name."""
-    return ShardContents(
-        contents.path,
-        np.full(count, b""),
-        np.full(count, LOST, np.int64),
-        np.zeros(count, np.int64),
-        np.full((count, contents.labels.shape[1]), NO_LABEL, np.int32),
-        np.ones(count, bool),
-        None if contents.captions is None else np.tile([0, 0, -1], (count, 1)),
-        contents.problem,
-        contents.damage,
+    return replace(
+        contents,
+        keys=np.full(count, b""),
+        offsets=np.full(count, LOST, np.int64),
+        sizes=np.zeros(count, np.int64),
+        labels=np.full((count, contents.labels.shape[1]), NO_LABEL, np.int32),
+        labelled=np.ones(count, bool),
+        captions=None if contents.captions is None else np.tile([0, 0, -1], (count, 1)),
     )
 
 
@@ -387,7 +416,7 @@ def _examine(
         found.infos = tuple(shard_labels.info for shard_labels in labels)
         if min((info.num_positives for info in found.infos), default=num_positives) < num_positives:
             return found
-        contents = _join(found_index, labels, num_positives, captions)
+        contents = _join(found_index, labels, num_positives, captions, shard)
         if not len(contents):
             missing = isinstance(found_index.damage, MissingTarError)
             untold = " No index of before tells which images it held: take it out of --shards." if missing else ""
@@ -487,24 +516,44 @@ class ShardReader:
         """The encoded image.
 
         Raises ImageError, its reason one of TAR_PROBLEMS, where the tar has lost it; UnreadableError where the machine is to
-        blame.
+        blame, or the tar became another whole one (ChangedTarError).
         """
-        return self._bytes(contents, int(contents.offsets[index]), int(contents.sizes[index]))
+        return self._bytes(contents, lambda now: (int(now.offsets[index]), int(now.sizes[index])))
 
     def caption(self, contents: ShardContents, index: int) -> str:
         """The caption of an image. Raises CaptionError where there is none that can be used, ImageError as `image_bytes`."""
         if contents.offsets[index] == LOST:
             raise ImageError(contents.problem, contents.damage)
-        offset, size, kind = contents.captions[index].tolist()
+        kind = int(contents.captions[index, 2])
         if kind < 0:
             raise CaptionError("no_caption", "its tar has neither KEY.txt nor KEY.json")
-        return read_caption(EXTENSIONS[kind], self._bytes(contents, offset, size))
 
-    def _bytes(self, contents: ShardContents, offset: int, size: int) -> bytes:
+        def place(now: ShardContents) -> tuple[int, int]:
+            *found, extension = now.captions[index].tolist()
+            return tuple(found) if extension == kind and now.offsets[index] != LOST else (LOST, 0)
+
+        return read_caption(EXTENSIONS[kind], self._bytes(contents, place))
+
+    def _bytes(self, contents: ShardContents, place: Callable[[ShardContents], tuple[int, int]]) -> bytes:
+        """What lies at (offset, size) = place(contents), or, where the tar broke since, at that place of what is left."""
+        try:
+            return self._read(contents, *place(contents))
+        except ChangedTarError:
+            self._forget(contents.path)
+            contents = self._contents[contents.shard] = self.table.load_again(contents)
+        try:
+            return self._read(contents, *place(contents))
+        except ChangedTarError as error:
+            raise ImageError("damaged_tar", f"something writes into it: {error}") from None
+
+    def _read(self, contents: ShardContents, offset: int, size: int) -> bytes:
+        """Raises ChangedTarError where the tar is not the one that was examined: before, and after it was read."""
         if offset == LOST:
             raise ImageError(contents.problem, contents.damage)
         try:
-            data = self._file(contents.path).read(offset, offset + size)
+            tar = self._file(contents)
+            data = tar.read(offset, offset + size)
+            tar.check()
         except FileNotFoundError:
             raise ImageError("missing_tar", f"the tar {contents.path} is gone") from None
         except OSError as error:
@@ -518,14 +567,22 @@ class ShardReader:
         while self._files:
             self._files.popitem()[1].close()
 
-    def _file(self, path: Path) -> OpenTar:
+    def _forget(self, path: Path) -> None:
+        if path in self._files:
+            self._files.pop(path).close()
+
+    def _file(self, contents: ShardContents) -> OpenTar:
+        path = contents.path
+        if path in self._files and self._files[path].state != contents.state:
+            self._forget(path)  # of a file that another has replaced
         if path in self._files:
             self._files.move_to_end(path)
             return self._files[path]
         if len(self._files) >= MAX_OPEN_FILES:
             self._files.popitem(last=False)[1].close()
+        waits = () if path in self._refused else RETRY_SECONDS
         try:
-            tar = self._files[path] = OpenTar(path, () if path in self._refused else RETRY_SECONDS)
+            tar = self._files[path] = OpenTar(path, waits, contents.state)
         except FileNotFoundError:
             raise
         except OSError:

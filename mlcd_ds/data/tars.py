@@ -20,6 +20,7 @@ import sys
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import BinaryIO
 
@@ -234,20 +235,77 @@ def import_webdataset():
 # ---------------------------------------------------------------------------------------------- reading
 
 
+@dataclass(frozen=True)
+class TarState:
+    """What tells that a local tar is still the one that was examined: bytes, and time of last change in ns.
+
+    To be compared on one host alone: copies of a tar on other hosts have other times.
+    """
+
+    size: int
+    mtime_ns: int
+
+    @staticmethod
+    def of(stat: os.stat_result) -> "TarState":
+        """Of an open file."""
+        return TarState(stat.st_size, stat.st_mtime_ns)
+
+    def __str__(self) -> str:
+        when = datetime.fromtimestamp(self.mtime_ns / 1e9).isoformat(" ", "milliseconds")
+        return f"{self.size} bytes, written at {when}"
+
+
+class ChangedTarError(UnreadableError):
+    """A tar is not the one that was examined before."""
+
+
 class OpenTar:
     """A local tar, open to be read by offsets; close it, or use it as a context.
 
-    Read, not mapped: where a tar shrinks or its disk fails under a map, the process is ended (SIGBUS). size: bytes, when it
-    was opened. waits: see `persistently`, which also tells what opening and reading raise.
+    Read, not mapped: where a tar shrinks or its disk fails under a map, the process is ended (SIGBUS). state: as which it
+    was examined before; None: whatever is found. waits: see `persistently`, which also tells what opening and reading raise.
+    Raises ChangedTarError when it is opened, at first or again behind a stale handle, and is another.
     """
 
-    def __init__(self, path: str | Path, waits: Sequence[float] = RETRY_SECONDS):
-        self.path, self._waits = Path(path), waits
+    def __init__(self, path: str | Path, waits: Sequence[float] = RETRY_SECONDS, state: TarState | None = None):
+        self.path, self._waits, self._state = Path(path), waits, state
         self._file: int | None = persistently(self._open, f"the tar {path}", waits)
-        self.size = os.fstat(self._file).st_size
+
+    @property
+    def state(self) -> TarState:
+        """As which it was opened."""
+        return self._state
+
+    @property
+    def size(self) -> int:
+        """Bytes, when it was opened."""
+        return self._state.size
 
     def _open(self) -> int:
-        return os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        file = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            self._compare(file)
+        except BaseException:
+            os.close(file)
+            raise
+        return file
+
+    def _compare(self, file: int) -> None:
+        now = TarState.of(os.fstat(file))
+        self._state = self._state or now
+        if now != self._state:
+            raise ChangedTarError(
+                f"the tar {self.path} became another while it was read: it had {self._state}, now {now}. Start again with "
+                "--resume auto."
+            )
+
+    def check(self) -> None:
+        """Raises ChangedTarError where the open file has been written to since: what was read may be of another tar."""
+        if self._file is not None:
+            try:
+                self._compare(self._file)
+            except OSError:
+                self._again(lambda: self._compare(self._file))
 
     def read(self, start: int, stop: int) -> bytes:
         """The bytes from `start` to `stop`; fewer where the file ends before."""
@@ -262,12 +320,6 @@ class OpenTar:
         def again() -> T:
             if self._file is None:
                 self._file = self._open()
-                now = os.fstat(self._file).st_size
-                if now != self.size:
-                    raise UnreadableError(
-                        f"the tar {self.path} became another while it was read: it had {self.size} bytes, now {now}. Start "
-                        "again with --resume auto."
-                    )
             try:
                 return read()
             except OSError as error:
@@ -308,7 +360,7 @@ class TarIndex:
     keys: image samples in tar order. members: for each of them {extension in lower case: (byte offset, bytes)}.
     duplicates: members left out because their key and extension came before. ignored: members that are no file of a
     sample (links, devices, names without key or extension); folders are not counted. without_image: samples without an
-    image, left out of `keys`.
+    image, left out of `keys`. state: of the file that was walked.
     """
 
     path: Path
@@ -317,6 +369,7 @@ class TarIndex:
     duplicates: int = 0
     ignored: int = 0
     without_image: tuple[str, ...] = ()
+    state: TarState | None = None
 
     def image(self, key: str) -> tuple[int, int]:
         """Byte offset and size of the image of `key`."""
@@ -392,7 +445,7 @@ def _index(tar: OpenTar) -> tuple[TarIndex, DataError | None]:
         damage = DataError(f"cannot read the tar {tar.path} to its end: {error.strerror}. {_CURE}")
     images = {key: members for key, members in samples.items() if image_extension(members)}
     without = tuple(key for key in samples if key not in images)
-    return TarIndex(tar.path, tuple(images), images, duplicates, ignored, without), damage
+    return TarIndex(tar.path, tuple(images), images, duplicates, ignored, without, tar.state), damage
 
 
 def _walk(tar: OpenTar) -> Iterator[tuple[str, bytes, int, int]]:
@@ -599,6 +652,8 @@ def read_samples(
         with OpenTar(index.path) as tar:
             if end > tar.size:
                 raise DataError(f"the tar {path} has {tar.size} bytes, its index says {end}: did the file change?")
+            if index.state not in (None, tar.state):
+                raise DataError(f"the tar {path} changed while it was read: it had {index.state}, now {tar.state}")
             ahead = 0
             if 2 * total > end - first:  # large members are not worth a copy: one read each, and one for the small ones
                 ahead = READ_AHEAD if 8 * total < READ_AHEAD * len(members) else WINDOW
