@@ -18,6 +18,8 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import time
+import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -33,6 +35,7 @@ from mlcd_ds.data.storage import (
     T,
     UnreadableError,
     cure_of,
+    is_away,
     persistently,
 )
 from mlcd_ds.errors import DataError
@@ -165,8 +168,9 @@ def local_shard(path: str, cache_dir: str | Path | None, allow_pipe: bool = Fals
     """A local path as it is; a URL fetched whole into `cache_dir` (once: later calls find it there).
 
     allow_pipe: of 'pipe:COMMAND' the output of that shell command is fetched.
+    Where the connection or the server fails (`storage.is_away`), it is tried again after each of RETRY_SECONDS.
     Raises DataError when a URL comes without `cache_dir`, or cannot be fetched; UnreadableError when that lies in the
-    machine: no room, no permission, no more open files.
+    machine: no room, no permission, no more open files, a server that is still away after the last try.
     """
     if path.startswith(PIPE):
         _refuse_pipe(path, allow_pipe)
@@ -184,22 +188,50 @@ def local_shard(path: str, cache_dir: str | Path | None, allow_pipe: bool = Fals
         with _open_remote(path) as source:  # closed before the file gets its name: a failed curl may tell only then
             shutil.copyfileobj(source, sink, 1 << 22)
 
+    for wait in (*RETRY_SECONDS, None):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_bytes(target, fetch)
+            return target
+        except DataError:
+            raise
+        except Exception as error:  # any backend's own exception types
+            problem = _not_fetched(path, target, error)
+            if wait is None or not isinstance(problem, _AwayError):
+                raise problem from None
+        time.sleep(wait)
+    raise AssertionError("not reached")
+
+
+class _AwayError(UnreadableError):
+    """A server, or the way there, fails: it may be back in a moment."""
+
+
+def _not_fetched(path: str, target: Path, error: Exception) -> DataError:
+    """What a failed fetch means."""
+    text = f"cannot fetch {path} to {target}: {type(error).__name__}: {error}"
+    number = getattr(error, "errno", None)
+    if number in (errno.EACCES, errno.EPERM):
+        return UnreadableError(f"{text}. Are the credentials valid, and may the cache folder be written to?")
+    if number in MACHINE_ERRORS:
+        return UnreadableError(f"{text}. {cure_of(number)}")
+    if is_away(error) or _refused_by_server(path, error):
+        return _AwayError(
+            f"{text}. Its server does not answer, after {len(RETRY_SECONDS) + 1} tries: see that it is up and this host "
+            "reaches it, then --resume auto."
+        )
+    return DataError(text)
+
+
+def _refused_by_server(url: str, error: Exception) -> bool:
+    """Whether curl, which gives one exit code for every HTTP status, was refused for a reason that lies in the server."""
+    if not re.search(r"'curl'.*exit 22 \(read\)", str(error)):
+        return False
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_bytes(target, fetch)
-    except DataError:
-        raise
-    except Exception as error:  # any backend's own exception types
-        text = f"cannot fetch {path} to {target}: {type(error).__name__}: {error}"
-        number = getattr(error, "errno", None)
-        if number in (errno.EACCES, errno.EPERM):
-            raise UnreadableError(
-                f"{text}. Are the credentials valid, and may the cache folder be written to?"
-            ) from None
-        if number in MACHINE_ERRORS:
-            raise UnreadableError(f"{text}. {cure_of(number)}") from None
-        raise DataError(text) from None
-    return target
+        with urllib.request.urlopen(url, timeout=30):  # its headers: the contents are not asked for
+            return True  # it is there now
+    except Exception as answer:
+        return is_away(answer)
 
 
 def _open_remote(url: str):
