@@ -695,6 +695,37 @@ def test_what_the_machine_lacks_ends_the_run_and_is_never_a_skip(tmp_path, monke
         build_shard_table(shards, [tmp_path / "labels"], 3, 1.0, None, Topology.single(), allow_missing=True)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("where", ["decode_crop", "os.pread"])
+def test_lack_of_memory_ends_the_run_and_is_never_a_skip(tmp_path, monkeypatch, workers, where):
+    def no_memory(*arguments, **options):
+        raise MemoryError("cannot allocate 7 GiB")
+
+    loader = make_loader(
+        tmp_path, make_shards(tmp_path, [8], {"000000003": encode(picture(3), "PNG")}), workers=workers
+    )
+    if where == "decode_crop":
+        monkeypatch.setattr("PIL.ImageFile.ImageFile.load", no_memory)
+        words = "00000/000000003: no memory to decode an image"
+    else:
+        monkeypatch.setattr(os, "pread", no_memory)
+        words = "no memory to read the images of step 1 .cannot allocate 7 GiB"
+    with pytest.raises(DataError, match=f"{words}.*fewer --workers"):
+        collect(loader, 0, 1)
+    assert loader.ledger.num_skipped == 0
+
+
+def test_a_fault_in_a_loader_process_keeps_its_text(data, monkeypatch):
+    def boom(*arguments):
+        raise RuntimeError("a DataLoader worker (pid 1) is killed, says this fault of ours")
+
+    monkeypatch.setattr(loader_module, "decode_random_resized_crop", boom)
+    with pytest.raises(
+        RuntimeError, match="Caught RuntimeError in DataLoader worker process 0(.|\n)*says this fault of ours"
+    ):
+        collect(make_loader(*data, workers=1), 0, 1)
+
+
 def test_a_loader_process_that_cannot_hand_over_its_batch_ends_the_run_at_once(data, monkeypatch, capfd):
     """torch hands tensors over as open files, in a thread whose exceptions nobody waits for."""
 

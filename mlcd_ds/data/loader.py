@@ -5,9 +5,12 @@ H height and width in pixels.
 """
 
 import atexit
+import contextlib
+import errno
 import gc
 import math
 import os
+import re
 import signal
 import sys
 import weakref
@@ -30,7 +33,7 @@ from mlcd_ds.data.decode import IMAGE_PROBLEMS, ImageError
 from mlcd_ds.data.labels import draw_positives
 from mlcd_ds.data.plan import EpochPlan, augmentation_generator, positives_generator
 from mlcd_ds.data.shards import TAR_PROBLEMS, ShardContents, ShardReader, ShardTable, build_shard_table
-from mlcd_ds.data.storage import too_many_files
+from mlcd_ds.data.storage import UnreadableError, cure_of, too_many_files
 from mlcd_ds.data.tokenizer import CaptionTokenizer
 from mlcd_ds.data.transforms import decode_random_resized_crop
 from mlcd_ds.errors import ConfigError, DataError, UserError
@@ -210,8 +213,11 @@ class _Pieces(Dataset):
         try:
             return self._read(step, first, last)
         except UserError as error:
-            nothing = torch.empty(0)
-            return _Piece(nothing, nothing, [], [], [], str(error))
+            problem = str(error)
+        except MemoryError as error:
+            problem = f"no memory to read the images of step {step + 1} ({error}). {cure_of(errno.ENOMEM)}"
+        nothing = torch.empty(0)
+        return _Piece(nothing, nothing, [], [], [], problem)
 
     def _read(self, step: int, first: int, last: int) -> _Piece:
         if self._reader is None:  # first use, in the process that will do the reading
@@ -230,9 +236,10 @@ class _Pieces(Dataset):
                 labels = self._labels(contents, epoch, shard, index)
                 data = self._reader.image_bytes(contents, index)
                 generator = augmentation_generator(self.plan.seed, epoch, shard, index)
-                crop = decode_random_resized_crop(
-                    data, self.config.max_pixels, size, self.config.crop_scale_min, self.config.flip, generator
-                )
+                with _naming(f"{self.table.names[shard]}/{key}"):
+                    crop = decode_random_resized_crop(
+                        data, self.config.max_pixels, size, self.config.crop_scale_min, self.config.flip, generator
+                    )
             except (ImageError, CaptionError) as error:
                 where = "" if error.reason in TAR_PROBLEMS else f"/{key}"
                 name = f"{self.table.names[shard]}{where}: {error.reason}: {error}"
@@ -255,6 +262,15 @@ class _Pieces(Dataset):
         generator = positives_generator(self.plan.seed, epoch, shard, index)
         heads = labels.reshape(-1, self.config.num_positives)
         return np.concatenate([draw_positives(own, self.config.positives_drawn, generator) for own in heads])
+
+
+@contextlib.contextmanager
+def _naming(sample: str) -> Iterator[None]:
+    """Names the sample at which the machine fails: its image may be what takes the memory."""
+    try:
+        yield
+    except UnreadableError as error:
+        raise UnreadableError(f"{sample}: {error}") from None
 
 
 class _Steps:
@@ -497,7 +513,8 @@ class ImageLabelLoader:
                 raise DataError(
                     f"too many open files while step {step + 1} was waited for. {too_many_files()}"
                 ) from None
-            if "DataLoader worker" not in str(error):
+            # torch's words for a death; an exception of a loader process begins with "Caught", and keeps its traceback.
+            if not re.match(r"DataLoader worker \(pid.*(exited|killed)", str(error), re.DOTALL):
                 raise
             data = self._dataset
             shards = {shard for _, shard, _ in data.plan.samples(step, data.start, data.stop)}
