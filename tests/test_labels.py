@@ -12,11 +12,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from ranks import run_ranks
-from toy_data import INFO, labels_of, make_shards, write_labels
+from toy_data import INFO, encode, labels_of, make_shards, picture, write_labels
 
 from mlcd_ds.data import storage
 from mlcd_ds.data.labels import check_label_folder, read_dropped, read_label_info, read_label_shard, write_label_shard
 from mlcd_ds.data.shards import build_shard_table
+from mlcd_ds.data.tar_index import index_path
 from mlcd_ds.data.tars import write_tar
 from mlcd_ds.errors import DataError
 from mlcd_ds.topology import Topology
@@ -268,6 +269,48 @@ def test_the_fingerprint_tells_other_data(tmp_path):
         for part, l in [(shards, 3), (shards[::-1], 3), (shards[:1], 3), (shards, 2)]
     }
     assert len(prints) == 4
+
+
+def rewritten(folder, shards, keys):
+    """Other contents in place of the second tar and its labels."""
+    write_tar(shards[1], [(key, {"jpg": encode(picture(int(key)))}) for key in keys])
+    write_labels(folder / "labels", "00001", keys)
+
+
+def test_the_fingerprint_tells_other_images_in_equally_many_and_the_order_of_the_same(tmp_path):
+    shards = make_shards(tmp_path, [3, 5])
+    keys = [f"00001{i:04d}" for i in range(5)]
+    before = table_on_ranks(2, shards, tmp_path / "labels")[1]
+    rewritten(tmp_path, shards, [keys[1], keys[0], *keys[2:]])
+    moved = table_on_ranks(1, shards, tmp_path / "labels")[0]
+    assert moved.fingerprint() == before.fingerprint()
+    assert moved.order("plan").split("-")[0] == "plan" and moved.order("plan") != before.order("plan")
+    with pytest.raises(DataError, match=r"00001.tar changed .*other keys or the same in another order.*--resume auto"):
+        dataclasses.replace(before, kept={}).load(1)
+    rewritten(tmp_path, shards, [f"00002{i:04d}" for i in range(5)])
+    other = table_on_ranks(1, shards, tmp_path / "labels")[0]
+    (names, keys_before), (names_now, keys_now) = (table.fingerprint().split("-") for table in (before, other))
+    assert names == names_now and keys_before != keys_now
+    with pytest.raises(DataError, match=r"00001.tar changed .*other keys"):
+        dataclasses.replace(before, kept={}).load(1)
+    rewritten(tmp_path, shards, keys)
+    assert table_on_ranks(1, shards, tmp_path / "labels")[0] == before
+
+
+def test_the_order_within_a_damaged_tar_is_known_by_its_index_alone(tmp_path):
+    shards = make_shards(tmp_path, [3, 5])
+    one = Topology.single()
+
+    def table(index=None):
+        return build_shard_table(shards, [tmp_path / "labels"], 3, 1.0, None, one, index_folder=index)
+
+    before = table(tmp_path / "index")
+    for shard in shards:
+        with open(shard, "r+b") as file:  # noqa: PTH123
+            file.truncate(2500)
+    assert table().order("plan") == before.order("plan") != "plan"
+    index_path(shards[0]).unlink()
+    assert table().order("plan") == "plan" and table().fingerprint() == before.fingerprint()
 
 
 def cut_a_tar(folder, shards):

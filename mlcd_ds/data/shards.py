@@ -87,14 +87,16 @@ class ShardContents:
 class ShardTable:
     """All shards of a run, the same on every rank.
 
-    shards: paths or URLs, and names: what their labels are found by. counts: images of each. labels_dirs: the H folders of
-    labels, and labels_infos: what the labels of each are of. without_label: images without a label in some folder (they
-    are skipped, and counted, in every epoch). duplicates, ignored, without_image: members and samples of the tars that
-    are not used (see `TarIndex`). unfit_indexes: side-car indexes that are stale or damaged (their tars were
-    walked, and the index could not be written anew). surplus_labels: rows of label files whose image is not in the tar (one
-    that lost whole members looks like that). captions: images are paired with their captions, not with labels;
-    without_label then counts those without one. quarantined: the number of a tar that is damaged or missing, how many
-    images it has lost, and what is wrong with it; those images are counted in `counts`, and skipped in every epoch.
+    shards: paths or URLs, and names: what their labels are found by. counts: images of each. labels_dirs: the H
+    folders of labels, and labels_infos: what the labels of each are of. without_label: images without a label in some
+    folder (they are skipped, and counted, in every epoch). duplicates, ignored, without_image: members and samples of
+    the tars that are not used (see `TarIndex`). unfit_indexes: side-car indexes that are stale or damaged (their tars
+    were walked, and the index could not be written anew). surplus_labels: rows of label files whose image is not in
+    the tar (one that lost whole members looks like that). captions: images are paired with their captions, not with
+    labels; without_label then counts those without one. key_sets, key_orders: of each tar, 64 bits of a digest of its
+    images' keys, whatever their order, and in their order (None: a damaged tar, of whose order nothing tells).
+    quarantined: the number of a tar that is damaged or missing, how many images it has lost, and what is wrong with
+    it; those images are counted in `counts`, and skipped in every epoch.
     """
 
     shards: tuple[str, ...]
@@ -114,6 +116,8 @@ class ShardTable:
     quarantined: tuple[tuple[int, int, str], ...] = ()
     index_folder: Path | None = None
     allow_pipe: bool = False
+    key_sets: tuple[int, ...] = ()
+    key_orders: tuple[int | None, ...] = ()
     kept: dict[int, ShardContents] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -145,10 +149,19 @@ class ShardTable:
         return found
 
     def fingerprint(self) -> str:
-        """Changes with names, counts or labels: for a checkpoint to compare."""
+        """Two parts for a checkpoint to compare, "-" between: one changes with names, counts or labels, one with the keys.
+
+        Checkpoints of earlier versions have the first alone.
+        """
         infos = self.labels_infos if len(self.labels_infos) > 1 else next(iter(self.labels_infos), "captions")
         text = repr((self.names, self.counts, infos, self.num_positives))
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return f"{_short_digest(text)}-{_short_digest(repr(self.key_sets))}"
+
+    def order(self, plan: str) -> str:
+        """The order of an epoch's samples, for a checkpoint to compare: the fingerprint of its plan, "-", and what changes
+        with the order of the keys within tars. The first part alone where tars are damaged and nothing tells.
+        """
+        return plan if None in self.key_orders else f"{plan}-{_short_digest(repr(self.key_orders))}"
 
     def load(self, shard: int) -> ShardContents:
         """Reads a tar's index or headers and its labels again.
@@ -197,6 +210,14 @@ class ShardTable:
                 f"{path} or its labels changed while the run was reading them: {self.counts[shard]} images of "
                 f"{_listed(self.labels_infos)} at the start, now {len(contents)} of {_listed(infos)}. Start again with "
                 "--resume auto."
+            )
+        keys = found.index.keys
+        if not contents.damage and (
+            _digest(sorted(keys)) != self.key_sets[shard] or self.key_orders[shard] not in (None, _digest(keys))
+        ):
+            raise DataError(
+                f"{path} changed while the run was reading it: it has as many images as at the start, but other keys or the "
+                "same in another order. Start again with --resume auto."
             )
         return contents
 
@@ -260,7 +281,9 @@ def _caption_place(members: dict[str, tuple[int, int]]) -> tuple[int, int, int]:
 
 
 def _keys(found: FoundIndex, labels: Sequence[LabelShard]) -> Sequence[str]:
-    """Keys of a tar's images; of a damaged tar, of all that it must have had: by an index of before, else by its labels."""
+    """Keys of a tar's images; of a damaged tar, of all that it must have had: by an index of before, else by its labels,
+    which may stand in another order.
+    """
     if found.damage is None:
         return found.index.keys
     there = found.index.members
@@ -280,6 +303,16 @@ def _all_lost(contents: ShardContents, count: int) -> ShardContents:
         labelled=np.ones(count, bool),
         captions=None if contents.captions is None else np.tile([0, 0, -1], (count, 1)),
     )
+
+
+def _digest(keys: Sequence[str]) -> int:
+    """64 bits of keys, which hold no NUL, in their order."""
+    text = "\0".join(keys).encode("utf-8", "surrogateescape")
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+
+
+def _short_digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _rows(keys: Sequence[str], labels: LabelShard) -> np.ndarray:
@@ -303,6 +336,8 @@ class _Found:
 
     shard: int
     count: int = 0
+    key_set: int = 0
+    key_order: int | None = None
     infos: tuple[LabelsInfo, ...] = ()
     unlabelled: tuple[str, ...] = ()
     num_unlabelled: int = 0
@@ -384,6 +419,8 @@ def build_shard_table(
         quarantined=tuple((entry.shard, entry.lost, entry.damage) for entry in found if entry.damage),
         index_folder=index_folder,
         allow_pipe=allow_pipe,
+        key_sets=tuple(entry.key_set for entry in found),
+        key_orders=tuple(entry.key_order for entry in found),
         kept=kept,
     )
 
@@ -423,6 +460,8 @@ def _examine(
             raise DataError(f"{found_index.damage}{untold}")
         keys = _keys(found_index, labels)
         found.count, found.damage = len(contents), contents.damage
+        in_order = found_index.damage is None or keys is found_index.keys_before
+        found.key_set, found.key_order = _digest(sorted(keys)), _digest(keys) if in_order else None
         found.lost = int(((contents.offsets == LOST) & contents.labelled).sum())
         found.lacking_in = tuple(int((_rows(keys, shard_labels) < 0).sum()) for shard_labels in labels)
         found.surplus_labels = sum(
