@@ -444,10 +444,34 @@ def test_several_damaged_tars_are_counted(tmp_path):
 def test_missing_and_surplus_labels_below_the_limit_are_counted(tmp_path):
     shards = make_shards(tmp_path, [3, 5])
     write_labels(tmp_path / "labels", "00001", [f"00001{i:04d}" for i in range(1, 9)])
-    table = table_on_ranks(2, shards, tmp_path / "labels", allowed=0.2)[0]
+    table = table_on_ranks(2, shards, tmp_path / "labels", allowed=0.34)[0]
     assert table.counts == (3, 5) and table.without_label == 1 and table.surplus_labels == 4
     assert any(line.startswith("4 labels are of images that the tars lack") for line in table.unused())
     assert table.load(1).labelled.tolist() == [False, True, True, True, True]
+
+
+def test_images_that_tars_have_lost_without_a_trace_count_towards_the_limit(tmp_path):
+    """Whole members are gone, the tars are valid: the labels of these tars tell, and img2dataset's _stats.json."""
+    shards = make_shards(tmp_path, [40, 5, 20])
+    for shard, left in ((0, 4), (2, 19)):
+        keys = [f"{shard:05d}{i:04d}" for i in range(left)]
+        stats = Path(shards[shard]).with_name(f"{shard:05d}_stats.json")
+        before = stats.read_bytes()
+        write_tar(shards[shard], [(key, {"jpg": encode(picture(int(key)))}) for key in keys])
+        stats.write_bytes(before)
+    first, second = table_on_ranks(2, shards, tmp_path / "labels", allowed=0.5)
+    assert first == second and "37 of 65 labelled images are not in their tars, more than --max_skipped_" in first
+    assert "00000.tar: 36 of 40; " in first and "00002.tar: 1 of 20. Fetch" in first
+    table = table_on_ranks(2, shards, tmp_path / "labels", allowed=0.57)[1]
+    assert table.surplus_labels == table.lacking_images == 37
+    assert (
+        f"37 samples fewer than the _stats.json beside the tars say: did tars lose some? E.g. {shards[0]}"
+        in table.unused()
+    )
+    # A run meant for some of the tars has label files of all.
+    assert table_on_ranks(2, shards[1:2], tmp_path / "labels", allowed=0.0)[1].unused() == ()
+    stats.write_text("[]")  # somebody else's
+    assert table_on_ranks(1, shards, tmp_path / "labels", allowed=0.57)[0].lacking_images == 36
 
 
 def test_odd_members_show_in_the_table(tmp_path):

@@ -37,6 +37,7 @@ from mlcd_ds.data.tars import (
     is_url,
     local_shard,
     shard_name,
+    stated_samples,
 )
 from mlcd_ds.errors import DataError
 from mlcd_ds.topology import Topology
@@ -92,11 +93,12 @@ class ShardTable:
     folder (they are skipped, and counted, in every epoch). duplicates, ignored, without_image: members and samples of
     the tars that are not used (see `TarIndex`). unfit_indexes: side-car indexes that are stale or damaged (their tars
     were walked, and the index could not be written anew). surplus_labels: rows of label files whose image is not in
-    the tar (one that lost whole members looks like that). captions: images are paired with their captions, not with
-    labels; without_label then counts those without one. key_sets, key_orders: of each tar, 64 bits of a digest of its
-    images' keys, whatever their order, and in their order (None: a damaged tar, of whose order nothing tells).
-    quarantined: the number of a tar that is damaged or missing, how many images it has lost, and what is wrong with
-    it; those images are counted in `counts`, and skipped in every epoch.
+    the tar (one that lost whole members looks like that). lacking_images, lacking_tar: samples that tars have fewer
+    than img2dataset's _stats.json beside them says, and one of those tars. captions: images are paired with their
+    captions, not with labels; without_label then counts those without one. key_sets, key_orders: of each tar, 64 bits
+    of a digest of its images' keys, whatever their order, and in their order (None: a damaged tar, of whose order
+    nothing tells). quarantined: the number of a tar that is damaged or missing, how many images it has lost, and what
+    is wrong with it; those images are counted in `counts`, and skipped in every epoch.
     """
 
     shards: tuple[str, ...]
@@ -112,6 +114,8 @@ class ShardTable:
     without_image: int = 0
     unfit_indexes: int = 0
     surplus_labels: int = 0
+    lacking_images: int = 0
+    lacking_tar: str = ""
     captions: bool = False
     quarantined: tuple[tuple[int, int, str], ...] = ()
     index_folder: Path | None = None
@@ -140,6 +144,11 @@ class ShardTable:
             ),
         )
         found = tuple(f"{count:,} {text}" for count, text in sentences if count)
+        if self.lacking_images:
+            found += (
+                f"{self.lacking_images:,} samples fewer than the _stats.json beside the tars say: did tars lose some? E.g. "
+                f"{self.lacking_tar}",
+            )
         if self.quarantined:
             lost = sum(count for _, count, _ in self.quarantined)
             found += (
@@ -349,6 +358,8 @@ class _Found:
     lost: int = 0
     damage: str = ""
     surplus_labels: int = 0
+    vanished: int = 0  # keys of its label files that it lacks
+    lacking_images: int = 0  # fewer than its _stats.json says
     missing_labels: Path | None = None  # the folder
     error: str | None = None
 
@@ -375,10 +386,10 @@ def build_shard_table(
     missing. allow_pipe: see `local_shard`.
     A tar that is damaged, missing or without images is quarantined: what comes before its damage is used, the images that it
     has lost (by an index of before, else by its labels) are counted, and skipped in every epoch.
-    Raises DataError, the same on every rank, when more than `max_skipped_fraction` of the images are lost so, or lack a
-    label; when a tar is remote and there is no cache_dir, or is missing and may not be, or nothing tells what it held; when
-    label files are missing, of different centers within a folder or with fewer labels than num_positives, or a label is not
-    below k.
+    Raises DataError, the same on every rank, when more than `max_skipped_fraction` of the images are lost so, or lack
+    a label, or of the labels are of images that their tar lacks; when a tar is remote and there is no cache_dir, or
+    is missing and may not be, or nothing tells what it held; when label files are missing, of different centers
+    within a folder or with fewer labels than num_positives, or a label is not below k.
     One all-gather of a few bytes per shard.
     """
     if not shards:
@@ -401,6 +412,7 @@ def build_shard_table(
         check_enough_labels(folder, found[0].infos[head], num_positives)
     _check_lost(found, max_skipped_fraction)
     _check_unlabelled(found, shards, labels_dirs, max_skipped_fraction)
+    _check_vanished(found, shards, max_skipped_fraction)
     return ShardTable(
         shards=tuple(shards),
         names=names,
@@ -414,6 +426,8 @@ def build_shard_table(
         ignored=sum(entry.ignored for entry in found),
         without_image=sum(entry.without_image for entry in found),
         surplus_labels=sum(entry.surplus_labels for entry in found),
+        lacking_images=sum(entry.lacking_images for entry in found),
+        lacking_tar=next((shards[entry.shard] for entry in found if entry.lacking_images), ""),
         captions=captions,
         unfit_indexes=sum(entry.unfit_index for entry in found),
         quarantined=tuple((entry.shard, entry.lost, entry.damage) for entry in found if entry.damage),
@@ -468,6 +482,9 @@ def _examine(
             len(shard_labels.keys) - len(keys) + lacking
             for shard_labels, lacking in zip(labels, found.lacking_in, strict=True)
         )
+        found.vanished = len({key for own in labels for key in own.keys} - set(keys)) if found.surplus_labels else 0
+        if not found.damage and not is_url(path):
+            found.lacking_images = max(0, stated_samples(path) - len(index.keys) - len(index.without_image))
         lacking = np.nonzero(~contents.labelled)[0]
         found.num_unlabelled = len(lacking)
         found.unlabelled = tuple(contents.key(row) for row in lacking[:3])
@@ -501,6 +518,22 @@ def _check_lost(found: list[_Found], allowed: float) -> None:
     more = f" ({len(damages) - 1} more of the {len(found)} shards cannot be used whole either)" if damages[1:] else ""
     raise DataError(
         f"{damages[0]}{more} {lost} of {total} images are lost so, more than --max_skipped_fraction {allowed:g} allows."
+    )
+
+
+def _check_vanished(found: list[_Found], shards: Sequence[str], allowed: float) -> None:
+    """Images that tars have lost without a trace are known by their labels, which are of each tar alone."""
+    vanished, total = sum(entry.vanished for entry in found), sum(entry.count for entry in found)
+    if vanished <= allowed * (total + vanished):
+        return
+    worst = sorted((entry for entry in found if entry.vanished), key=lambda entry: -entry.vanished)
+    named = "; ".join(
+        f"{shards[entry.shard]}: {entry.vanished} of {entry.count + entry.vanished}" for entry in worst[:3]
+    )
+    raise DataError(
+        f"{vanished} of {total + vanished} labelled images are not in their tars, more than --max_skipped_fraction "
+        f"{allowed:g} allows. Most of them in {named}{' ...' if worst[3:] else ''}. Fetch or write these tars again; "
+        "if they were meant to become smaller, write their labels again with tools/assign_labels.py, or raise the fraction."
     )
 
 

@@ -724,6 +724,21 @@ def _extent(members: dict[str, dict[str, tuple[int, int]]]) -> tuple[int, int, i
     return first, end, total
 
 
+def stats_path(tar: str | Path) -> Path:
+    """Where img2dataset writes what it knows of a local tar."""
+    tar = Path(tar)
+    return tar.with_name(tar.name.removesuffix(".tar") + "_stats.json")
+
+
+def stated_samples(tar: str | Path) -> int:
+    """How many samples a local tar holds according to the "successes" of its _stats.json; 0 where nothing tells."""
+    try:
+        found = json.loads(stats_path(tar).read_text(encoding="utf-8"))["successes"]
+    except (OSError, ValueError, KeyError, TypeError):  # none, or not img2dataset's: it only serves a hint
+        return 0
+    return found if isinstance(found, int) else 0
+
+
 def write_tar(path: str | Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> int:
     """Writes (key, {extension: contents}) as a plain USTAR tar; returns the number of samples.
 
@@ -740,8 +755,7 @@ def write_tar(path: str | Path, samples: Iterable[tuple[str, dict[str, bytes]]])
         count = _write(path, file, samples)
 
     write_bytes(path, write)
-    stats = path.with_name(path.name.removesuffix(".tar") + "_stats.json")
-    write_text(stats, json.dumps({"count": count, "successes": count}) + "\n")
+    write_text(stats_path(path), json.dumps({"count": count, "successes": count}) + "\n")
     return count
 
 
