@@ -289,8 +289,13 @@ def test_fewer_labels_than_stored_and_fewer_stored_than_wanted(tmp_path):
     info = build_shard_table(shards, [tmp_path / "labels"], 3, 0.0, None, Topology.single()).labels_infos[0]
     names = [f"00000{i:04d}" for i in range(4)]
     write_label_shard(label_path(tmp_path / "labels", "00000"), names, rows, np.zeros((4, 3)), info)
-    ((_, labels, keys),) = collect(make_loader(tmp_path, shards, batch=4), 0, 1)
+    loader = make_loader(tmp_path, shards, batch=4)
+    ((_, labels, keys),) = collect(loader, 0, 1)
     assert labels.tolist() == [rows[names.index(key)].tolist() for key in keys] and NO_LABEL in labels
+    # One without any is used, and said: docs/clustering.md tells what it is to the loss.
+    assert loader.ledger.num_skipped == 0
+    (told,) = loader._dataset.table.unused()
+    assert told.startswith("1 images have an empty list of labels")
 
 
 def test_drawn_labels_are_a_function_of_seed_epoch_and_sample(data, reference, monkeypatch):

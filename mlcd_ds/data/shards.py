@@ -90,15 +90,16 @@ class ShardTable:
 
     shards: paths or URLs, and names: what their labels are found by. counts: images of each. labels_dirs: the H
     folders of labels, and labels_infos: what the labels of each are of. without_label: images without a label in some
-    folder (they are skipped, and counted, in every epoch). duplicates, ignored, without_image: members and samples of
-    the tars that are not used (see `TarIndex`). unfit_indexes: side-car indexes that are stale or damaged (their tars
-    were walked, and the index could not be written anew). surplus_labels: rows of label files whose image is not in
-    the tar (one that lost whole members looks like that). lacking_images, lacking_tar: samples that tars have fewer
-    than img2dataset's _stats.json beside them says, and one of those tars. captions: images are paired with their
-    captions, not with labels; without_label then counts those without one. key_sets, key_orders: of each tar, 64 bits
-    of a digest of its images' keys, whatever their order, and in their order (None: a damaged tar, of whose order
-    nothing tells). quarantined: the number of a tar that is damaged or missing, how many images it has lost, and what
-    is wrong with it; those images are counted in `counts`, and skipped in every epoch.
+    folder (they are skipped, and counted, in every epoch). without_positive: images whose list is empty in a label
+    file: they are used. duplicates, ignored, without_image: members and samples of the tars that are not used (see
+    `TarIndex`). unfit_indexes: side-car indexes that are stale or damaged (their tars were walked, and the index
+    could not be written anew). surplus_labels: rows of label files whose image is not in the tar (one that lost whole
+    members looks like that). lacking_images, lacking_tar: samples that tars have fewer than img2dataset's _stats.json
+    beside them says, and one of those tars. captions: images are paired with their captions, not with labels;
+    without_label then counts those without one. key_sets, key_orders: of each tar, 64 bits of a digest of its images'
+    keys, whatever their order, and in their order (None: a damaged tar, of whose order nothing tells). quarantined:
+    the number of a tar that is damaged or missing, how many images it has lost, and what is wrong with it; those
+    images are counted in `counts`, and skipped in every epoch.
     """
 
     shards: tuple[str, ...]
@@ -109,6 +110,7 @@ class ShardTable:
     cache_dir: str | None
     labels_infos: tuple[LabelsInfo, ...]
     without_label: int = 0
+    without_positive: int = 0
     duplicates: int = 0
     ignored: int = 0
     without_image: int = 0
@@ -134,6 +136,11 @@ class ShardTable:
         what = "caption" if self.captions else "label"
         sentences = (
             (self.without_label, f"images have no {what}: they are skipped, and counted, in every epoch"),
+            (
+                self.without_positive,
+                "images have an empty list of labels (no center above the threshold, or dropped features): they are used, "
+                "against negatives alone",
+            ),
             (self.duplicates, "members repeat a name of their tar: the first one counts"),
             (self.without_image, "samples have no image"),
             (self.ignored, "members are not part of a sample (no extension, or not a file)"),
@@ -320,6 +327,12 @@ def _digest(keys: Sequence[str]) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
 
+def without_positive(contents: ShardContents, heads: int) -> np.ndarray:
+    """bool [n]: the images whose list is empty in one of `heads` label files that have them all."""
+    nearest = contents.labels.reshape(len(contents), heads, -1)[:, :, :1] if heads else contents.labels
+    return contents.labelled & (nearest == NO_LABEL).reshape(len(contents), -1).any(axis=1)
+
+
 def _short_digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -358,6 +371,7 @@ class _Found:
     lost: int = 0
     damage: str = ""
     surplus_labels: int = 0
+    without_positive: int = 0
     vanished: int = 0  # keys of its label files that it lacks
     lacking_images: int = 0  # fewer than its _stats.json says
     missing_labels: Path | None = None  # the folder
@@ -422,6 +436,7 @@ def build_shard_table(
         cache_dir=cache_dir,
         labels_infos=found[0].infos,
         without_label=sum(entry.num_unlabelled for entry in found),
+        without_positive=sum(entry.without_positive for entry in found),
         duplicates=sum(entry.duplicates for entry in found),
         ignored=sum(entry.ignored for entry in found),
         without_image=sum(entry.without_image for entry in found),
@@ -485,6 +500,7 @@ def _examine(
         found.vanished = len({key for own in labels for key in own.keys} - set(keys)) if found.surplus_labels else 0
         if not found.damage and not is_url(path):
             found.lacking_images = max(0, stated_samples(path) - len(index.keys) - len(index.without_image))
+        found.without_positive = int((without_positive(contents, len(labels)) & (contents.offsets != LOST)).sum())
         lacking = np.nonzero(~contents.labelled)[0]
         found.num_unlabelled = len(lacking)
         found.unlabelled = tuple(contents.key(row) for row in lacking[:3])
