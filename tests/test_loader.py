@@ -819,6 +819,47 @@ def test_a_lost_tar_may_come_early_in_every_epoch(tmp_path, monkeypatch):
         loader.check_skipped(final=False)
 
 
+def test_what_rots_late_is_judged_by_itself(tmp_path, monkeypatch):
+    """However much was good before; a resume starts anew from the sums it goes on from."""
+    monkeypatch.setattr(loader_module, "WINDOW_SAMPLES", 100)
+    shards = make_shards(tmp_path, [4, 36])
+
+    def more(loader, good, **skips):
+        loader.ledger.decoded_of[1] += good
+        loader.ledger.skips.update({(0, reason): count for reason, count in skips.items()})
+        return loader.check_skipped(final=False)
+
+    loader = make_loader(tmp_path, shards, allowed=0.05)
+    assert more(loader, 4000) == (4000, 0)
+    for turn in range(1, 5):
+        assert more(loader, 47, broken=2, no_label=1) == (4000 + 47 * turn, 3 * turn)  # 4%
+    assert more(loader, 96, broken=4) == (4284, 16)
+    totals = loader.totals()
+    with pytest.raises(
+        DataError,
+        match=r"20 of 4350 samples could not be used, 8 of the last 150 samples .16 broken, 4 no_label., more",
+    ):
+        more(loader, 46, broken=4)
+    loader = make_loader(tmp_path, shards, allowed=0.05)
+    loader.go_on_from(totals)
+    assert more(loader, 46, broken=4) == (4330, 20)
+
+
+def test_tars_that_are_lost_late_are_judged_by_their_epoch(tmp_path):
+    loader = make_loader(tmp_path, make_shards(tmp_path, [4, 36]), allowed=0.1)
+
+    def read(total, lost):
+        loader.ledger.decoded_of[1], loader.ledger.skips[0, "missing_tar"] = total - lost, lost
+        return loader.check_skipped(final=False)
+
+    for total, lost in ((4030, 0), (4050, 4), (4070, 4), (4090, 8), (4110, 8), (4119, 12)):  # once in each epoch
+        assert read(total, lost) == (total - lost, lost)
+    with pytest.raises(
+        DataError, match=r"13 of 4120 .*, 5 images of damaged or missing tars among the last 30 samples"
+    ):
+        read(4120, 13)
+
+
 def test_names_and_sums_that_cannot_be_written_do_not_end_a_run(tmp_path, capsys):
     shards = make_shards(tmp_path, [8], {"000000000": b"", "000000001": b"x"})
     table = build_shard_table(shards, [tmp_path / "labels"], 3, 0.0, None, Topology.single())
