@@ -496,9 +496,10 @@ class ImageLabelLoader:
             names = [name for own in gather_objects(self.ledger.names[:3], self._topology) for name in own]
             examples = f"E.g. {'; '.join(names[:3])}. " if names else ""  # none since a resume: the counts are older
             late = f", {recent}" if recent and not too_many else ""
+            allowed = f"--max_skipped_fraction {self.max_skipped_fraction:g}"
             raise DataError(
-                f"{skipped} of {read} samples could not be used{late} ({_listed(reasons)}), more than "
-                f"--max_skipped_fraction {self.max_skipped_fraction:g} allows. {examples}Mend or remove these samples, or raise the fraction."
+                f"{skipped} of {read} samples could not be used{late} ({_listed(reasons)}), more than {allowed} allows. "
+                f"{examples}Mend or remove these samples, or raise the fraction."
             )
         return decoded, reasons
 
