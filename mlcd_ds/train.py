@@ -101,7 +101,7 @@ def train_in(run: RunFolder, config: RunConfig, raw: dict, topology: Topology, w
     classes = [info.num_classes for info in plan.labels]
     size = checkpoint_bytes(plan.encoder, plan.settings, config, classes, plan.text)
     check_this_machine(config, plan, topology, run, size)
-    record = plan.record(config, table.fingerprint(), order.fingerprint())
+    record = plan.record(config, table.fingerprint(), table.order(order.fingerprint()))
     collectives.on_main(topology, run.write_config, record, config.allow_changed)
     check_shared(run, topology)
     run.is_ours = True
