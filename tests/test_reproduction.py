@@ -5,7 +5,19 @@ import threading
 
 import pytest
 
-from mlcd_ds.config import ReproduceConfig
+from mlcd_ds import cli
+from mlcd_ds.config import (
+    AssignConfig,
+    ClusterConfig,
+    FeaturesConfig,
+    KnnConfig,
+    ProbeConfig,
+    ReproduceConfig,
+    RetrievalConfig,
+    RunConfig,
+    TokenizerConfig,
+    ZeroShotConfig,
+)
 from mlcd_ds.errors import ConfigError, DataError
 from mlcd_ds.evaluation import reproduction
 from mlcd_ds.evaluation.reproduction import Column, Stages, table
@@ -34,6 +46,19 @@ def test_a_folder_keeps_its_settings_and_takes_more_seeds(tmp_path):
         stages().check_data()
 
 
+TOOLS = {
+    "train_tokenizer.py": TokenizerConfig,
+    "train.py": RunConfig,
+    "extract_features.py": FeaturesConfig,
+    "cluster.py": ClusterConfig,
+    "assign_labels.py": AssignConfig,
+    "linear_probe.py": ProbeConfig,
+    "knn.py": KnnConfig,
+    "zero_shot.py": ZeroShotConfig,
+    "retrieval.py": RetrievalConfig,
+}
+
+
 class Commands:
     """In place of subprocess.run: notes the commands, and what was running when each began; `fails` one of them."""
 
@@ -42,8 +67,10 @@ class Commands:
         self.lock = threading.Lock()
 
     def __call__(self, command, stdout, stderr, check):
-        flags = dict(flag.removeprefix("--").split("=", 1) for flag in command if "=" in flag)
-        tool = next(part for part in command if part.endswith(".py")).rsplit("/", 1)[1]
+        place = next(i for i, part in enumerate(command) if part.endswith(".py"))
+        tool = command[place].rsplit("/", 1)[1]
+        flags = cli.parse_flags(command[place + 1 :], TOOLS[tool])
+        cli.build(TOOLS[tool], dict(flags))  # the tool would take them
         name = (tool, flags.get("output_dir") or flags.get("output"), flags.get("dataset_name"))
         with self.lock:
             assert name not in [before[0] for before in self.begun], f"{name} is run twice"
@@ -103,3 +130,12 @@ def test_a_failed_stage_ends_the_rest(tmp_path, monkeypatch):
     with pytest.raises(DataError, match="mlc_s0 ended with exit code 1; the same command goes on from there"):
         reproduction._run_all(Stages(config), [])
     assert not any("mlcd_s1" in str(name) for name, _ in commands.begun)
+
+
+def test_more_labels_an_image_may_be_asked_for_later(tmp_path):
+    def labels(values):
+        stages = Stages(ReproduceConfig(root="data", output_dir=str(tmp_path), ablate_l=values))
+        return stages.labels_of(1000).name, stages._most_labels()
+
+    assert labels((1, 8)) == labels((1, 2, 4, 8, 16)) == ("labels_1000", 16)
+    assert labels((8, 32)) == ("labels_1000_top32", 32)

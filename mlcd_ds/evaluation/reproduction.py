@@ -36,6 +36,8 @@ POSITIVES = 8
 """l of the comparison: the paper's."""
 SAMPLE_RATE = 0.1
 """r of the comparison: the paper's."""
+STORED_LABELS = 16
+"""Nearest centers that label files hold, at least: of a run with more labels an image there is another folder."""
 NEIGHBOURS = 20
 """k of the nearest-neighbour column."""
 HEAD_LR_SCALE = 3
@@ -249,8 +251,8 @@ class Stages:
 
     def cluster(self, k: int) -> None:
         """Features of the first CLIP run, k centers, the nearest of them to every image."""
-        features, centers, labels = self.folder / "features", self.folder / f"centers_{k}", self.folder / f"labels_{k}"
-        shards, top = self.scenes / "train/*.tar", int(max(POSITIVES, *self.config.ablate_l))
+        features, centers, labels = self.folder / "features", self.folder / f"centers_{k}", self.labels_of(k)
+        shards = self.scenes / "train/*.tar"
         self._run(
             "features", self._marker("features").exists, "extract_features.py",
             {"shards": shards, "model": f"run:{self.run_of('clip_s0')}", "output_dir": features},
@@ -260,9 +262,17 @@ class Stages:
             {"features": features, "k": k, "output_dir": centers},
         )  # fmt: skip
         self._run(
-            f"labels_{k}", self._marker(f"labels_{k}").exists, "assign_labels.py",
-            {"features": features, "centers": centers, "output_dir": labels, "top": top},
+            labels.name, self._marker(labels.name).exists, "assign_labels.py",
+            {"features": features, "centers": centers, "output_dir": labels, "top": self._most_labels()},
         )  # fmt: skip
+
+    def labels_of(self, k: int) -> Path:
+        """Folder of the labels of k clusters."""
+        most = self._most_labels()
+        return self.folder / (f"labels_{k}" if most == STORED_LABELS else f"labels_{k}_top{most}")
+
+    def _most_labels(self) -> int:
+        return int(max(STORED_LABELS, *self.config.ablate_l))
 
     def train(self, name: str, flags: dict) -> None:
         """One run of train.py on the scenes, --resume auto."""
@@ -289,7 +299,7 @@ class Stages:
     def head_encoder(self, run: HeadRun, lit: bool = False) -> None:
         """One training on cluster labels, and what the tables say of it; with `lit` also by a text tower."""
         flags = {
-            "labels": self.folder / f"labels_{run.k}", "centers": self.folder / f"centers_{run.k}",
+            "labels": self.labels_of(run.k), "centers": self.folder / f"centers_{run.k}",
             "num_positives": run.l, "sample_rate": run.r, "objective": run.objective, "seed": run.seed,
             "scale": self.config.scale, "margin": self.config.margin, "head_lr_scale": HEAD_LR_SCALE,
         }  # fmt: skip
