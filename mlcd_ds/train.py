@@ -219,8 +219,8 @@ def starting_encoder(config: RunConfig, run: RunFolder) -> VitConfig | None:
     None for random ones. Raises CheckpointError for one that cannot be read.
     """
     if goes_on(config, run):
-        recorded = run.config()
-        return checkpoint.encoder_config(run.path) if recorded is None else VitConfig(**recorded["encoder"])
+        recorded = (run.config() or {}).get("encoder")
+        return checkpoint.encoder_config(run.path) if recorded is None else VitConfig(**recorded)
     return None if config.init_from is None else checkpoint.encoder_config(config.init_from)
 
 
