@@ -25,7 +25,7 @@ TITLES = {
 EVERY_METRIC = ("zeroshot_retrieval",)
 """Tasks whose metrics are all shown; of the others the main one."""
 NOTHING = "–"
-DIFFERENT = "Measured in different ways, so that differences are not of the models alone:"
+DIFFERENT = "Probed in different ways, so that differences are not of the models alone:"
 STYLE = """
 body { font: 15px/1.5 system-ui, "Segoe UI", "DejaVu Sans", sans-serif; color: #1a1a1a; background: #fff;
        max-width: 1100px; margin: 24px auto; padding: 0 20px; }
@@ -55,8 +55,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Section:
-    """The rows of one task. incomplete: sets that not every run has. protocols: {model and weights: how it measured}, where
-    that differs."""
+    """The rows of one task. incomplete: sets that not every run has. protocols: {model and weights: how it was
+    probed}, where that differs."""
 
     task: str
     rows: list[Row]
@@ -173,7 +173,7 @@ def _common_metric(results: list[Result]) -> str | None:
 
 
 def _protocols(measured: dict[str, list[Result]], runs: list[str]) -> dict[str, str]:
-    """{run: how it measured}, where runs measured a set's same metric in different ways; else nothing."""
+    """{run: how it was probed}, where runs measured a set's same metric by probes of different protocols; else nothing."""
     ways: dict[str, list[str]] = {}
     for results in measured.values():
         if len({_protocol(result) for result in results}) > 1 and _common_metric(results):
@@ -183,10 +183,10 @@ def _protocols(measured: dict[str, list[Result]], runs: list[str]) -> dict[str, 
 
 
 def _protocol(result: Result) -> str:
-    """As its file says; CLIP_benchmark's files say nothing."""
-    unsaid = "not said in its files"
-    if result.task == "linear_probe":
-        unsaid += " (CLIP_benchmark fits by AdamW: with a fixed number of epochs, weight decay given or swept)"
+    """Of a linear probe, as its file says; CLIP_benchmark's files say nothing. Empty for other tasks."""
+    if result.task != "linear_probe":
+        return ""
+    unsaid = "not said in its files (CLIP_benchmark fits by AdamW, so many epochs, weight decay given or swept)"
     return str(result.details.get("protocol") or unsaid)
 
 
