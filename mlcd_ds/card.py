@@ -6,7 +6,7 @@ from mlcd_ds.config import RunConfig, split_paths
 from mlcd_ds.ds_config import DeepSpeedSettings
 from mlcd_ds.memory import checkpoint_bytes, count_parameters, plan_memory, recompute_of, sampled_rows
 from mlcd_ds.models.text import TextConfig
-from mlcd_ds.models.vit import VitConfig
+from mlcd_ds.models.vit import FUNCTION, PRESETS, VitConfig
 from mlcd_ds.partition import ClassPartition
 from mlcd_ds.schedule import RunLength
 
@@ -60,7 +60,7 @@ def startup_card(
             "encoder",
             f"{config.model}, {encoder.image_size} px, {patches} patches, {parameters / 1e6:.1f}M parameters, "
             f"embedding {encoder.embed_dim}, checkpointing {recompute_of(config, settings, encoder, text)}"
-            + _options(config),
+            + _options(config, encoder),
         ),
         *(
             _head_lines(config, settings, num_classes, world_size, device)
@@ -123,9 +123,14 @@ def _text_lines(config: RunConfig, settings: DeepSpeedSettings, text: TextConfig
     ]
 
 
-def _options(config: RunConfig) -> str:
+def _options(config: RunConfig, encoder: VitConfig) -> str:
     """What of the encoder is not as its preset has it."""
-    parts = [f"{config.register_tokens} registers"] if config.register_tokens else []
+    parts = [
+        f"{name} {value} as in the weights it starts from"
+        for name in FUNCTION
+        if (value := getattr(encoder, name)) != getattr(PRESETS[config.model], name)
+    ]
+    parts += [f"{config.register_tokens} registers"] if config.register_tokens else []
     parts += [
         f"{name.replace('_', ' ')} {value:g}"
         for name in ("drop_path", "patch_dropout")

@@ -49,7 +49,7 @@ from mlcd_ds.files import comes_into_sight, save_tensors, sha256, sync_file, syn
 from mlcd_ds.models import hf, hf_text
 from mlcd_ds.models.hf import PROJECTION
 from mlcd_ds.models.text import TextConfig, TextTransformer
-from mlcd_ds.models.vit import VisionTransformer, VitConfig, resize_positions
+from mlcd_ds.models.vit import FUNCTION, PRESETS, SHAPE, VisionTransformer, VitConfig, resize_positions
 from mlcd_ds.topology import Topology
 
 FORMAT_VERSION = 1
@@ -634,6 +634,20 @@ def load_encoder(path: str | Path, untrained: bool = False, seed: int = 0) -> Vi
             fit_weights(model, weights, str(path))
         return model.eval()
     folder = find_encoder(path)
+    model = VisionTransformer(encoder_config(folder), seed=seed)
+    if not untrained:
+        load_weights(model, folder)
+    return model.eval()
+
+
+def encoder_config(path: str | Path) -> VitConfig:
+    """The architecture of the encoder under `path` (see `find_encoder`, or hf:FOLDER); no weights are read.
+
+    Raises CheckpointError as `load_encoder`.
+    """
+    if str(path).startswith(HUGGING_FACE):
+        return hf.read_config(str(path).removeprefix(HUGGING_FACE))
+    folder = find_encoder(path)
     try:
         described = json.loads((folder / "encoder.json").read_text())
         config = VitConfig(**described["config"])
@@ -646,17 +660,34 @@ def load_encoder(path: str | Path, untrained: bool = False, seed: int = 0) -> Vi
         raise (NewerFormatError if newer else CheckpointError)(
             f"{folder} has format version {version}, not {FORMAT_VERSION}{hint}"
         )
-    model = VisionTransformer(config, seed=seed)
-    if not untrained:
-        load_weights(model, folder)
-    return model.eval()
+    return config
+
+
+def check_architecture(own: VitConfig, source: VitConfig, where: str) -> None:
+    """Raises CheckpointError where weights of an encoder `source` would be another function in one that is `own`.
+
+    Number of heads, activation and norm_eps are in no tensor's shape. What `fit_weights` adapts may differ. where: for
+    messages.
+    """
+    differing = [
+        f"{name} {getattr(source, name)} there, {getattr(own, name)} here"
+        for name in (*SHAPE, *FUNCTION)
+        if getattr(source, name) != getattr(own, name)
+    ]
+    if differing:
+        fitting = [
+            name for name, known in PRESETS.items() if all(getattr(known, x) == getattr(source, x) for x in SHAPE)
+        ]
+        cure = f"Choose --model {' or '.join(fitting)}" if fitting else "No --model has its shape"
+        raise CheckpointError(f"{where} holds another architecture ({'; '.join(differing)}). {cure}.")
 
 
 def load_weights(model: VisionTransformer, path: str | Path) -> list[str]:
     """Copies the weights of an encoder (see `find_encoder`, or hf:FOLDER) into `model`; what had to be adapted, in words.
 
-    Raises CheckpointError naming what does not fit.
+    Raises CheckpointError naming what does not fit, as `check_architecture` and `fit_weights`.
     """
+    check_architecture(model.config, encoder_config(path), str(path))
     if str(path).startswith(HUGGING_FACE):
         _, weights = hf.read_folder(str(path).removeprefix(HUGGING_FACE))
         return fit_weights(model, weights, str(path))

@@ -191,7 +191,9 @@ class RunSettings(Settings):
     shards: str = Field(description="image tars: brace expansion, glob, text file of paths, '::' joins several")
     output_dir: str = Field(description="the run folder")
     init_from: str | None = Field(
-        None, description="run folder, or hf:FOLDER (CLIP or MLCD), to start the encoder from; positions are resized"
+        None,
+        description="run folder, or hf:FOLDER (CLIP or MLCD), to start the encoder from: its activation and norm_eps stay, "
+        "its positions are resized",
     )
     image_size: int | None = Field(None, ge=8, description="pixels; none: the preset's")
     epochs: Finite | None = Field(None, gt=0, description="length of the run in epochs")

@@ -103,7 +103,7 @@ def _finetune_in(run: RunFolder, config: FinetuneConfig, raw: dict, topology: To
     if topology.is_main:
         print("\n".join([plan.card, *(f"  - {text}" for text in table.unused())]), flush=True)
     check_this_machine(shared, plan, topology, run, _checkpoint_bytes(config, shared, plan, num_classes))
-    record = plan.record(config, table.fingerprint(), order.fingerprint())
+    record = plan.record(config, table.fingerprint(), table.order(order.fingerprint()))
     collectives.on_main(topology, run.write_config, record, config.allow_changed)
     check_shared(run, topology)
     run.is_ours = True

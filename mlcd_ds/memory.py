@@ -183,10 +183,11 @@ def kept_bytes(
     """Bytes that autograd keeps of a micro-batch between the encoder's forward and its backward pass, without weights.
 
     A block keeps its input, 2 norms, q, k, v, attention and residual (8 of the token's width), and the MLP's hidden layer
-    before and after its activation; no [T, T] matrix with scaled_dot_product_attention. With rotary positions q and
-    k turned and what turns them, besides. The last block, which serves the class token alone, keeps its input, its norm, k
-    and v. Before the blocks come the normalised images and the embedding. A block that is computed again keeps its input
-    alone; selectively: its input, q, k, v, attention, its projection, and the MLP's hidden layer once.
+    before and after its activation (of quick_gelu the sigmoid, too); no [T, T] matrix with scaled_dot_product_attention.
+    With rotary positions q and k turned and what turns them, besides. The last block, which serves the class token alone,
+    keeps its input, its norm, k and v. Before the blocks come the normalised images and the embedding. A block that is
+    computed again keeps its input alone; selectively: its input, q, k, v, attention, its projection, and the MLP's hidden
+    layer once.
     """
     size = 2 if settings.precision == "bfloat16" else 4
     ratio = encoder.mlp_width / encoder.width
@@ -209,7 +210,8 @@ def _token_bytes(encoder: VitConfig, settings: DeepSpeedSettings, patch_dropout:
 
 def _per_block(encoder: VitConfig) -> tuple[float, float]:
     """Tensors as wide as the tokens that a block keeps, and those of the last one."""
-    return 8 + 2 * encoder.mlp_width / encoder.width + (3 if encoder.rope else 0), 4 + (1 if encoder.rope else 0)
+    hidden = 2 if encoder.activation == "gelu" else 3  # quick_gelu keeps its sigmoid, too
+    return 8 + hidden * encoder.mlp_width / encoder.width + (3 if encoder.rope else 0), 4 + (1 if encoder.rope else 0)
 
 
 def _kept_of_text(recompute: Recompute, layers: int) -> float:

@@ -37,6 +37,10 @@ NEVER_CHANGED = frozenset(
 )
 """What --allow_changed cannot allow: weights, rows, moments would not fit, or a step would be another share of the data."""
 
+IN_PARTS = ("data", "order")
+"""Facts of several digests with "-" between, of which earlier versions wrote the first alone, as does a start with damaged
+tars of whose keys nothing tells the order: compared is what both have."""
+
 JSON_FREE_TO_CHANGE = frozenset(
     "tensorboard csv_monitor wandb comet steps_per_print wall_clock_breakdown dump_state memory_breakdown flops_profiler "
     "comms_logger checkpoint train_micro_batch_size_per_gpu gradient_accumulation_steps reduce_bucket_size "
@@ -152,6 +156,7 @@ class RunFolder:
                 )
             for text in changed.values():
                 print(f"--allow_changed: {text}", flush=True)
+            config = config | {"facts": config["facts"] | _longer_parts(before["facts"], config["facts"])}
         with writing_the_run(path):
             write_json(path, config)
             self.status("running", self.step)
@@ -223,6 +228,30 @@ def writing_the_run(what: Path | str) -> Iterator[None]:
         ) from error
 
 
+def _same(name: str, then: Any, now: Any) -> bool:
+    if name in IN_PARTS and isinstance(then, str) and isinstance(now, str):
+        return all(a == b for a, b in zip(then.split("-"), now.split("-"), strict=False))
+    return then == now
+
+
+def _longer_parts(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
+    """Facts in parts that now lack some, as they were: the next start can compare them. Says what could not be compared."""
+    kept = {}
+    for name in IN_PARTS:
+        then, own = before.get(name), now.get(name)
+        if not (isinstance(then, str) and isinstance(own, str) and _same(name, then, own)):
+            continue
+        if then.count("-") != own.count("-"):
+            what = "the keys of the images" if name == "data" else "the order of the images within each tar"
+            whose = "config.json of an earlier version or of damaged tars" if own.count("-") else "damaged tars"
+            print(
+                f"--resume: {what} could not be compared with those of before: nothing tells them ({whose})", flush=True
+            )
+        if then.count("-") > own.count("-"):
+            kept[name] = then
+    return kept
+
+
 def _changes(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
     """{name: what it was and is} of all that enters the mathematics and differs."""
     off = {name: field.default for name, field in EncoderOptions.model_fields.items()} | {"ema_decay": 0.0}
@@ -231,7 +260,7 @@ def _changes(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
         for part in ("settings", "facts")
         for name, value in now[part].items()
         # A setting that the run was written without did not exist yet: it was off.
-        if (then := before[part].get(name, off.get(name))) != value and name not in FREE_TO_CHANGE
+        if not _same(name, then := before[part].get(name, off.get(name)), value) and name not in FREE_TO_CHANGE
     }
     then, now = _leaves(before.get("deepspeed", {})), _leaves(now.get("deepspeed", {}))
     return changed | {

@@ -32,7 +32,7 @@ from mlcd_ds.engine import TrainEngine
 from mlcd_ds.errors import ConfigError, DataError
 from mlcd_ds.memory import checkpoint_bytes
 from mlcd_ds.models.text import ImageTextModel, TextTransformer, text_preset
-from mlcd_ds.models.vit import VisionTransformer, norm_class, preset
+from mlcd_ds.models.vit import FUNCTION, VisionTransformer, VitConfig, norm_class, preset
 from mlcd_ds.partial_fc import PartialFC
 from mlcd_ds.partition import ClassPartition
 from mlcd_ds.run_folder import RunFolder
@@ -94,14 +94,15 @@ def train_in(run: RunFolder, config: RunConfig, raw: dict, topology: Topology, w
     tokenizer = collectives.on_main(topology, load_tokenizer, config)
     order = EpochPlan(config.seed, table.counts, batch.global_batch, config.shuffle_window)
     labels, unused = table.labels_infos, table.unused()
-    plan = plan_run(config, raw, batch, topology, table.num_samples, len(shards), labels, unused, tokenizer)
+    source = collectives.on_main(topology, starting_encoder, config, run)
+    plan = plan_run(config, raw, batch, topology, table.num_samples, len(shards), labels, unused, tokenizer, source)
     if topology.is_main:
         print(plan.card, flush=True)
     collectives.on_main(topology, check_start, config, plan, run)
     classes = [info.num_classes for info in plan.labels]
     size = checkpoint_bytes(plan.encoder, plan.settings, config, classes, plan.text)
     check_this_machine(config, plan, topology, run, size)
-    record = plan.record(config, table.fingerprint(), order.fingerprint())
+    record = plan.record(config, table.fingerprint(), table.order(order.fingerprint()))
     collectives.on_main(topology, run.write_config, record, config.allow_changed)
     check_shared(run, topology)
     run.is_ours = True
@@ -137,13 +138,16 @@ def plan_run(
     labels: tuple[LabelsInfo, ...],
     unused: Sequence[str] = (),
     tokenizer: CaptionTokenizer | None = None,
+    source: VitConfig | None = None,
 ) -> RunPlan:
     """Resolves what the run is. raw: the DeepSpeed JSON. labels: of each head. unused: see `startup_card`. tokenizer: of a
-    run on captions.
+    run on captions. source: see `starting_encoder`; what its weights compute is kept.
 
     Raises ConfigError or DataError for what does not fit together.
     """
     encoder = preset(config.model, config.image_size, config.register_tokens)
+    if source is not None:
+        encoder = encoder.model_copy(update={name: getattr(source, name) for name in FUNCTION})
     norm_class(config.norm)  # refused here where it is absent
     text = None
     if tokenizer is not None:
@@ -199,13 +203,30 @@ def dry_run(config: RunConfig, topology: Topology) -> None:
     if config.on_captions:
         images, unused = count_images(config, shards)
     raw = load_deepspeed_config(config.deepspeed_config)
-    kept = RunFolder(config.output_dir).global_batch() if config.resume == "auto" else None
+    run = RunFolder(config.output_dir)
+    kept = run.global_batch() if config.resume == "auto" else None
     batch = BatchSizes.resolve(raw, world_size, kept)
     tokenizer = load_tokenizer(config)
-    plan = plan_run(config, raw, batch, planned, images, len(shards), labels, unused, tokenizer)
-    check_start(config, plan)
+    source = starting_encoder(config, run)
+    plan = plan_run(config, raw, batch, planned, images, len(shards), labels, unused, tokenizer, source)
+    check_start(config, plan, run)
     if topology.is_main:
         print(plan.card)
+
+
+def starting_encoder(config: RunConfig, run: RunFolder) -> VitConfig | None:
+    """The encoder whose weights the run begins with: its own, where it goes on from a checkpoint, else that of --init_from;
+    None for random ones. Raises CheckpointError for one that cannot be read.
+    """
+    if goes_on(config, run):
+        recorded = (run.config() or {}).get("encoder")
+        return checkpoint.encoder_config(run.path) if recorded is None else VitConfig(**recorded)
+    return None if config.init_from is None else checkpoint.encoder_config(config.init_from)
+
+
+def goes_on(config: RunConfig, run: RunFolder) -> bool:
+    """Whether the run goes on from a checkpoint of its own."""
+    return config.resume == "auto" and bool(checkpoint.published(run.path / "checkpoints"))
 
 
 def count_images(config: RunConfig, shards: Sequence[str]) -> tuple[int, tuple[str, ...]]:
@@ -228,15 +249,15 @@ def count_images(config: RunConfig, shards: Sequence[str]) -> tuple[int, tuple[s
     )
 
 
-def check_start(config: RunConfig, plan: RunPlan, run: RunFolder | None = None) -> None:
-    """Refuses what a run cannot begin from: --init_from without an encoder, --centers that are not those of the labels.
+def check_start(config: RunConfig, plan: RunPlan, run: RunFolder) -> None:
+    """Refuses what a run cannot begin from: --init_from of another architecture, --centers that are not those of the labels.
 
-    run: needs neither where it goes on from a checkpoint.
+    One that goes on from a checkpoint needs neither.
     """
-    if run is not None and config.resume == "auto" and checkpoint.published(run.path / "checkpoints"):
+    if goes_on(config, run):
         return
-    if config.init_from is not None and not config.init_from.startswith(checkpoint.HUGGING_FACE):
-        checkpoint.find_encoder(config.init_from)
+    if config.init_from is not None:
+        checkpoint.check_architecture(plan.encoder, checkpoint.encoder_config(config.init_from), config.init_from)
     if config.centers is None:
         return
     for path, folder, info in zip(split_paths(config.centers), config.labels_folders, plan.labels, strict=True):

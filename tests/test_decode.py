@@ -10,6 +10,7 @@ from PIL import Image, ImageOps
 from toy_data import encode, picture
 
 from mlcd_ds.data.decode import SCALE_MARGIN, ImageError, decode_crop, decode_image
+from mlcd_ds.data.storage import UnreadableError
 from mlcd_ds.data.transforms import (
     _crop_box,
     decode_center_crop,
@@ -152,6 +153,29 @@ def test_what_cannot_be_used_says_why(data, reason):
     with pytest.raises(ImageError) as caught:
         decode_image(data, LIMIT)
     assert caught.value.reason == reason
+
+
+@pytest.mark.parametrize(
+    "decode", [lambda data: decode_image(data, LIMIT), lambda data: decode_center_crop(data, LIMIT, 8)]
+)
+@pytest.mark.parametrize(
+    "kind, function, error",
+    [
+        ("PNG", "PIL.ImageFile.ImageFile.load", MemoryError()),
+        ("PNG", "PIL.Image.open", MemoryError()),
+        ("PNG", "PIL.ImageFile.ImageFile.load", OSError("out of memory when reading image file")),
+        ("JPEG", "simplejpeg.decode_jpeg", MemoryError()),
+        ("JPEG", "simplejpeg.decode_jpeg", ValueError("Insufficient memory (case 4)")),
+    ],
+)
+def test_lack_of_memory_is_no_damage_of_an_image(monkeypatch, decode, kind, function, error):
+    def fails(*arguments, **options):
+        raise error
+
+    data = encode(picture(1), kind)
+    monkeypatch.setattr(function, fails)
+    with pytest.raises(UnreadableError, match="no memory to decode an image.*fewer --workers"):
+        decode(data)
 
 
 def test_stray_bytes_between_segments_are_no_damage():

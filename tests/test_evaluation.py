@@ -315,6 +315,30 @@ def test_what_is_refused(root, tmp_path):
     assert "wants one class an image, but 40 of 54 images have none or several" in evaluated.failed["voc2007"]
 
 
+def test_a_set_named_by_its_folder_or_slug_is_the_same_set(root, tmp_path):
+    for name in ("wds_vtab-pets", "wds/vtab/pets", "vtab/pets"):
+        ((found,), _) = find_sets(str(root / "sets"), name)
+        assert (found.name, found.metric, found.result_name) == ("pets", "mean_per_class", "wds/vtab/pets")
+    for name in ("voc2007", "voc2007_multilabel"):
+        ((found,), _) = find_sets(str(root / "sets"), name)
+        assert (found.name, found.metric) == ("voc2007", "11_point_mean_average_precision")
+    with pytest.raises(ConfigError, match="expected all, or different names"):
+        find_sets(str(root / "sets"), "pets,wds_vtab-pets")
+    # CLIP_benchmark's own voc2007 has crops of one class each.
+    for name in ("voc2007", "wds_voc2007", "wds_vtab-svhn"):
+        (tmp_path / name).symlink_to(root / "sets/mine")
+    with pytest.raises(DataError, match="voc2007 of the 27 is CLIP_benchmark's voc2007_multilabel.*wds_voc2007"):
+        find_sets(str(tmp_path), "voc2007")
+    (tmp_path / "voc2007").unlink()
+    (crops, svhn), missing = find_sets(str(tmp_path), "wds_voc2007,svhn,flickr8k")
+    assert (crops.metric, crops.result_name) == (None, "wds/voc2007") and missing == ["flickr8k"]
+    assert (svhn.metric, svhn.result_name) == (None, "wds/vtab/svhn")
+    found = probe_sets(ProbeConfig(**flags(root) | {"root": str(tmp_path), "datasets": "svhn"}), Topology.single())
+    assert (
+        found.results["svhn"].main_metric == "lp_acc1" and "classes_in_clips_table" not in found.results["svhn"].details
+    )
+
+
 def test_knn_on_sets(root, tmp_path):
     settings = flags(root, datasets="cifar10,voc2007", k="3,10,200", block_rows=8)
     del settings["lambda_halvings"]

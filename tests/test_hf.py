@@ -2,10 +2,13 @@
 
 import json
 import resource
+import shutil
+from fnmatch import fnmatch
 
 import pytest
 import torch
 from processes import ROOT, run_script
+from safetensors.torch import load_file
 from test_vit import TINY, TINY_ROPE, images, normalised, scrambled
 from transformers import CLIPConfig, CLIPModel, CLIPVisionModel, CLIPVisionModelWithProjection, MLCDVisionModel
 
@@ -37,6 +40,8 @@ def test_transformers_computes_the_same_features_and_the_folder_comes_back_bit_f
             features, expected = theirs.eval()(given).image_embeds, model(pixels)
     assert not loaded["missing_keys"] and not loaded["unexpected_keys"]
     torch.testing.assert_close(features, expected, rtol=1e-5, atol=1e-5)
+    names = load_file(tmp_path / "out" / "model.safetensors").keys()  # transformers 4 reads no others
+    assert all(name.startswith("vision_model.") for name in names if name != "visual_projection.weight")
     config, weights = hf.read_folder(tmp_path / "out")
     assert config == model.config
     assert set(weights) == set(model.state_dict())
@@ -133,6 +138,9 @@ def test_positions_are_resized_for_another_resolution(tmp_path):
     assert adapted == ["positions resized from 16 to 36 patches"]
     positions = model.state_dict()["embeddings.positions"]
     assert torch.equal(larger.embeddings.positions[0], positions[0])
+    grid = positions[1:].reshape(1, 4, 4, 48).permute(0, 3, 1, 2)  # as open_clip's resize_pos_embed has it
+    resized = torch.nn.functional.interpolate(grid, size=(6, 6), mode="bicubic", antialias=True, align_corners=False)
+    assert torch.equal(larger.embeddings.positions[1:], resized.permute(0, 2, 3, 1).reshape(36, 48))
     constant = torch.cat([positions[:1], torch.ones(16, 48)])
     torch.testing.assert_close(resize_positions(constant, 6)[1:], torch.ones(36, 48))
     # A ramp along the columns stays one, rows alike.
@@ -184,6 +192,29 @@ def test_weights_for_other_pixels_are_refused(tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"image_mean": [0.5, 0.5, 0.5]}))
     with pytest.raises(CheckpointError, match=r"image_mean is \[0.5, 0.5, 0.5\]"):
         checkpoint.load_encoder(f"hf:{tmp_path / 'out'}")
+
+
+def test_a_name_on_the_hub_is_checked_as_a_folder_is(tmp_path, monkeypatch):
+    """Of a Hub that gives what the patterns ask for: the preprocessing must be among it."""
+    import huggingface_hub
+
+    published, given = tmp_path / "published", []
+    hf.write_folder(published, TINY, scrambled(TINY).state_dict(), "card")
+
+    def download(name, allow_patterns):
+        given.append(tmp_path / f"given{len(given)}")
+        copied = [file for file in published.iterdir() if any(fnmatch(file.name, p) for p in allow_patterns)]
+        given[-1].mkdir()
+        return [shutil.copy(file, given[-1]) for file in copied] and str(given[-1])
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert checkpoint.encoder_config("hf:openai/clip") == checkpoint.load_encoder("hf:openai/clip").config == TINY
+    assert [(folder / "model.safetensors").is_file() for folder in given] == [False, True]
+    path = published / "preprocessor_config.json"
+    path.write_text(path.read_text().replace(str(hf.PIXEL_MEAN[0]), "0.5"))
+    for read in (checkpoint.encoder_config, checkpoint.load_encoder):
+        with pytest.raises(CheckpointError, match=r"image_mean is \[0.5, "):
+            read("hf:openai/clip")
 
 
 @pytest.mark.parametrize("limit", [5_000, 100])

@@ -27,6 +27,7 @@ from mlcd_ds.batch import NO_IMAGE, NO_LABEL, ImageLabelBatch
 from mlcd_ds.config import RunConfig
 from mlcd_ds.data import loader as loader_module
 from mlcd_ds.data import storage, tars
+from mlcd_ds.data.decode import ImageError
 from mlcd_ds.data.labels import LabelsInfo, draw_positives, label_path, write_label_shard
 from mlcd_ds.data.loader import ImageLabelLoader
 from mlcd_ds.data.plan import EpochPlan, augmentation_generator, positives_generator
@@ -288,8 +289,13 @@ def test_fewer_labels_than_stored_and_fewer_stored_than_wanted(tmp_path):
     info = build_shard_table(shards, [tmp_path / "labels"], 3, 0.0, None, Topology.single()).labels_infos[0]
     names = [f"00000{i:04d}" for i in range(4)]
     write_label_shard(label_path(tmp_path / "labels", "00000"), names, rows, np.zeros((4, 3)), info)
-    ((_, labels, keys),) = collect(make_loader(tmp_path, shards, batch=4), 0, 1)
+    loader = make_loader(tmp_path, shards, batch=4)
+    ((_, labels, keys),) = collect(loader, 0, 1)
     assert labels.tolist() == [rows[names.index(key)].tolist() for key in keys] and NO_LABEL in labels
+    # One without any is used, and said: docs/clustering.md tells what it is to the loss.
+    assert loader.ledger.num_skipped == 0
+    (told,) = loader._dataset.table.unused()
+    assert told.startswith("1 images have an empty list of labels")
 
 
 def test_drawn_labels_are_a_function_of_seed_epoch_and_sample(data, reference, monkeypatch):
@@ -612,6 +618,59 @@ def test_a_tar_that_is_damaged_or_missing_at_the_start_is_counted_up_to_the_limi
     assert loader.ledger.skips == {(1, reason): lost} and loader.ledger.read == 40
 
 
+def swapped(folder):
+    """A tar of eight images of one size, labelled, and the bytes of one with the same keys and the first two swapped."""
+    encoded = [encode(picture(i)) for i in range(8)]
+    images = [image + bytes(max(map(len, encoded)) - len(image)) for image in encoded]
+    keys = [f"{i:09d}" for i in range(8)]
+    write_labels(folder / "labels", "00000", keys)
+    for path, own in ((folder / "00000.tar", images), (folder / "other.tar", [images[1], images[0], *images[2:]])):
+        tars.write_tar(path, [(key, {"jpg": image}) for key, image in zip(keys, own, strict=True)])
+    return folder / "00000.tar", (folder / "other.tar").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "when", ["renamed", "written over", "written over while it is open", "written over by its own"]
+)
+def test_a_tar_that_becomes_another_whole_one_is_refused(tmp_path, when):
+    """The same keys at the same places: nothing but the time of change tells that images have other labels."""
+    path, other = swapped(tmp_path)
+    loader = make_loader(tmp_path, [str(path)], batch=4)
+    steps = loader.iterate(0, 2)
+    if "open" in when:
+        next(steps)
+    if when == "renamed":
+        (tmp_path / "other.tar").replace(path)
+    else:
+        path.write_bytes(path.read_bytes() if "own" in when else other)
+    os.utime(path, ns=(0, 10**18))
+    with pytest.raises(
+        DataError, match="00000.tar became another while the run was reading it: it had .*--resume auto"
+    ):
+        list(steps)
+    assert loader.ledger.num_skipped == 0
+
+
+def test_a_tar_that_is_fetched_again_may_be_the_same(tmp_path):
+    path, _ = swapped(tmp_path)
+    whole = path.read_bytes()
+    table = build_shard_table(
+        [f"local://{path}"], [tmp_path / "labels"], 3, 0.0, str(tmp_path / "cache"), Topology.single()
+    )
+    (cached,) = (tmp_path / "cache").rglob("*.tar")
+    reader = ShardReader(table, 100)
+    for turn, data in enumerate((whole, whole, whole[: len(whole) // 2])):
+        cached.write_bytes(data)
+        os.utime(cached, ns=(0, turn))
+        assert reader.image_bytes(reader.contents(0), 0)[:300] == encode(picture(0))[:300]
+    with pytest.raises(ImageError, match="is cut"):
+        reader.image_bytes(reader.contents(0), 7)
+    cached.write_bytes(whole[512 * 3 :][: len(whole) // 2])  # what is left lies elsewhere, so it may be another tar's
+    with pytest.raises(ImageError, match="00000.tar"):
+        reader.image_bytes(reader.contents(0), 1)
+    reader.close()
+
+
 def failing_reads(monkeypatch, name, number):
     """os.open or os.pread of 00001.tar fails."""
     function = getattr(os, name)
@@ -639,6 +698,37 @@ def test_what_the_machine_lacks_ends_the_run_and_is_never_a_skip(tmp_path, monke
     assert loader.ledger.num_skipped == 0
     with pytest.raises(DataError, match=f"00001.tar: {os.strerror(number)}.*{cure}"):
         build_shard_table(shards, [tmp_path / "labels"], 3, 1.0, None, Topology.single(), allow_missing=True)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("where", ["decode_crop", "os.pread"])
+def test_lack_of_memory_ends_the_run_and_is_never_a_skip(tmp_path, monkeypatch, workers, where):
+    def no_memory(*arguments, **options):
+        raise MemoryError("cannot allocate 7 GiB")
+
+    loader = make_loader(
+        tmp_path, make_shards(tmp_path, [8], {"000000003": encode(picture(3), "PNG")}), workers=workers
+    )
+    if where == "decode_crop":
+        monkeypatch.setattr("PIL.ImageFile.ImageFile.load", no_memory)
+        words = "00000/000000003: no memory to decode an image"
+    else:
+        monkeypatch.setattr(os, "pread", no_memory)
+        words = "no memory to read the images of step 1 .cannot allocate 7 GiB"
+    with pytest.raises(DataError, match=f"{words}.*fewer --workers"):
+        collect(loader, 0, 1)
+    assert loader.ledger.num_skipped == 0
+
+
+def test_a_fault_in_a_loader_process_keeps_its_text(data, monkeypatch):
+    def boom(*arguments):
+        raise RuntimeError("a DataLoader worker (pid 1) is killed, says this fault of ours")
+
+    monkeypatch.setattr(loader_module, "decode_random_resized_crop", boom)
+    with pytest.raises(
+        RuntimeError, match="Caught RuntimeError in DataLoader worker process 0(.|\n)*says this fault of ours"
+    ):
+        collect(make_loader(*data, workers=1), 0, 1)
 
 
 def test_a_loader_process_that_cannot_hand_over_its_batch_ends_the_run_at_once(data, monkeypatch, capfd):
@@ -727,6 +817,47 @@ def test_a_lost_tar_may_come_early_in_every_epoch(tmp_path, monkeypatch):
     loader.ledger.skips[0, "missing_tar"] += 1
     with pytest.raises(DataError, match=r"9 of 49 samples could not be used .9 missing_tar., .* allows. Mend"):
         loader.check_skipped(final=False)
+
+
+def test_what_rots_late_is_judged_by_itself(tmp_path, monkeypatch):
+    """However much was good before; a resume starts anew from the sums it goes on from."""
+    monkeypatch.setattr(loader_module, "WINDOW_SAMPLES", 100)
+    shards = make_shards(tmp_path, [4, 36])
+
+    def more(loader, good, **skips):
+        loader.ledger.decoded_of[1] += good
+        loader.ledger.skips.update({(0, reason): count for reason, count in skips.items()})
+        return loader.check_skipped(final=False)
+
+    loader = make_loader(tmp_path, shards, allowed=0.05)
+    assert more(loader, 4000) == (4000, 0)
+    for turn in range(1, 5):
+        assert more(loader, 47, broken=2, no_label=1) == (4000 + 47 * turn, 3 * turn)  # 4%
+    assert more(loader, 96, broken=4) == (4284, 16)
+    totals = loader.totals()
+    with pytest.raises(
+        DataError,
+        match=r"20 of 4350 samples could not be used, 8 of the last 150 samples .16 broken, 4 no_label., more",
+    ):
+        more(loader, 46, broken=4)
+    loader = make_loader(tmp_path, shards, allowed=0.05)
+    loader.go_on_from(totals)
+    assert more(loader, 46, broken=4) == (4330, 20)
+
+
+def test_tars_that_are_lost_late_are_judged_by_their_epoch(tmp_path):
+    loader = make_loader(tmp_path, make_shards(tmp_path, [4, 36]), allowed=0.1)
+
+    def read(total, lost):
+        loader.ledger.decoded_of[1], loader.ledger.skips[0, "missing_tar"] = total - lost, lost
+        return loader.check_skipped(final=False)
+
+    for total, lost in ((4030, 0), (4050, 4), (4070, 4), (4090, 8), (4110, 8), (4119, 12)):  # once in each epoch
+        assert read(total, lost) == (total - lost, lost)
+    with pytest.raises(
+        DataError, match=r"13 of 4120 .*, 5 images of damaged or missing tars among the last 30 samples"
+    ):
+        read(4120, 13)
 
 
 def test_names_and_sums_that_cannot_be_written_do_not_end_a_run(tmp_path, capsys):

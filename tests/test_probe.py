@@ -1,6 +1,7 @@
 """The linear probe: its mathematics against scikit-learn, its command line on a tiny run, its refusals."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -22,7 +23,9 @@ from mlcd_ds.errors import CheckpointError, ConfigError, DataError
 from mlcd_ds.evaluation.features import read_features
 from mlcd_ds.evaluation.logistic import LogisticRegressions
 from mlcd_ds.evaluation.metrics import average_precision, average_precisions
-from mlcd_ds.evaluation.probe import probe, search
+from mlcd_ds.evaluation.probe import OneClass, probe, search
+from mlcd_ds.evaluation.results import Result
+from mlcd_ds.evaluation.sets import Evaluated, summary
 from mlcd_ds.models.vit import VisionTransformer
 from mlcd_ds.topology import Topology
 
@@ -114,6 +117,40 @@ def test_search_grows_finer_round_the_best():
     assert np.allclose(np.log10(tried[0]), np.arange(-6, 7, 2)) and [len(values) for values in tried] == [7, 2, 2, 2, 2]
     assert np.log10(best) == pytest.approx(1.125) and len(scores) == 15  # the nearest of CLIP's 8 steps a decade
     assert search(lambda values: [0.0] * len(values), 1e-6, 1e6, 7, 0)[0] == pytest.approx(1e6)
+
+
+def test_the_defaults_are_clips_protocol():
+    """At most 1000 iterations; from 7 values of lambda down to the grid of 96, by halving."""
+    config = ProbeConfig(model="x")
+    assert config.max_iterations == 1000
+    tried = []
+
+    def evaluate(values):
+        tried.extend(values)
+        return [-abs(math.log10(value) + 4.9) for value in values]
+
+    search(evaluate, config.lambda_min, config.lambda_max, config.lambda_coarse, config.lambda_halvings)
+    grid = np.linspace(-6, 6, 97)  # 96 steps, 8 a decade
+    steps = (np.log10(tried) + 6) * 8
+    np.testing.assert_allclose(steps, np.round(steps), atol=1e-9)
+    assert len(tried) == 15 and np.allclose(np.log10(tried[:7]), grid[::16])
+    assert np.diff(np.sort(np.round(steps))).min() == 1  # the last halving
+
+
+@pytest.mark.parametrize(("metric", "words"), [("roc_auc", "both classes"), ("top1_top5", "five classes, there are 2")])
+def test_a_validation_part_without_a_score_chooses_no_lambda(metric, words):
+    generator = np.random.default_rng(0)
+    fitted, held = [(i % 2,) for i in range(40)], [(1,) for _ in range(10)]
+    problem = OneClass(metric, [fitted, held, fitted], ProbeConfig(model="x"), CPU)
+    with pytest.raises(DataError, match=f"the 10 validation images have no .*{words}.*no lambda can be chosen"):
+        problem.choose_lambda(generator.normal(size=(50, 3)), np.arange(40), np.arange(40, 50))
+
+
+def test_a_set_without_a_figure_is_in_no_mean_and_told():
+    found = [Result(name, "vit", "run:a", "linear_probe", {"lp_roc_auc": score}) for name, score in
+             (("one", 0.5), ("two", math.nan))]  # fmt: skip
+    text = summary(Evaluated({result.dataset: result for result in found}, [], [], {}))
+    assert text == "mean over one (1): 0.5000\nwithout a figure, in no mean (1): two (lp_roc_auc)"
 
 
 # --- from tars to a result

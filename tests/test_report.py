@@ -52,6 +52,37 @@ def test_tables_have_means_over_what_all_runs_have(results, tmp_path):
     assert "Better on 1, worse on 1 of 2." in body
 
 
+def test_clip_benchmarks_figures_stand_beside_ours(tmp_path):
+    """In one row, by the metric that both have, and the protocols are told."""
+    theirs = {"lp_acc1": 0.8, "lp_acc5": 0.9, "lp_mean_per_class_recall": 0.7, "weight_decay": 0.1}
+    ours = {"lp_acc1": 0.85, "lp_mean_per_class_recall": 0.75}
+    stated = {"main_metric": "lp_mean_per_class_recall", "protocol": "L-BFGS"}
+    for dataset, metrics in (("wds/vtab/pets", ours), ("mine", ours)):
+        write_result(tmp_path, Result(dataset, "vit", "run:a", "linear_probe", metrics, details=stated))
+        write_result(tmp_path, Result(dataset, "ViT-B-32", "laion", "linear_probe", theirs))
+    alone = Result("wds/vtab/flowers", "ViT-B-32", "laion", "linear_probe", theirs)
+    write_result(tmp_path, alone)
+    zero_shot = {"task": "zeroshot_classification", "metrics": {"acc1": 0.5}}  # the same in all programs
+    write_result(tmp_path, Result("mine", "vit", "run:a", **zero_shot, details=stated | {"main_metric": "acc1"}))
+    write_result(tmp_path, Result("mine", "ViT-B-32", "laion", **zero_shot))
+    report = make_report(
+        ReportConfig(results=str(tmp_path), names="us=run:a,them=laion", output=str(tmp_path / "r.html"))
+    )
+    rows = {row.dataset: (row.metric, row.scores) for row in report.sections[0].rows if not row.mean_of}
+    assert rows == {
+        "wds/vtab/pets": ("lp_mean_per_class_recall", (0.75, 0.7)),
+        "mine": ("lp_mean_per_class_recall", (0.75, 0.7)),
+        "wds/vtab/flowers": ("lp_mean_per_class_recall", (None, 0.7)),
+    }
+    text = markdown(report)
+    assert (
+        text.count("Probed in different ways") == 1
+        and "- us: L-BFGS" in text
+        and "- them: not said in its files" in text
+    )
+    assert "<br>us: L-BFGS<br>them: not said" in (tmp_path / "r.html").read_text()
+
+
 def test_names_order_and_choose(results):
     report = make_report(ReportConfig(results=str(results), names="new=run:b,old=vit run:a", compare="old,new"))
     assert (report.runs, report.weights) == (["new", "old"], ["vit run:b", "vit run:a"])

@@ -103,6 +103,28 @@ def test_resumed_run_may_change_its_number_of_ranks_and_zero_stage(tmp_path):
         run.write_config(now)
 
 
+def test_digests_of_several_parts_are_compared_as_far_as_both_have_them(tmp_path, capsys):
+    """Earlier versions had no digest of the images' keys; of damaged tars their order may not be known."""
+
+    def start(data, order):
+        RunFolder(tmp_path).write_config(record() | {"facts": {"data": data, "order": order}})
+        facts = json.loads((tmp_path / "config.json").read_text())["facts"]
+        return facts["data"], facts["order"], capsys.readouterr().out
+
+    assert start("names", "plan") == ("names", "plan", "")
+    data, order, told = start("names-keys", "plan-within")  # the version after it
+    assert (data, order) == ("names-keys", "plan-within")
+    assert "the keys of the images could not be compared" in told and "the order of the images within each tar" in told
+    for changed in (("names-other", "plan-within"), ("other-keys", "plan-within"), ("names-keys", "plan-other")):
+        with pytest.raises(CheckpointError, match="then, '(names|other)-|then, 'plan-other' now"):
+            start(*changed)
+    data, order, told = start("names-keys", "plan")  # a tar is damaged
+    assert (data, order) == ("names-keys", "plan-within") and told.count("could not be compared") == 1
+    assert start("names-keys", "plan-within") == ("names-keys", "plan-within", "")
+    with pytest.raises(CheckpointError, match="order: 'plan-within' then, 'plan-other' now"):
+        start("names-keys", "plan-other")
+
+
 def test_what_is_allowed_by_name_may_change_and_is_said(tmp_path, capsys):
     before = record(optimizer={"params": {"lr": 1e-3}})
     before["facts"] |= {"data": "a", "order": "b"}

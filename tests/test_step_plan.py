@@ -43,12 +43,15 @@ def test_memory_is_within_a_tenth_of_what_two_real_processes_take(tmp_path):
     assert set(MEASURED) <= set(CASES)
 
 
-@pytest.mark.parametrize(("rope", "mlp", "layers"), [(False, 128, 3), (False, 128, 6), (True, 160, 3)])
-def test_activations_are_what_autograd_keeps(rope, mlp, layers):
+@pytest.mark.parametrize(
+    ("rope", "mlp", "layers", "activation"),
+    [(False, 128, 3, "gelu"), (False, 128, 6, "gelu"), (True, 160, 3, "gelu"), (False, 128, 6, "quick_gelu")],
+)
+def test_activations_are_what_autograd_keeps(rope, mlp, layers, activation):
     """Bytes of all saved tensors, each storage once, but for the weights."""
     encoder = VitConfig(
         image_size=64, patch_size=8, layers=layers, width=32, heads=2, mlp_width=mlp, embed_dim=16, rope=rope,
-        activation="gelu", norm_eps=1e-5,
+        activation=activation, norm_eps=1e-5,
     )  # fmt: skip
     raw = load_deepspeed_config(str(ROOT / "ds_configs/cpu.json"))
     del raw["activation_checkpointing"]

@@ -51,6 +51,13 @@ def test_an_index_of_another_state_is_stale(tar, change):
     assert (found.index, found.source) == (index_tar(tar), "stale")
 
 
+def test_the_index_of_a_walk_is_of_the_file_that_was_walked(tar):
+    walked, stat = index_tar(tar), tar.stat()
+    os.utime(tar, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))  # replaced between the walk and the writing
+    write_index(walked)
+    assert find_index(tar).source == "stale"
+
+
 def test_every_damaged_index_is_found(tar):
     path = write_index(index_tar(tar))
     data, walked = path.read_bytes(), index_tar(tar)

@@ -3,13 +3,16 @@
 import contextlib
 import errno
 import gzip
+import http.client
 import http.server
 import io
 import json
 import os
 import resource
+import socket
 import tarfile
 import threading
+import urllib.error
 from pathlib import Path
 
 import pytest
@@ -461,6 +464,104 @@ def test_a_full_cache_is_no_missing_tar(tmp_path, monkeypatch):
         monkeypatch.setattr(tars, "write_bytes", full)
         with pytest.raises(UnreadableError, match=f"cannot fetch .*{words}"):
             local_shard(f"local://{tmp_path}/away/x.tar", tmp_path / "cache")
+
+
+class Answer(Exception):
+    """As aiohttp's and gcsfs's: an HTTP status."""
+
+    def __init__(self, status):
+        super().__init__(f"HTTP {status}")
+        self.status = status
+
+
+class ServerDisconnectedError(Exception):
+    """aiohttp's has this name."""
+
+
+def wrapped(error):
+    """As fsspec's http does with all errors."""
+    wrong = FileNotFoundError("http://away/1.tar")
+    wrong.__cause__ = error
+    return wrong
+
+
+def curl(code):
+    return OSError(f"((['curl', '-f', '-s', '-L', 'http://127.0.0.1:1/1.tar'],), {{}}): exit {code} (read) {{}}")
+
+
+PASSING = [
+    ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"),
+    OSError(errno.EHOSTUNREACH, "No route to host"),
+    TimeoutError(),
+    urllib.error.URLError(socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")),
+    urllib.error.HTTPError("http://away/1.tar", 503, "Service Unavailable", {}, None),
+    http.client.IncompleteRead(b"half"),
+    ServerDisconnectedError(),
+    Answer(429),
+    wrapped(Answer(502)),
+    wrapped(ConnectionRefusedError(errno.ECONNREFUSED, "refused")),
+    curl(56),
+]
+FINAL = [FileNotFoundError("1.tar"), Answer(404), wrapped(Answer(403)), Answer(501), ValueError("odd"), curl(3)]
+
+
+def remote(monkeypatch, errors, data=b"tar"):
+    """Every fetch fails half way with the next of `errors`, until there is none."""
+    left = iter(errors)
+
+    def opened(url):
+        class Source(io.BytesIO):
+            def read(self, size=-1):
+                if self.tell() and (error := next(left, None)) is not None:
+                    raise error
+                return super().read(2)
+
+        return Source(data)
+
+    monkeypatch.setattr(tars, "_open_remote", opened)
+
+
+@pytest.mark.parametrize("error", PASSING, ids=str)
+def test_a_server_that_comes_back_is_waited_for(tmp_path, monkeypatch, waits, error):
+    remote(monkeypatch, [error, error, error, error])
+    assert local_shard("http://away/1.tar", tmp_path).read_bytes() == b"tar"
+    assert waits == list(RETRY_SECONDS)
+    waits.clear()
+    remote(monkeypatch, [error] * 5)
+    with pytest.raises(UnreadableError, match="cannot fetch http://away/2.tar .*server does not answer, after 5 tries"):
+        local_shard("http://away/2.tar", tmp_path)
+    assert waits == list(RETRY_SECONDS) and len([path for path in tmp_path.rglob("*") if path.is_file()]) == 1
+
+
+@pytest.mark.parametrize("error", FINAL, ids=str)
+def test_what_a_server_answers_is_not_asked_again(tmp_path, monkeypatch, waits, error):
+    remote(monkeypatch, [error])
+    with pytest.raises(DataError, match="cannot fetch http://away/1.tar") as caught:
+        local_shard("http://away/1.tar", tmp_path)
+    assert waits == [] and not isinstance(caught.value, UnreadableError)
+
+
+@pytest.mark.parametrize("status, away", [(404, False), (403, False), (503, True), (200, True)])
+def test_curl_which_tells_no_status_is_followed_by_a_question(tmp_path, monkeypatch, waits, status, away):
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(status)
+            self.end_headers()
+
+        def log_message(self, *args):
+            pass
+
+    remote(monkeypatch, [curl(22)])
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/1.tar"
+        if away:
+            assert local_shard(url, tmp_path).read_bytes() == b"tar"
+        else:
+            with pytest.raises(DataError, match="exit 22"):
+                local_shard(url, tmp_path)
+        server.shutdown()
+    assert waits == list(RETRY_SECONDS[:away])
 
 
 # ------------------------------------------------------------------------------------------------ writing

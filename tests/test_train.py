@@ -20,17 +20,22 @@ import torch
 from data_factory import make_labels, make_shards, picture
 from processes import ROOT, free_port, run_script, start_ranks, wait_ranks
 from safetensors.torch import load_file
+from test_vit import images, scrambled
 
+from mlcd_ds import train
 from mlcd_ds.batch import NO_LABEL
-from mlcd_ds.checkpoint import published, verify
+from mlcd_ds.checkpoint import encoder_config, find_encoder, published, save_encoder, verify
 from mlcd_ds.config import RunConfig
 from mlcd_ds.data.labels import LabelsInfo
 from mlcd_ds.data.tars import write_tar
+from mlcd_ds.ds_config import BatchSizes, load_deepspeed_config
+from mlcd_ds.errors import CheckpointError
 from mlcd_ds.files import sha256
-from mlcd_ds.models import flops
+from mlcd_ds.models import flops, hf
 from mlcd_ds.models.vit import PRESETS, Dropping, preset
 from mlcd_ds.partial_fc import random_rows
 from mlcd_ds.profiling import BACKWARD, COMMUNICATION, FORWARD, HEAD, OPTIMIZER, PHASES, mean_of_ranks
+from mlcd_ds.run_folder import RunFolder
 from mlcd_ds.topology import Topology
 from mlcd_ds.train import RunPlan, build_head
 
@@ -368,6 +373,7 @@ def test_attempt_that_died_before_its_first_checkpoint_leaves_no_curve(data, tmp
 
 
 def test_resumed_run_needs_neither_the_centers_nor_the_encoder_it_started_from(data, whole_run, tmp_path):
+    """And computes on what that one computed: its activation is not the preset's."""
     import numpy as np
 
     from mlcd_ds.files import sha256
@@ -376,6 +382,8 @@ def test_resumed_run_needs_neither_the_centers_nor_the_encoder_it_started_from(d
     np.save(tmp_path / "centers.npy", np.random.default_rng(0).normal(size=(50, 128)).astype(np.float32))
     make_labels(data / "labels", centers_hash=sha256(tmp_path / "centers.npy"))
     shutil.copytree(whole_run[0], tmp_path / "first")
+    described = find_encoder(tmp_path / "first") / "encoder.json"
+    described.write_text(described.read_text().replace('"gelu"', '"quick_gelu"'))
     started_from = {
         "centers": tmp_path / "centers.npy",
         "init_from": tmp_path / "first",
@@ -392,6 +400,47 @@ def test_resumed_run_needs_neither_the_centers_nor_the_encoder_it_started_from(d
     (ended,) = run_script(1, [TRAIN, *flags(data, run, **started_from)])
     assert ended.code == 0, ended.output[-3000:]
     assert [line["step"] for line in metrics(run)] == list(range(1, STEPS + 1))
+    assert "activation quick_gelu as in the weights it starts from" in ended.output
+    assert encoder_config(run).activation == "quick_gelu"
+
+
+@pytest.mark.parametrize("kind", ["folder", "run"])
+def test_a_run_starts_as_the_function_that_its_weights_were(data, tmp_path, monkeypatch, kind):
+    """OpenAI's CLIP has quick_gelu: with the preset's gelu its weights are another function, of the same tensors."""
+    there = preset("vit_toy").model_copy(update={"activation": "quick_gelu", "norm_eps": 1e-3})
+    source = scrambled(there)
+    if kind == "folder":
+        hf.write_folder(tmp_path / "clip", there, source.state_dict(), "card")
+    else:
+        save_encoder(tmp_path / "clip" / "encoder", "vit_toy", there, source.state_dict())
+    init_from = f"{'hf:' if kind == 'folder' else ''}{tmp_path / 'clip'}"
+    config = RunConfig(deepspeed_config=str(ROOT / "ds_configs/cpu.json"), shards="s", labels="l",
+                       output_dir=str(tmp_path / "run"), model="vit_toy", init_from=init_from, steps=2)  # fmt: skip
+    raw, run, topology = load_deepspeed_config(config.deepspeed_config), RunFolder(config.output_dir), Topology.single()
+
+    def planned(found):
+        batch = BatchSizes.resolve(raw, 1)
+        return train.plan_run(config, raw, batch, topology, 100, 1, (LabelsInfo(50, 8, "", ""),), source=found)
+
+    plan = planned(train.starting_encoder(config, run))
+    assert "activation quick_gelu as in the weights it starts from, norm_eps 0.001 as in" in plan.card
+    train.check_start(config, plan, run)
+    monkeypatch.setattr(train, "TrainEngine", lambda model, *rest: model)
+    model = train.build_engine(config, plan, topology, None, None)
+    pixels = images(there)
+    with torch.no_grad():
+        assert torch.equal(model(pixels), source(pixels))
+    hf.write_folder(tmp_path / "out", model.config, model.state_dict(), "card")
+    assert hf.read_config(tmp_path / "out") == there
+    # The preset alone is refused, and so are other heads, which no tensor's shape shows.
+    with pytest.raises(CheckpointError, match="activation quick_gelu there, gelu here"):
+        train.build_engine(config, planned(None), topology, None, None)
+    other = config.model_copy(update={"init_from": f"hf:{tmp_path / 'heads'}"})
+    hf.write_folder(tmp_path / "heads", there.model_copy(update={"heads": 2}), source.state_dict(), "card")
+    with pytest.raises(
+        CheckpointError, match=r"heads holds another architecture \(heads 2 there, 4 here\). No --model"
+    ):
+        train.check_start(other, planned(train.starting_encoder(other, run)), run)
 
 
 def test_finished_run_is_left_as_it_is(data, whole_run):

@@ -30,10 +30,11 @@ from mlcd_ds.evaluation.results import read_results
 from mlcd_ds.evaluation.retrieval import own_ranks, retrieval_set
 from mlcd_ds.evaluation.text_sets import evaluate_text_sets
 from mlcd_ds.evaluation.towers import find_test_sets, load_towers
-from mlcd_ds.evaluation.zero_shot import CLASSES_FILE, ensemble, zero_shot_set
+from mlcd_ds.evaluation.zero_shot import CLASSES_FILE, TEMPLATES_FILE, ensemble, files_of_sets, zero_shot_set
 from mlcd_ds.models import hf, hf_text
 from mlcd_ds.topology import Topology
 
+FILES = [CLASSES_FILE, TEMPLATES_FILE]
 NAMES = ["red boat", "cat", "dog", "sea", "blue sky", "number"]
 TEMPLATES = ["a {c}", "a picture of a {c}.", "two {c}s"]
 
@@ -109,7 +110,7 @@ def test_classes_are_told_by_the_ensemble_of_their_templates(trained, sets, worl
     config = ZeroShotConfig(
         model=f"run:{trained}", root=str(root), datasets="one,many", batch_size=7, precision="float32"
     )
-    one, many = find_test_sets(config, CLASSES_FILE)
+    (one, many), _ = find_test_sets(config, FILES)
     towers = load_towers(config, torch.device("cpu"))
     classes = torch.stack([
         torch.nn.functional.normalize(unit_texts(trained, [t.replace("{c}", name) for t in TEMPLATES]).mean(0), dim=0)
@@ -146,16 +147,35 @@ def test_an_ensemble_is_the_mean_of_unit_vectors_made_unit_again():
 def test_results_are_written_in_clip_benchmarks_shape(trained, sets, tmp_path, capsys):
     root, _ = sets
     (tmp_path / "root/wds_vtab-cifar10").mkdir(parents=True)
-    for name in ("test", CLASSES_FILE):
+    for name in ("test", *FILES):
         (tmp_path / "root/wds_vtab-cifar10" / name).symlink_to(root / "one" / name)
     for datasets in ("all", "cifar10"):
         config = ZeroShotConfig(model="x", root=str(tmp_path / "root"), datasets=datasets)
-        assert [found.name for found in find_test_sets(config, CLASSES_FILE)] == ["wds/vtab/cifar10"]
+        found, left_out = find_test_sets(config, FILES)
+        assert [tested.name for tested in found] == ["wds/vtab/cifar10"] and not left_out
+    published = tmp_path / "published"  # as CLIP_benchmark downloads them
+    for name in ("flickr30k", "imagenet-a", "foo"):
+        (published / f"wds_{name}").mkdir(parents=True)
+        for file in (root / ("pairs" if name == "flickr30k" else "one")).iterdir():
+            (published / f"wds_{name}" / file.name).symlink_to(file)
+    config = RetrievalConfig(model="x", root=str(published), datasets="mscoco_captions,flickr30k")
+    found, left_out = find_test_sets(config, None)
+    assert [tested.name for tested in found] == ["wds/flickr30k"] and left_out == ["mscoco_captions (not there)"]
+    for datasets, expected in (("imagenet-a", ["wds/imagenet-a"]), ("all", ["wds_foo", "wds/imagenet-a"])):
+        config = ZeroShotConfig(model="x", root=str(published), datasets=datasets)
+        assert [tested.name for tested in find_test_sets(config, FILES)[0]] == expected
+    (published / "wds_foo" / TEMPLATES_FILE).unlink()
+    assert find_test_sets(config, FILES)[1] == [f"wds_foo (no {TEMPLATES_FILE})"]
+    config = config.model_copy(update={"templates": "own.txt"})
+    assert len(find_test_sets(config, files_of_sets(config))[0]) == 2
+    config = RetrievalConfig(model=f"run:{trained}", root=str(published), datasets="mscoco_captions,flickr30k")
+    assert evaluate_text_sets(config, retrieval.TASK, retrieval_set)[0].dataset == "wds/flickr30k"
+    assert "left out (1): mscoco_captions (not there)" in capsys.readouterr().out
     config = ZeroShotConfig(model=f"run:{trained}", root=str(root), output_dir=str(tmp_path))
-    evaluate_text_sets(config, zero_shot.TASK, zero_shot_set, CLASSES_FILE)
+    evaluate_text_sets(config, zero_shot.TASK, zero_shot_set, FILES)
     evaluate_text_sets(
         RetrievalConfig(model=f"run:{trained}", root=str(root), output_dir=str(tmp_path)),
-        retrieval.TASK, retrieval_set, None,
+        retrieval.TASK, retrieval_set,
     )  # fmt: skip
     found = {(result.dataset, result.task): result for result in read_results(tmp_path).values()}
     assert set(found) == {(name, "zeroshot_classification") for name in ("one", "many")} | {
@@ -180,7 +200,7 @@ def test_finished_sets_are_kept_and_the_others_made(trained, tmp_path, capsys):
             made.append(tested.name)
             return evaluate(config, tested, *rest)
 
-        kind, task, marker = ZeroShotConfig, zero_shot.TASK, CLASSES_FILE
+        kind, task, marker = ZeroShotConfig, zero_shot.TASK, FILES
         if evaluate is retrieval_set:
             kind, task, marker = RetrievalConfig, retrieval.TASK, None
         settings = {"model": config.model, "root": config.root, "output_dir": config.output_dir} | changes
@@ -218,9 +238,10 @@ def test_what_does_not_fit_is_refused_with_the_cure(trained, tmp_path):
     def refused(match, error=DataError, **changes):
         values = {"model": f"run:{trained}", "root": str(tmp_path), "datasets": "one"} | changes
         with pytest.raises(error, match=match):
-            evaluate_text_sets(ZeroShotConfig(**values), zero_shot.TASK, zero_shot_set, CLASSES_FILE)
+            evaluate_text_sets(ZeroShotConfig(**values), zero_shot.TASK, zero_shot_set, FILES)
 
-    refused("holds no test/", datasets="absent")
+    refused("'absent' is none of .* and .*absent holds no test/", ConfigError, datasets="absent")
+    refused(r"none of the sets 'mnist' lies below .* like .*mnist with test/", datasets="mnist")
     refused("holds no set", datasets="all")
     write_sets(tmp_path, classes_above=3)
     refused("image s0000003 is of class 6, but classnames.txt .* names 6")
@@ -246,7 +267,7 @@ def test_recalls_are_those_of_the_whole_matrix(trained, sets, world_size):
     config = RetrievalConfig(
         model=f"run:{trained}", root=str(root), datasets="pairs", block_rows=7, precision="float32", recall_k="1,3,20"
     )
-    (tested,) = find_test_sets(config, None)
+    ((tested,), _) = find_test_sets(config, None)
     towers = load_towers(config, torch.device("cpu"))
     texts = [text for found in truth["pairs"] for text in found]
     owner = [image for image, found in enumerate(truth["pairs"]) for _ in found]

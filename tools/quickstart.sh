@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The whole path on toy images, on two cores: environment, images, features, centers, labels, training, probes, table.
+# The whole path on toy images, on two cores: environment, images, features, centers, labels, training, probes, table; then
+# a text tower on the images' captions, classes by their names, images by captions.
 #   bash tools/quickstart.sh          everything lands in quickstart/; a second run goes on where the first one stopped
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -43,11 +44,14 @@ python tools/assign_labels.py --features $dir/features/train --centers $dir/cent
 python tools/inspect_clusters.py --shards "$train_tars" --labels $dir/labels --centers $dir/centers --output $dir/clusters.html
 
 stage "training: two ranks, the centers split between them"
-# A free port: another run on this machine may have the launcher's usual one.
-port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
-deepspeed --num_accelerators 2 --master_port "$port" mlcd_ds/train.py --deepspeed_config ds_configs/cpu.json \
-  --shards "$train_tars" --labels $dir/labels --centers $dir/centers --model vit_toy --output_dir $dir/run --resume auto \
-  --image_size 24 --scale 24 --margin 0 --sample_rate 1.0 --head_lr_scale 3 --epochs 15 --warmup_steps 50 \
+train() {
+  # A free port: another run on this machine may have the launcher's usual one.
+  port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+  deepspeed --num_accelerators 2 --master_port "$port" mlcd_ds/train.py --deepspeed_config ds_configs/cpu.json \
+    --shards "$train_tars" --model vit_toy --image_size 24 --resume auto "$@"
+}
+train --labels $dir/labels --centers $dir/centers --output_dir $dir/run \
+  --scale 24 --margin 0 --sample_rate 1.0 --head_lr_scale 3 --epochs 15 --warmup_steps 50 \
   --crop_scale_min 0.8 --noflip --workers 0 --save_every_steps 200
 
 stage "probes: multi-label mean average precision on test scenes of digits that no training scene has"
@@ -58,10 +62,20 @@ probe "features:$dir/features/train+$dir/features/test" features
 probe "untrained:$dir/run" untrained
 probe "run:$dir/run" trained
 
+stage "captions: a small byte-pair encoding of them, and a text tower fitted to the encoder, which stays as it is (LiT)"
+[ -f $dir/tokenizer.json ] || python tools/train_tokenizer.py --shards "$train_tars" --output $dir/tokenizer.json
+train --objective clip --tokenizer $dir/tokenizer.json --text_model text_toy --init_from $dir/run --lock_image \
+  --output_dir $dir/lit --steps 60 --warmup_steps 6 --crop_scale_min 0.8 --noflip --workers 0
+
+stage "classes by their names, and images by captions, of the test scenes"
+python tools/zero_shot.py --model run:$dir/lit --root $dir --datasets data --output_dir $dir/results/texts
+python tools/retrieval.py --model run:$dir/lit --root $dir --datasets data --output_dir $dir/results/texts
+
 stage "results"
 python tools/results_table.py \
   --results "input features=$dir/results/features.json,untrained encoder=$dir/results/untrained.json,trained encoder=$dir/results/trained.json"
 echo "Expected: about 0.84, 0.60 and 0.71; chance is 0.16. No true class took part in the training."
 echo "Clusters: $dir/clusters.html  (sizes, cosines, purity, nearest images: open it in a browser)"
+echo "Texts:    $dir/results/texts/  (60 steps of LiT, to see the path; docs/evaluation.md has a longer one)"
 echo "Curves:   .venv/bin/tensorboard --logdir $dir/run/tensorboard"
 echo "Encoder:  $dir/run/checkpoints/  (every tool reads it as run:$dir/run)"

@@ -18,7 +18,7 @@ from mlcd_ds.evaluation.text_sets import evaluate_text_sets
 
 def retrieval(config: RetrievalConfig) -> None:
     """Looks for images by their captions and for captions by their images: recall at 1, 5, 10."""
-    evaluate_text_sets(config, TASK, retrieval_set, None)
+    evaluate_text_sets(config, TASK, retrieval_set)
 
 
 if __name__ == "__main__":

@@ -5,14 +5,17 @@ everything else, and the rare JPEG with CMYK or unusual sampling, through Pillow
 decoded.
 """
 
+import contextlib
+import errno
 import io
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import simplejpeg
 from PIL import Image, ImageOps
 
+from mlcd_ds.data.storage import UnreadableError, cure_of
 from mlcd_ds.errors import DataError
 
 SCALE_MARGIN = 1.5
@@ -57,16 +60,18 @@ def decode_image(data: bytes, max_pixels: int, min_side: int | None = None) -> n
     Grayscale, palette, CMYK and 16-bit images become 8-bit RGB; transparency is laid on white; an EXIF orientation is
     applied; of an animation the first frame counts. max_pixels: a larger image, judged by its header, is refused.
     min_side: a JPEG may come back smaller, with a shorter side of at least SCALE_MARGIN * min_side. None: full size.
-    Raises ImageError; a JPEG that is cut or damaged is refused, not filled with grey.
+    Raises ImageError; a JPEG that is cut or damaged is refused, not filled with grey. UnreadableError where the memory does
+    not suffice, which is no image's fault.
     """
     if not data:
         raise ImageError("empty", "0 bytes")
-    if data[:3] == b"\xff\xd8\xff":
-        header = _jpeg_header(data, max_pixels)
-        if header is not None:
-            height, width, orientation = header
-            return _orient(_decode_jpeg(data, header, _divisor(min(height, width), min_side)), orientation)
-    return _decode_other(data, max_pixels)
+    with _telling_of_memory():
+        if data[:3] == b"\xff\xd8\xff":
+            header = _jpeg_header(data, max_pixels)
+            if header is not None:
+                height, width, orientation = header
+                return _orient(_decode_jpeg(data, header, _divisor(min(height, width), min_side)), orientation)
+        return _decode_other(data, max_pixels)
 
 
 def decode_crop(data: bytes, max_pixels: int, size: int, choose: Callable[[int, int], Box]) -> np.ndarray:
@@ -79,6 +84,26 @@ def decode_crop(data: bytes, max_pixels: int, size: int, choose: Callable[[int, 
     """
     if not data:
         raise ImageError("empty", "0 bytes")
+    with _telling_of_memory():
+        return _decode_crop(data, max_pixels, size, choose)
+
+
+@contextlib.contextmanager
+def _telling_of_memory() -> Iterator[None]:
+    try:
+        yield
+    except MemoryError:
+        raise UnreadableError(f"no memory to decode an image. {cure_of(errno.ENOMEM)}") from None
+
+
+def _raise_lack_of_memory(error: Exception) -> None:
+    """Raises MemoryError for what Pillow's decoders, libjpeg and turbojpeg say where they get none."""
+    words = ("out of memory", "Insufficient memory", "Memory allocation failure")
+    if any(text in str(error) for text in words):
+        raise MemoryError from None
+
+
+def _decode_crop(data: bytes, max_pixels: int, size: int, choose: Callable[[int, int], Box]) -> np.ndarray:
     header = _jpeg_header(data, max_pixels) if data[:3] == b"\xff\xd8\xff" else None
     if header is None:
         image = _decode_other(data, max_pixels)
@@ -129,6 +154,7 @@ def _decode_jpeg(data: bytes, header: tuple[int, int, int], divisor: int, fast: 
     try:
         return simplejpeg.decode_jpeg(data, "RGB", fast, fast, height, width)
     except ValueError as error:
+        _raise_lack_of_memory(error)
         if "extraneous bytes" not in str(error):
             raise ImageError("broken", f"damaged or cut JPEG: {error}") from None
         # Stray bytes between segments lose no pixel; every other warning does.
@@ -194,6 +220,8 @@ def _decode_with_pillow(data: bytes, max_pixels: int) -> np.ndarray:
         raise ImageError("not_an_image", f"begins with {data[:16]!r}: no JPEG, PNG or WebP") from None
     except Image.DecompressionBombError as error:
         raise ImageError("too_large", str(error)) from None
+    except MemoryError:
+        raise
     except Exception as error:  # Pillow's plugins raise whatever their parsers stumble over
         raise ImageError("broken", f"{type(error).__name__}: {error}") from None
     with image:
@@ -201,7 +229,10 @@ def _decode_with_pillow(data: bytes, max_pixels: int) -> np.ndarray:
         try:
             image.load()
             return np.array(_to_rgb(ImageOps.exif_transpose(image)))
+        except MemoryError:
+            raise
         except Exception as error:
+            _raise_lack_of_memory(error)
             raise ImageError("broken", f"damaged or cut {image.format}: {type(error).__name__}: {error}") from None
 
 

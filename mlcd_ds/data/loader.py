@@ -5,9 +5,12 @@ H height and width in pixels.
 """
 
 import atexit
+import contextlib
+import errno
 import gc
 import math
 import os
+import re
 import signal
 import sys
 import weakref
@@ -30,7 +33,7 @@ from mlcd_ds.data.decode import IMAGE_PROBLEMS, ImageError
 from mlcd_ds.data.labels import draw_positives
 from mlcd_ds.data.plan import EpochPlan, augmentation_generator, positives_generator
 from mlcd_ds.data.shards import TAR_PROBLEMS, ShardContents, ShardReader, ShardTable, build_shard_table
-from mlcd_ds.data.storage import too_many_files
+from mlcd_ds.data.storage import UnreadableError, cure_of, too_many_files
 from mlcd_ds.data.tokenizer import CaptionTokenizer
 from mlcd_ds.data.transforms import decode_random_resized_crop
 from mlcd_ds.errors import ConfigError, DataError, UserError
@@ -46,11 +49,18 @@ IMAGES_PER_PIECE = 256
 MIN_SAMPLES_TO_JUDGE = 1000
 """The share of unusable samples is judged from this many on (and at the end)."""
 
+WINDOW_SAMPLES = 100_000
+"""The share of unusable images is judged among so many that were read last, too: what rots late has no good start to hide
+behind."""
+
 MAX_NAMES = 1000
 """Skipped samples that the ledger of a rank names; all are counted."""
 
 SKIP_REASONS = (*IMAGE_PROBLEMS, "no_label", *CAPTION_PROBLEMS, *TAR_PROBLEMS)
 """Why a sample may be skipped."""
+
+ROT = (*IMAGE_PROBLEMS, *(problem for problem in CAPTION_PROBLEMS if problem != "no_caption"))
+"""Reasons that nobody can know at the start, and that come one by one."""
 
 
 @dataclass
@@ -122,6 +132,48 @@ class Skipped:
     shard: int
     reason: str
     name: str
+
+
+class RecentSkips:
+    """Whether too much was skipped of late, of all ranks: all of them feed it the same sums.
+
+    Of the last WINDOW_SAMPLES samples those for ROT; of the epoch under way, and of what was seen of the one before, those
+    of damaged and missing tars. Starts anew with a resume, at the sums that it goes on from.
+    """
+
+    def __init__(self, of_epoch: int):
+        self.of_epoch = of_epoch
+        self.start(0, Counter())
+
+    def start(self, read: int, reasons: Counter) -> None:
+        """Samples read and skipped before."""
+        self._marks = deque([(read, self._rotten(reasons))])
+        self._epoch = read, self._lost(reasons)
+
+    def judge(self, read: int, reasons: Counter, allowed: float) -> str | None:
+        """What is too much; None: nothing is. read, reasons: sums over the whole run."""
+        rotten, lost = self._rotten(reasons), self._lost(reasons)
+        self._marks.append((read, rotten))
+        while len(self._marks) > 2 and self._marks[1][0] <= read - WINDOW_SAMPLES:
+            self._marks.popleft()
+        since, before = self._marks[0]
+        epoch_since, lost_before = self._epoch
+        epochs = (read - 1) // self.of_epoch - epoch_since // self.of_epoch + 1  # of which something was read, since
+        if epochs > 1:
+            self._epoch = read, lost
+        if read - since >= WINDOW_SAMPLES and rotten - before > allowed * (read - since):
+            return f"{rotten - before} of the last {read - since} samples"
+        if lost - lost_before > allowed * epochs * self.of_epoch:
+            return f"{lost - lost_before} images of damaged or missing tars among the last {read - epoch_since} samples"
+        return None
+
+    @staticmethod
+    def _rotten(reasons: Counter) -> int:
+        return sum(reasons[reason] for reason in ROT)
+
+    @staticmethod
+    def _lost(reasons: Counter) -> int:
+        return sum(reasons[reason] for reason in TAR_PROBLEMS)
 
 
 class SkippedNames:
@@ -210,8 +262,11 @@ class _Pieces(Dataset):
         try:
             return self._read(step, first, last)
         except UserError as error:
-            nothing = torch.empty(0)
-            return _Piece(nothing, nothing, [], [], [], str(error))
+            problem = str(error)
+        except MemoryError as error:
+            problem = f"no memory to read the images of step {step + 1} ({error}). {cure_of(errno.ENOMEM)}"
+        nothing = torch.empty(0)
+        return _Piece(nothing, nothing, [], [], [], problem)
 
     def _read(self, step: int, first: int, last: int) -> _Piece:
         if self._reader is None:  # first use, in the process that will do the reading
@@ -230,9 +285,10 @@ class _Pieces(Dataset):
                 labels = self._labels(contents, epoch, shard, index)
                 data = self._reader.image_bytes(contents, index)
                 generator = augmentation_generator(self.plan.seed, epoch, shard, index)
-                crop = decode_random_resized_crop(
-                    data, self.config.max_pixels, size, self.config.crop_scale_min, self.config.flip, generator
-                )
+                with _naming(f"{self.table.names[shard]}/{key}"):
+                    crop = decode_random_resized_crop(
+                        data, self.config.max_pixels, size, self.config.crop_scale_min, self.config.flip, generator
+                    )
             except (ImageError, CaptionError) as error:
                 where = "" if error.reason in TAR_PROBLEMS else f"/{key}"
                 name = f"{self.table.names[shard]}{where}: {error.reason}: {error}"
@@ -255,6 +311,15 @@ class _Pieces(Dataset):
         generator = positives_generator(self.plan.seed, epoch, shard, index)
         heads = labels.reshape(-1, self.config.num_positives)
         return np.concatenate([draw_positives(own, self.config.positives_drawn, generator) for own in heads])
+
+
+@contextlib.contextmanager
+def _naming(sample: str) -> Iterator[None]:
+    """Names the sample at which the machine fails: its image may be what takes the memory."""
+    try:
+        yield
+    except UnreadableError as error:
+        raise UnreadableError(f"{sample}: {error}") from None
 
 
 class _Steps:
@@ -344,6 +409,7 @@ class ImageLabelLoader:
         self.images_per_rank = plan.global_batch // topology.world_size
         self.max_skipped_fraction = config.max_skipped_fraction
         self.ledger = Ledger()
+        self._recent = RecentSkips(table.num_samples)
         self._quarantined = {shard for shard, _, _ in table.quarantined}
         self._skipped_folder = skipped_folder
         self._names = None if skipped_folder is None else SkippedNames(skipped_folder, topology.rank)
@@ -411,8 +477,8 @@ class ImageLabelLoader:
 
         When `final`, one all-reduce of the sums per tar more.
         Raises DataError, on every rank, with counts by reason and examples, when more than `max_skipped_fraction` were
-        skipped; judged from MIN_SAMPLES_TO_JUDGE samples on, or when `final`. Those of damaged and missing tars, which come
-        many in a row, may be that share of every epoch begun.
+        skipped, in all or of late (`RecentSkips`); judged from MIN_SAMPLES_TO_JUDGE samples on, or when `final`. Those of
+        damaged and missing tars, which come many in a row, may be that share of every epoch begun.
         """
         own = [self.ledger.decoded, *(self.ledger.skipped[reason] for reason in SKIP_REASONS)]
         if final and self._skipped_folder is not None:
@@ -425,12 +491,15 @@ class ImageLabelLoader:
         too_many = skipped - of_tars > self.max_skipped_fraction * read
         of_epoch = self._dataset.table.num_samples
         too_many |= skipped > self.max_skipped_fraction * math.ceil(read / of_epoch) * of_epoch
-        if too_many and (final or read >= MIN_SAMPLES_TO_JUDGE):
+        recent = self._recent.judge(read, reasons, self.max_skipped_fraction)
+        if (too_many or recent) and (final or read >= MIN_SAMPLES_TO_JUDGE):
             names = [name for own in gather_objects(self.ledger.names[:3], self._topology) for name in own]
             examples = f"E.g. {'; '.join(names[:3])}. " if names else ""  # none since a resume: the counts are older
+            late = f", {recent}" if recent and not too_many else ""
+            allowed = f"--max_skipped_fraction {self.max_skipped_fraction:g}"
             raise DataError(
-                f"{skipped} of {read} samples could not be used ({_listed(reasons)}), more than --max_skipped_fraction "
-                f"{self.max_skipped_fraction:g} allows. {examples}Mend or remove these samples, or raise the fraction."
+                f"{skipped} of {read} samples could not be used{late} ({_listed(reasons)}), more than {allowed} allows. "
+                f"{examples}Mend or remove these samples, or raise the fraction."
             )
         return decoded, reasons
 
@@ -471,9 +540,14 @@ class ImageLabelLoader:
 
     def go_on_from(self, totals: dict) -> None:
         """Takes over the `totals` of a checkpoint, whatever number of ranks made them; of tars that are listed still."""
+        number = {name: i for i, name in enumerate(self._dataset.table.names)}
+        sums: Counter = Counter()
+        for name, counts in totals["shards"].items():
+            if name in number:
+                sums.update(dict(zip(totals["columns"], counts, strict=True)))
+        self._recent.start(sums.total(), sums)
         if not self._topology.is_main:  # all sums are over all ranks
             return
-        number = {name: i for i, name in enumerate(self._dataset.table.names)}
         for name, counts in totals["shards"].items():
             if name not in number:
                 continue
@@ -497,7 +571,8 @@ class ImageLabelLoader:
                 raise DataError(
                     f"too many open files while step {step + 1} was waited for. {too_many_files()}"
                 ) from None
-            if "DataLoader worker" not in str(error):
+            # torch's words for a death; an exception of a loader process begins with "Caught", and keeps its traceback.
+            if not re.match(r"DataLoader worker \(pid.*(exited|killed)", str(error), re.DOTALL):
                 raise
             data = self._dataset
             shards = {shard for _, shard, _ in data.plan.samples(step, data.start, data.stop)}

@@ -29,12 +29,15 @@ from mlcd_ds.data.labels import (
 from mlcd_ds.data.storage import RETRY_SECONDS, UnreadableError
 from mlcd_ds.data.tar_index import FoundIndex, examine
 from mlcd_ds.data.tars import (
+    ChangedTarError,
     MissingTarError,
     OpenTar,
     TarIndex,
+    TarState,
     is_url,
     local_shard,
     shard_name,
+    stated_samples,
 )
 from mlcd_ds.errors import DataError
 from mlcd_ds.topology import Topology
@@ -58,7 +61,7 @@ class ShardContents:
     on captions, has a member to hold one. captions: int64 [n, 3], of a run on captions: byte offset and size of that member,
     and which of captions.EXTENSIONS it is (-1: none). problem, damage: of a tar that is damaged or missing, one of
     TAR_PROBLEMS and what is wrong with it; the images it has lost keep their place, with LOST as their offset, so that the
-    order of all others stays.
+    order of all others stays. shard: its number in the table. state: as which the tar was examined on this host.
     """
 
     path: Path
@@ -70,6 +73,8 @@ class ShardContents:
     captions: np.ndarray | None = None
     problem: str = ""
     damage: str = ""
+    shard: int = -1
+    state: TarState | None = None
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -83,14 +88,18 @@ class ShardContents:
 class ShardTable:
     """All shards of a run, the same on every rank.
 
-    shards: paths or URLs, and names: what their labels are found by. counts: images of each. labels_dirs: the H folders of
-    labels, and labels_infos: what the labels of each are of. without_label: images without a label in some folder (they
-    are skipped, and counted, in every epoch). duplicates, ignored, without_image: members and samples of the tars that
-    are not used (see `TarIndex`). unfit_indexes: side-car indexes that are stale or damaged (their tars were
-    walked, and the index could not be written anew). surplus_labels: rows of label files whose image is not in the tar (one
-    that lost whole members looks like that). captions: images are paired with their captions, not with labels;
-    without_label then counts those without one. quarantined: the number of a tar that is damaged or missing, how many
-    images it has lost, and what is wrong with it; those images are counted in `counts`, and skipped in every epoch.
+    shards: paths or URLs, and names: what their labels are found by. counts: images of each. labels_dirs: the H
+    folders of labels, and labels_infos: what the labels of each are of. without_label: images without a label in some
+    folder (they are skipped, and counted, in every epoch). without_positive: images whose list is empty in a label
+    file: they are used. duplicates, ignored, without_image: members and samples of the tars that are not used (see
+    `TarIndex`). unfit_indexes: side-car indexes that are stale or damaged (their tars were walked, and the index
+    could not be written anew). surplus_labels: rows of label files whose image is not in the tar (one that lost whole
+    members looks like that). lacking_images, lacking_tar: samples that tars have fewer than img2dataset's _stats.json
+    beside them says, and one of those tars. captions: images are paired with their captions, not with labels;
+    without_label then counts those without one. key_sets, key_orders: of each tar, 64 bits of a digest of its images'
+    keys, whatever their order, and in their order (None: a damaged tar, of whose order nothing tells). quarantined:
+    the number of a tar that is damaged or missing, how many images it has lost, and what is wrong with it; those
+    images are counted in `counts`, and skipped in every epoch.
     """
 
     shards: tuple[str, ...]
@@ -101,15 +110,20 @@ class ShardTable:
     cache_dir: str | None
     labels_infos: tuple[LabelsInfo, ...]
     without_label: int = 0
+    without_positive: int = 0
     duplicates: int = 0
     ignored: int = 0
     without_image: int = 0
     unfit_indexes: int = 0
     surplus_labels: int = 0
+    lacking_images: int = 0
+    lacking_tar: str = ""
     captions: bool = False
     quarantined: tuple[tuple[int, int, str], ...] = ()
     index_folder: Path | None = None
     allow_pipe: bool = False
+    key_sets: tuple[int, ...] = ()
+    key_orders: tuple[int | None, ...] = ()
     kept: dict[int, ShardContents] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -122,6 +136,11 @@ class ShardTable:
         what = "caption" if self.captions else "label"
         sentences = (
             (self.without_label, f"images have no {what}: they are skipped, and counted, in every epoch"),
+            (
+                self.without_positive,
+                "images have an empty list of labels (no center above the threshold, or dropped features): they are used, "
+                "against negatives alone",
+            ),
             (self.duplicates, "members repeat a name of their tar: the first one counts"),
             (self.without_image, "samples have no image"),
             (self.ignored, "members are not part of a sample (no extension, or not a file)"),
@@ -132,6 +151,11 @@ class ShardTable:
             ),
         )
         found = tuple(f"{count:,} {text}" for count, text in sentences if count)
+        if self.lacking_images:
+            found += (
+                f"{self.lacking_images:,} samples fewer than the _stats.json beside the tars say: did tars lose some? E.g. "
+                f"{self.lacking_tar}",
+            )
         if self.quarantined:
             lost = sum(count for _, count, _ in self.quarantined)
             found += (
@@ -141,10 +165,19 @@ class ShardTable:
         return found
 
     def fingerprint(self) -> str:
-        """Changes with names, counts or labels: for a checkpoint to compare."""
+        """Two parts for a checkpoint to compare, "-" between: one changes with names, counts or labels, one with the keys.
+
+        Checkpoints of earlier versions have the first alone.
+        """
         infos = self.labels_infos if len(self.labels_infos) > 1 else next(iter(self.labels_infos), "captions")
         text = repr((self.names, self.counts, infos, self.num_positives))
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return f"{_short_digest(text)}-{_short_digest(repr(self.key_sets))}"
+
+    def order(self, plan: str) -> str:
+        """The order of an epoch's samples, for a checkpoint to compare: the fingerprint of its plan, "-", and what changes
+        with the order of the keys within tars. The first part alone where tars are damaged and nothing tells.
+        """
+        return plan if None in self.key_orders else f"{plan}-{_short_digest(repr(self.key_orders))}"
 
     def load(self, shard: int) -> ShardContents:
         """Reads a tar's index or headers and its labels again.
@@ -152,12 +185,39 @@ class ShardTable:
         Of a tar that is damaged or missing now, what is left of it; every image keeps its place. Raises DataError when tar
         or labels are others than at the start.
         """
+        return self.kept[shard] if shard in self.kept else self._load(shard)
+
+    def load_again(self, before: ShardContents) -> ShardContents:
+        """What is left of a tar that was written to after `before` was loaded; every image keeps its place. Of one that is
+        damaged now, what lies where it lay.
+
+        Raises ChangedTarError where the tar is whole: nothing tells whether its images are still those of the labels. One
+        that was fetched once more may be, if everything lies where it lay.
+        """
+        shard = before.shard
+        now = self._load(shard, tuple(key.decode() for key in before.keys))
+        left = now.offsets != LOST
+        in_place = np.array_equal(now.keys, before.keys) and all(
+            np.array_equal(getattr(now, name)[left], getattr(before, name)[left]) for name in ("offsets", "sizes")
+        )
+        if not now.damage and not (in_place and is_url(self.shards[shard])):
+            raise ChangedTarError(
+                f"the tar {before.path} became another while the run was reading it: it had {before.state}, now "
+                f"{now.state}. Start again with --resume auto."
+            )
+        if not in_place:
+            now = _all_lost(now, len(before))
         if shard in self.kept:
-            return self.kept[shard]
+            self.kept[shard] = now
+        return now
+
+    def _load(self, shard: int, keys_before: tuple[str, ...] = ()) -> ShardContents:
         path = self.shards[shard]
         labels = [read_label_shard(label_path(folder, self.names[shard])) for folder in self.labels_dirs]
         found = look_into(path, self.cache_dir, self.allow_pipe, self.index_folder)
-        contents = _join(found, labels, self.num_positives, self.captions)
+        if keys_before:
+            found = replace(found, keys_before=keys_before)
+        contents = _join(found, labels, self.num_positives, self.captions, shard)
         infos = tuple(found.info for found in labels)
         if infos == self.labels_infos and contents.damage and len(contents) != self.counts[shard]:
             contents = _all_lost(contents, self.counts[shard])
@@ -166,6 +226,14 @@ class ShardTable:
                 f"{path} or its labels changed while the run was reading them: {self.counts[shard]} images of "
                 f"{_listed(self.labels_infos)} at the start, now {len(contents)} of {_listed(infos)}. Start again with "
                 "--resume auto."
+            )
+        keys = found.index.keys
+        if not contents.damage and (
+            _digest(sorted(keys)) != self.key_sets[shard] or self.key_orders[shard] not in (None, _digest(keys))
+        ):
+            raise DataError(
+                f"{path} changed while the run was reading it: it has as many images as at the start, but other keys or the "
+                "same in another order. Start again with --resume auto."
             )
         return contents
 
@@ -198,7 +266,7 @@ LOST = -1
 
 
 def _join(
-    found: FoundIndex, labels: Sequence[LabelShard], num_positives: int, with_captions: bool = False
+    found: FoundIndex, labels: Sequence[LabelShard], num_positives: int, with_captions: bool, shard: int
 ) -> ShardContents:
     """labels: of the same tar, from each of the folders."""
     index, keys = found.index, _keys(found, labels)
@@ -216,7 +284,7 @@ def _join(
         captions = np.array([_caption_place(there.get(key, {})) for key in keys], np.int64).reshape(-1, 3)
         labelled = (captions[:, 2] >= 0) | (places[:, 0] == LOST)  # what is lost had one, for all we know
     columns = places[:, 0], places[:, 1], joined.reshape(len(keys), -1 if len(labels) else 0)
-    contents = ShardContents(index.path, encoded, *columns, labelled, captions)
+    contents = ShardContents(index.path, encoded, *columns, labelled, captions, shard=shard, state=index.state)
     if found.damage is None:
         return contents
     problem = "missing_tar" if isinstance(found.damage, MissingTarError) else "damaged_tar"
@@ -229,7 +297,9 @@ def _caption_place(members: dict[str, tuple[int, int]]) -> tuple[int, int, int]:
 
 
 def _keys(found: FoundIndex, labels: Sequence[LabelShard]) -> Sequence[str]:
-    """Keys of a tar's images; of a damaged tar, of all that it must have had: by an index of before, else by its labels."""
+    """Keys of a tar's images; of a damaged tar, of all that it must have had: by an index of before, else by its labels,
+    which may stand in another order.
+    """
     if found.damage is None:
         return found.index.keys
     there = found.index.members
@@ -240,17 +310,31 @@ def _keys(found: FoundIndex, labels: Sequence[LabelShard]) -> Sequence[str]:
 
 def _all_lost(contents: ShardContents, count: int) -> ShardContents:
     """Of a tar that is so damaged that its images cannot be told: `count` that are lost, without a name."""
-    return ShardContents(
-        contents.path,
-        np.full(count, b""),
-        np.full(count, LOST, np.int64),
-        np.zeros(count, np.int64),
-        np.full((count, contents.labels.shape[1]), NO_LABEL, np.int32),
-        np.ones(count, bool),
-        None if contents.captions is None else np.tile([0, 0, -1], (count, 1)),
-        contents.problem,
-        contents.damage,
+    return replace(
+        contents,
+        keys=np.full(count, b""),
+        offsets=np.full(count, LOST, np.int64),
+        sizes=np.zeros(count, np.int64),
+        labels=np.full((count, contents.labels.shape[1]), NO_LABEL, np.int32),
+        labelled=np.ones(count, bool),
+        captions=None if contents.captions is None else np.tile([0, 0, -1], (count, 1)),
     )
+
+
+def _digest(keys: Sequence[str]) -> int:
+    """64 bits of keys, which hold no NUL, in their order."""
+    text = "\0".join(keys).encode("utf-8", "surrogateescape")
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+
+
+def without_positive(contents: ShardContents, heads: int) -> np.ndarray:
+    """bool [n]: the images whose list is empty in one of `heads` label files that have them all."""
+    nearest = contents.labels.reshape(len(contents), heads, -1)[:, :, :1] if heads else contents.labels
+    return contents.labelled & (nearest == NO_LABEL).reshape(len(contents), -1).any(axis=1)
+
+
+def _short_digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _rows(keys: Sequence[str], labels: LabelShard) -> np.ndarray:
@@ -274,6 +358,8 @@ class _Found:
 
     shard: int
     count: int = 0
+    key_set: int = 0
+    key_order: int | None = None
     infos: tuple[LabelsInfo, ...] = ()
     unlabelled: tuple[str, ...] = ()
     num_unlabelled: int = 0
@@ -285,6 +371,9 @@ class _Found:
     lost: int = 0
     damage: str = ""
     surplus_labels: int = 0
+    without_positive: int = 0
+    vanished: int = 0  # keys of its label files that it lacks
+    lacking_images: int = 0  # fewer than its _stats.json says
     missing_labels: Path | None = None  # the folder
     error: str | None = None
 
@@ -311,10 +400,10 @@ def build_shard_table(
     missing. allow_pipe: see `local_shard`.
     A tar that is damaged, missing or without images is quarantined: what comes before its damage is used, the images that it
     has lost (by an index of before, else by its labels) are counted, and skipped in every epoch.
-    Raises DataError, the same on every rank, when more than `max_skipped_fraction` of the images are lost so, or lack a
-    label; when a tar is remote and there is no cache_dir, or is missing and may not be, or nothing tells what it held; when
-    label files are missing, of different centers within a folder or with fewer labels than num_positives, or a label is not
-    below k.
+    Raises DataError, the same on every rank, when more than `max_skipped_fraction` of the images are lost so, or lack
+    a label, or of the labels are of images that their tar lacks; when a tar is remote and there is no cache_dir, or
+    is missing and may not be, or nothing tells what it held; when label files are missing, of different centers
+    within a folder or with fewer labels than num_positives, or a label is not below k.
     One all-gather of a few bytes per shard.
     """
     if not shards:
@@ -337,6 +426,7 @@ def build_shard_table(
         check_enough_labels(folder, found[0].infos[head], num_positives)
     _check_lost(found, max_skipped_fraction)
     _check_unlabelled(found, shards, labels_dirs, max_skipped_fraction)
+    _check_vanished(found, shards, max_skipped_fraction)
     return ShardTable(
         shards=tuple(shards),
         names=names,
@@ -346,15 +436,20 @@ def build_shard_table(
         cache_dir=cache_dir,
         labels_infos=found[0].infos,
         without_label=sum(entry.num_unlabelled for entry in found),
+        without_positive=sum(entry.without_positive for entry in found),
         duplicates=sum(entry.duplicates for entry in found),
         ignored=sum(entry.ignored for entry in found),
         without_image=sum(entry.without_image for entry in found),
         surplus_labels=sum(entry.surplus_labels for entry in found),
+        lacking_images=sum(entry.lacking_images for entry in found),
+        lacking_tar=next((shards[entry.shard] for entry in found if entry.lacking_images), ""),
         captions=captions,
         unfit_indexes=sum(entry.unfit_index for entry in found),
         quarantined=tuple((entry.shard, entry.lost, entry.damage) for entry in found if entry.damage),
         index_folder=index_folder,
         allow_pipe=allow_pipe,
+        key_sets=tuple(entry.key_set for entry in found),
+        key_orders=tuple(entry.key_order for entry in found),
         kept=kept,
     )
 
@@ -387,19 +482,25 @@ def _examine(
         found.infos = tuple(shard_labels.info for shard_labels in labels)
         if min((info.num_positives for info in found.infos), default=num_positives) < num_positives:
             return found
-        contents = _join(found_index, labels, num_positives, captions)
+        contents = _join(found_index, labels, num_positives, captions, shard)
         if not len(contents):
             missing = isinstance(found_index.damage, MissingTarError)
             untold = " No index of before tells which images it held: take it out of --shards." if missing else ""
             raise DataError(f"{found_index.damage}{untold}")
         keys = _keys(found_index, labels)
         found.count, found.damage = len(contents), contents.damage
+        in_order = found_index.damage is None or keys is found_index.keys_before
+        found.key_set, found.key_order = _digest(sorted(keys)), _digest(keys) if in_order else None
         found.lost = int(((contents.offsets == LOST) & contents.labelled).sum())
         found.lacking_in = tuple(int((_rows(keys, shard_labels) < 0).sum()) for shard_labels in labels)
         found.surplus_labels = sum(
             len(shard_labels.keys) - len(keys) + lacking
             for shard_labels, lacking in zip(labels, found.lacking_in, strict=True)
         )
+        found.vanished = len({key for own in labels for key in own.keys} - set(keys)) if found.surplus_labels else 0
+        if not found.damage and not is_url(path):
+            found.lacking_images = max(0, stated_samples(path) - len(index.keys) - len(index.without_image))
+        found.without_positive = int((without_positive(contents, len(labels)) & (contents.offsets != LOST)).sum())
         lacking = np.nonzero(~contents.labelled)[0]
         found.num_unlabelled = len(lacking)
         found.unlabelled = tuple(contents.key(row) for row in lacking[:3])
@@ -433,6 +534,22 @@ def _check_lost(found: list[_Found], allowed: float) -> None:
     more = f" ({len(damages) - 1} more of the {len(found)} shards cannot be used whole either)" if damages[1:] else ""
     raise DataError(
         f"{damages[0]}{more} {lost} of {total} images are lost so, more than --max_skipped_fraction {allowed:g} allows."
+    )
+
+
+def _check_vanished(found: list[_Found], shards: Sequence[str], allowed: float) -> None:
+    """Images that tars have lost without a trace are known by their labels, which are of each tar alone."""
+    vanished, total = sum(entry.vanished for entry in found), sum(entry.count for entry in found)
+    if vanished <= allowed * (total + vanished):
+        return
+    worst = sorted((entry for entry in found if entry.vanished), key=lambda entry: -entry.vanished)
+    named = "; ".join(
+        f"{shards[entry.shard]}: {entry.vanished} of {entry.count + entry.vanished}" for entry in worst[:3]
+    )
+    raise DataError(
+        f"{vanished} of {total + vanished} labelled images are not in their tars, more than --max_skipped_fraction "
+        f"{allowed:g} allows. Most of them in {named}{' ...' if worst[3:] else ''}. Fetch or write these tars again; "
+        "if they were meant to become smaller, write their labels again with tools/assign_labels.py, or raise the fraction."
     )
 
 
@@ -487,24 +604,44 @@ class ShardReader:
         """The encoded image.
 
         Raises ImageError, its reason one of TAR_PROBLEMS, where the tar has lost it; UnreadableError where the machine is to
-        blame.
+        blame, or the tar became another whole one (ChangedTarError).
         """
-        return self._bytes(contents, int(contents.offsets[index]), int(contents.sizes[index]))
+        return self._bytes(contents, lambda now: (int(now.offsets[index]), int(now.sizes[index])))
 
     def caption(self, contents: ShardContents, index: int) -> str:
         """The caption of an image. Raises CaptionError where there is none that can be used, ImageError as `image_bytes`."""
         if contents.offsets[index] == LOST:
             raise ImageError(contents.problem, contents.damage)
-        offset, size, kind = contents.captions[index].tolist()
+        kind = int(contents.captions[index, 2])
         if kind < 0:
             raise CaptionError("no_caption", "its tar has neither KEY.txt nor KEY.json")
-        return read_caption(EXTENSIONS[kind], self._bytes(contents, offset, size))
 
-    def _bytes(self, contents: ShardContents, offset: int, size: int) -> bytes:
+        def place(now: ShardContents) -> tuple[int, int]:
+            *found, extension = now.captions[index].tolist()
+            return tuple(found) if extension == kind and now.offsets[index] != LOST else (LOST, 0)
+
+        return read_caption(EXTENSIONS[kind], self._bytes(contents, place))
+
+    def _bytes(self, contents: ShardContents, place: Callable[[ShardContents], tuple[int, int]]) -> bytes:
+        """What lies at (offset, size) = place(contents), or, where the tar broke since, at that place of what is left."""
+        try:
+            return self._read(contents, *place(contents))
+        except ChangedTarError:
+            self._forget(contents.path)
+            contents = self._contents[contents.shard] = self.table.load_again(contents)
+        try:
+            return self._read(contents, *place(contents))
+        except ChangedTarError as error:
+            raise ImageError("damaged_tar", f"something writes into it: {error}") from None
+
+    def _read(self, contents: ShardContents, offset: int, size: int) -> bytes:
+        """Raises ChangedTarError where the tar is not the one that was examined: before, and after it was read."""
         if offset == LOST:
             raise ImageError(contents.problem, contents.damage)
         try:
-            data = self._file(contents.path).read(offset, offset + size)
+            tar = self._file(contents)
+            data = tar.read(offset, offset + size)
+            tar.check()
         except FileNotFoundError:
             raise ImageError("missing_tar", f"the tar {contents.path} is gone") from None
         except OSError as error:
@@ -518,14 +655,22 @@ class ShardReader:
         while self._files:
             self._files.popitem()[1].close()
 
-    def _file(self, path: Path) -> OpenTar:
+    def _forget(self, path: Path) -> None:
+        if path in self._files:
+            self._files.pop(path).close()
+
+    def _file(self, contents: ShardContents) -> OpenTar:
+        path = contents.path
+        if path in self._files and self._files[path].state != contents.state:
+            self._forget(path)  # of a file that another has replaced
         if path in self._files:
             self._files.move_to_end(path)
             return self._files[path]
         if len(self._files) >= MAX_OPEN_FILES:
             self._files.popitem(last=False)[1].close()
+        waits = () if path in self._refused else RETRY_SECONDS
         try:
-            tar = self._files[path] = OpenTar(path, () if path in self._refused else RETRY_SECONDS)
+            tar = self._files[path] = OpenTar(path, waits, contents.state)
         except FileNotFoundError:
             raise
         except OSError:

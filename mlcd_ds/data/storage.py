@@ -2,7 +2,9 @@
 
 import errno
 import os
+import re
 import resource
+import socket
 import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -16,6 +18,15 @@ SERVER_ERRORS = (
     errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ESHUTDOWN, errno.ECONNRESET, errno.ECONNABORTED,
     errno.ECONNREFUSED, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH, errno.EREMOTEIO,
 )  # fmt: skip
+
+LOST_CONNECTIONS = frozenset(
+    "ServerDisconnectedError ClientConnectionError ClientPayloadError ServerTimeoutError IncompleteRead RemoteDisconnected "
+    "IncompleteReadError EndpointConnectionError ConnectTimeoutError ReadTimeoutError ConnectionClosedError "
+    "ResponseStreamingError ProtocolError ChunkedEncodingError Timeout SSLEOFError".split()
+)
+"""Names of what aiohttp, http.client, asyncio, botocore, urllib3, requests and ssl raise for a connection that broke."""
+CURL_LOST = frozenset((5, 6, 7, 18, 28, 35, 52, 55, 56, 92))
+"""Exit codes of curl for a server that was not found, not reached, or broke off."""
 
 T = TypeVar("T")
 
@@ -41,6 +52,60 @@ def persistently(read: Callable[[], T], name: str, waits: Sequence[float] = RETR
                 raise
         time.sleep(wait)
     raise AssertionError("not reached")
+
+
+def is_away(error: BaseException) -> bool:
+    """Whether a fetch failed because the connection or the server did, which may be otherwise a moment later.
+
+    Tells from what the libraries raise, and from what that was raised from: an HTTP status (408, 429 and 5xx but 501 and
+    505 are a server's trouble, any other is its answer), else the number or the class of an error of the network, or curl's
+    exit code.
+    """
+    chain = _chain(error)
+    statuses = [status for link in chain if (status := _http_status(link)) is not None]
+    if statuses:
+        return statuses[0] in (408, 429) or (statuses[0] >= 500 and statuses[0] not in (501, 505))
+    return any(_lost_connection(link) for link in chain)
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    """An error, and what it was raised from, from the outermost on."""
+    found: list[BaseException] = []
+    waiting: list = [error]
+    while waiting:
+        link = waiting.pop(0)
+        if isinstance(link, BaseException) and link not in found:
+            found.append(link)
+            waiting += [
+                link.__cause__,
+                link.__context__,
+                getattr(link, "reason", None),
+            ]  # urllib's URLError has a reason
+    return found
+
+
+def _http_status(error: BaseException) -> int | None:
+    """The HTTP status that an error of aiohttp, urllib, requests, botocore or gcsfs holds."""
+    answer = getattr(error, "response", None)
+    if isinstance(answer, dict):
+        found = answer.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    else:
+        found = getattr(answer, "status_code", None)
+    for value in (found, getattr(error, "status", None), getattr(error, "code", None)):
+        text = str(value)
+        if value is not None and text.isdigit() and 400 <= int(text) < 600:
+            return int(text)
+    return None
+
+
+def _lost_connection(error: BaseException) -> bool:
+    if isinstance(error, (ConnectionError, TimeoutError)) or getattr(error, "errno", None) in SERVER_ERRORS:
+        return True
+    if isinstance(error, socket.gaierror):
+        return error.errno == socket.EAI_AGAIN
+    names = {parent.__name__ for parent in type(error).__mro__}
+    curl = re.search(r"'curl'.*exit (\d+) \(read\)", str(error))  # WebDataset's words
+    return bool(names & LOST_CONNECTIONS) or (curl is not None and int(curl.group(1)) in CURL_LOST)
 
 
 def cure_of(number: int | None) -> str | None:

@@ -17,7 +17,7 @@ import numpy as np
 
 from mlcd_ds.collectives import gather_objects
 from mlcd_ds.config import IndexShardsConfig
-from mlcd_ds.data.tars import TarIndex, examine_tar, expand_shards, local_shard
+from mlcd_ds.data.tars import TarIndex, TarState, examine_tar, expand_shards, local_shard
 from mlcd_ds.errors import DataError
 from mlcd_ds.files import write_bytes
 from mlcd_ds.topology import Topology
@@ -50,13 +50,10 @@ def index_path(tar: str | Path) -> Path:
 def write_index(index: TarIndex, path: Path | None = None) -> Path:
     """Writes the index beside its tar, or to `path`, under a temporary name first; the same tar gives the same bytes.
 
+    It is of the file that was walked, whatever lies there by now.
     Raises DataError when it cannot be written there.
     """
     path = path or index_path(index.path)
-    try:
-        stat = index.path.stat()
-    except OSError as error:
-        raise DataError(f"the tar {index.path} is gone, its index cannot be written: {error}") from None
     rows = [
         (sample, extension, *place)
         for sample, key in enumerate(index.keys)
@@ -66,8 +63,8 @@ def write_index(index: TarIndex, path: Path | None = None) -> Path:
     number = {extension: i for i, extension in enumerate(extensions)}
     about = {
         "format_version": FORMAT_VERSION,
-        "tar_bytes": stat.st_size,
-        "tar_mtime_ns": stat.st_mtime_ns,
+        "tar_bytes": index.state.size,
+        "tar_mtime_ns": index.state.mtime_ns,
         "duplicates": index.duplicates,
         "ignored": index.ignored,
     }
@@ -140,17 +137,18 @@ def _read(path: Path, place: Path) -> tuple[TarIndex, bool]:
     about = json.loads(_lines(parts["about"])[0])
     if about["format_version"] != FORMAT_VERSION:
         return TarIndex(path, (), {}), False
-    stat = path.stat() if path.is_file() else None
-    fits = stat is not None and (about["tar_bytes"], about["tar_mtime_ns"]) == (stat.st_size, stat.st_mtime_ns)
+    state = TarState(about["tar_bytes"], about["tar_mtime_ns"])
+    fits = path.is_file() and TarState.of(path.stat()) == state
     keys, extensions = _lines(parts["keys"]), _lines(parts["extensions"])
     members: dict[str, dict[str, tuple[int, int]]] = {key: {} for key in keys}
     columns = (parts[name].tolist() for name in ("sample", "extension", "offset", "size"))
     for sample, extension, offset, size in zip(*columns, strict=True):
-        if not 0 <= offset <= offset + size <= about["tar_bytes"]:
+        if not 0 <= offset <= offset + size <= state.size:
             raise ValueError("a member outside the tar")
         members[keys[sample]][extensions[extension]] = (offset, size)
     without = tuple(_lines(parts["without_image"]))
-    return TarIndex(path, tuple(keys), members, int(about["duplicates"]), int(about["ignored"]), without), fits
+    counts = int(about["duplicates"]), int(about["ignored"])
+    return TarIndex(path, tuple(keys), members, *counts, without, state), fits
 
 
 def _text(items: Sequence[str]) -> np.ndarray:

@@ -18,8 +18,11 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import time
+import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import BinaryIO
 
@@ -32,6 +35,7 @@ from mlcd_ds.data.storage import (
     T,
     UnreadableError,
     cure_of,
+    is_away,
     persistently,
 )
 from mlcd_ds.errors import DataError
@@ -164,8 +168,9 @@ def local_shard(path: str, cache_dir: str | Path | None, allow_pipe: bool = Fals
     """A local path as it is; a URL fetched whole into `cache_dir` (once: later calls find it there).
 
     allow_pipe: of 'pipe:COMMAND' the output of that shell command is fetched.
+    Where the connection or the server fails (`storage.is_away`), it is tried again after each of RETRY_SECONDS.
     Raises DataError when a URL comes without `cache_dir`, or cannot be fetched; UnreadableError when that lies in the
-    machine: no room, no permission, no more open files.
+    machine: no room, no permission, no more open files, a server that is still away after the last try.
     """
     if path.startswith(PIPE):
         _refuse_pipe(path, allow_pipe)
@@ -183,22 +188,50 @@ def local_shard(path: str, cache_dir: str | Path | None, allow_pipe: bool = Fals
         with _open_remote(path) as source:  # closed before the file gets its name: a failed curl may tell only then
             shutil.copyfileobj(source, sink, 1 << 22)
 
+    for wait in (*RETRY_SECONDS, None):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_bytes(target, fetch)
+            return target
+        except DataError:
+            raise
+        except Exception as error:  # any backend's own exception types
+            problem = _not_fetched(path, target, error)
+            if wait is None or not isinstance(problem, _AwayError):
+                raise problem from None
+        time.sleep(wait)
+    raise AssertionError("not reached")
+
+
+class _AwayError(UnreadableError):
+    """A server, or the way there, fails: it may be back in a moment."""
+
+
+def _not_fetched(path: str, target: Path, error: Exception) -> DataError:
+    """What a failed fetch means."""
+    text = f"cannot fetch {path} to {target}: {type(error).__name__}: {error}"
+    number = getattr(error, "errno", None)
+    if number in (errno.EACCES, errno.EPERM):
+        return UnreadableError(f"{text}. Are the credentials valid, and may the cache folder be written to?")
+    if number in MACHINE_ERRORS:
+        return UnreadableError(f"{text}. {cure_of(number)}")
+    if is_away(error) or _refused_by_server(path, error):
+        return _AwayError(
+            f"{text}. Its server does not answer, after {len(RETRY_SECONDS) + 1} tries: see that it is up and this host "
+            "reaches it, then --resume auto."
+        )
+    return DataError(text)
+
+
+def _refused_by_server(url: str, error: Exception) -> bool:
+    """Whether curl, which gives one exit code for every HTTP status, was refused for a reason that lies in the server."""
+    if not re.search(r"'curl'.*exit 22 \(read\)", str(error)):
+        return False
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_bytes(target, fetch)
-    except DataError:
-        raise
-    except Exception as error:  # any backend's own exception types
-        text = f"cannot fetch {path} to {target}: {type(error).__name__}: {error}"
-        number = getattr(error, "errno", None)
-        if number in (errno.EACCES, errno.EPERM):
-            raise UnreadableError(
-                f"{text}. Are the credentials valid, and may the cache folder be written to?"
-            ) from None
-        if number in MACHINE_ERRORS:
-            raise UnreadableError(f"{text}. {cure_of(number)}") from None
-        raise DataError(text) from None
-    return target
+        with urllib.request.urlopen(url, timeout=30):  # its headers: the contents are not asked for
+            return True  # it is there now
+    except Exception as answer:
+        return is_away(answer)
 
 
 def _open_remote(url: str):
@@ -234,20 +267,77 @@ def import_webdataset():
 # ---------------------------------------------------------------------------------------------- reading
 
 
+@dataclass(frozen=True)
+class TarState:
+    """What tells that a local tar is still the one that was examined: bytes, and time of last change in ns.
+
+    To be compared on one host alone: copies of a tar on other hosts have other times.
+    """
+
+    size: int
+    mtime_ns: int
+
+    @staticmethod
+    def of(stat: os.stat_result) -> "TarState":
+        """Of an open file."""
+        return TarState(stat.st_size, stat.st_mtime_ns)
+
+    def __str__(self) -> str:
+        when = datetime.fromtimestamp(self.mtime_ns / 1e9).isoformat(" ", "milliseconds")
+        return f"{self.size} bytes, written at {when}"
+
+
+class ChangedTarError(UnreadableError):
+    """A tar is not the one that was examined before."""
+
+
 class OpenTar:
     """A local tar, open to be read by offsets; close it, or use it as a context.
 
-    Read, not mapped: where a tar shrinks or its disk fails under a map, the process is ended (SIGBUS). size: bytes, when it
-    was opened. waits: see `persistently`, which also tells what opening and reading raise.
+    Read, not mapped: where a tar shrinks or its disk fails under a map, the process is ended (SIGBUS). state: as which it
+    was examined before; None: whatever is found. waits: see `persistently`, which also tells what opening and reading raise.
+    Raises ChangedTarError when it is opened, at first or again behind a stale handle, and is another.
     """
 
-    def __init__(self, path: str | Path, waits: Sequence[float] = RETRY_SECONDS):
-        self.path, self._waits = Path(path), waits
+    def __init__(self, path: str | Path, waits: Sequence[float] = RETRY_SECONDS, state: TarState | None = None):
+        self.path, self._waits, self._state = Path(path), waits, state
         self._file: int | None = persistently(self._open, f"the tar {path}", waits)
-        self.size = os.fstat(self._file).st_size
+
+    @property
+    def state(self) -> TarState:
+        """As which it was opened."""
+        return self._state
+
+    @property
+    def size(self) -> int:
+        """Bytes, when it was opened."""
+        return self._state.size
 
     def _open(self) -> int:
-        return os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        file = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            self._compare(file)
+        except BaseException:
+            os.close(file)
+            raise
+        return file
+
+    def _compare(self, file: int) -> None:
+        now = TarState.of(os.fstat(file))
+        self._state = self._state or now
+        if now != self._state:
+            raise ChangedTarError(
+                f"the tar {self.path} became another while it was read: it had {self._state}, now {now}. Start again with "
+                "--resume auto."
+            )
+
+    def check(self) -> None:
+        """Raises ChangedTarError where the open file has been written to since: what was read may be of another tar."""
+        if self._file is not None:
+            try:
+                self._compare(self._file)
+            except OSError:
+                self._again(lambda: self._compare(self._file))
 
     def read(self, start: int, stop: int) -> bytes:
         """The bytes from `start` to `stop`; fewer where the file ends before."""
@@ -262,12 +352,6 @@ class OpenTar:
         def again() -> T:
             if self._file is None:
                 self._file = self._open()
-                now = os.fstat(self._file).st_size
-                if now != self.size:
-                    raise UnreadableError(
-                        f"the tar {self.path} became another while it was read: it had {self.size} bytes, now {now}. Start "
-                        "again with --resume auto."
-                    )
             try:
                 return read()
             except OSError as error:
@@ -308,7 +392,7 @@ class TarIndex:
     keys: image samples in tar order. members: for each of them {extension in lower case: (byte offset, bytes)}.
     duplicates: members left out because their key and extension came before. ignored: members that are no file of a
     sample (links, devices, names without key or extension); folders are not counted. without_image: samples without an
-    image, left out of `keys`.
+    image, left out of `keys`. state: of the file that was walked.
     """
 
     path: Path
@@ -317,6 +401,7 @@ class TarIndex:
     duplicates: int = 0
     ignored: int = 0
     without_image: tuple[str, ...] = ()
+    state: TarState | None = None
 
     def image(self, key: str) -> tuple[int, int]:
         """Byte offset and size of the image of `key`."""
@@ -392,7 +477,7 @@ def _index(tar: OpenTar) -> tuple[TarIndex, DataError | None]:
         damage = DataError(f"cannot read the tar {tar.path} to its end: {error.strerror}. {_CURE}")
     images = {key: members for key, members in samples.items() if image_extension(members)}
     without = tuple(key for key in samples if key not in images)
-    return TarIndex(tar.path, tuple(images), images, duplicates, ignored, without), damage
+    return TarIndex(tar.path, tuple(images), images, duplicates, ignored, without, tar.state), damage
 
 
 def _walk(tar: OpenTar) -> Iterator[tuple[str, bytes, int, int]]:
@@ -599,6 +684,8 @@ def read_samples(
         with OpenTar(index.path) as tar:
             if end > tar.size:
                 raise DataError(f"the tar {path} has {tar.size} bytes, its index says {end}: did the file change?")
+            if index.state not in (None, tar.state):
+                raise DataError(f"the tar {path} changed while it was read: it had {index.state}, now {tar.state}")
             ahead = 0
             if 2 * total > end - first:  # large members are not worth a copy: one read each, and one for the small ones
                 ahead = READ_AHEAD if 8 * total < READ_AHEAD * len(members) else WINDOW
@@ -637,6 +724,21 @@ def _extent(members: dict[str, dict[str, tuple[int, int]]]) -> tuple[int, int, i
     return first, end, total
 
 
+def stats_path(tar: str | Path) -> Path:
+    """Where img2dataset writes what it knows of a local tar."""
+    tar = Path(tar)
+    return tar.with_name(tar.name.removesuffix(".tar") + "_stats.json")
+
+
+def stated_samples(tar: str | Path) -> int:
+    """How many samples a local tar holds according to the "successes" of its _stats.json; 0 where nothing tells."""
+    try:
+        found = json.loads(stats_path(tar).read_text(encoding="utf-8"))["successes"]
+    except (OSError, ValueError, KeyError, TypeError):  # none, or not img2dataset's: it only serves a hint
+        return 0
+    return found if isinstance(found, int) else 0
+
+
 def write_tar(path: str | Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> int:
     """Writes (key, {extension: contents}) as a plain USTAR tar; returns the number of samples.
 
@@ -653,8 +755,7 @@ def write_tar(path: str | Path, samples: Iterable[tuple[str, dict[str, bytes]]])
         count = _write(path, file, samples)
 
     write_bytes(path, write)
-    stats = path.with_name(path.name.removesuffix(".tar") + "_stats.json")
-    write_text(stats, json.dumps({"count": count, "successes": count}) + "\n")
+    write_text(stats_path(path), json.dumps({"count": count, "successes": count}) + "\n")
     return count
 
 

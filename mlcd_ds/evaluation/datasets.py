@@ -6,6 +6,7 @@ folder can be named, of the 27 or not.
 """
 
 import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,12 +28,12 @@ VALIDATION_FOLDERS = ("val", "validation", "valid")
 
 @dataclass(frozen=True)
 class KnownSet:
-    """A set of the table. metric: of METRICS. num_classes: CLIP's count. slug: CLIP_benchmark's name, None where it has
-    none."""
+    """A set by its name. metric: of METRICS, None where classes say it. num_classes: CLIP's count, None of a set not in
+    its table. slug: CLIP_benchmark's name, None where it has none."""
 
     name: str
-    metric: str
-    num_classes: int
+    metric: str | None
+    num_classes: int | None
     slug: str | None
 
     def folders(self) -> list[str]:
@@ -41,6 +42,11 @@ class KnownSet:
             return [self.name]
         clean = self.slug.replace("/", "-")
         return list(dict.fromkeys([self.name, clean, f"wds_{clean}", self.slug, f"wds/{self.slug}"]))
+
+    @property
+    def result_name(self) -> str:
+        """What result files call it: as CLIP_benchmark does where it knows the set."""
+        return f"wds/{self.slug}" if self.slug else self.name
 
 
 def _table() -> dict[str, KnownSet]:
@@ -80,9 +86,92 @@ KNOWN_SETS = _table()
 """CLIP's 27 sets for linear probes, in its order. The MLCD paper reports imagenet1k by itself and the mean of the others."""
 
 
+_OTHERS = (  # clip_benchmark 1.6.2, benchmark/webdatasets.txt: its sets that are not among the 27
+    "mscoco_captions flickr8k flickr30k imagenetv2 imagenet_sketch imagenet-a imagenet-r imagenet-o objectnet voc2007 "
+    "vtab/clevr_closest_object_distance vtab/diabetic_retinopathy vtab/dmlab vtab/dsprites_label_orientation "
+    "vtab/dsprites_label_x_position vtab/dsprites_label_y_position vtab/smallnorb_label_azimuth "
+    "vtab/smallnorb_label_elevation vtab/svhn"
+).split()
+OTHER_SETS = {slug: KnownSet(slug.removeprefix("vtab/"), None, None, slug) for slug in _OTHERS}
+"""The other sets of CLIP_benchmark, by slug: for retrieval, of robustness, of VTAB. Its voc2007 has crops of one class; the
+27's is its voc2007_multilabel."""
+
+
+def _by_slug() -> dict[str, KnownSet]:
+    sets = [*KNOWN_SETS.values(), *OTHER_SETS.values()]
+    slugs = {known.slug.replace("/", "-"): known for known in sets if known.slug}
+    return {known.name: known for known in sets} | slugs
+
+
+_BY_SLUG = _by_slug()
+
+
+def identify(name: str) -> KnownSet:
+    """The set that a name means: one of the 27's, a slug of CLIP_benchmark's (with or without wds/), or the name of a folder
+    as it downloads them (wds_vtab-pets). Any other name means a set of the user's own.
+    """
+    if name in KNOWN_SETS:
+        return KNOWN_SETS[name]
+    plain = name.removeprefix("wds/").removeprefix("wds_").replace("/", "-")
+    return _BY_SLUG.get(plain) or KnownSet(name, None, None, None)
+
+
+def locate(root: str, names: Sequence[str], splits: Sequence[str]) -> tuple[list[tuple[KnownSet, Path]], list[str]]:
+    """([(set, its folder below `root`)] in the order of `names`, those known sets that are not there).
+
+    splits: subfolders that a set must have. Raises ConfigError for no name, one that comes twice or is neither known nor a
+    folder; DataError for a set that lies there more than once, or whose folder is another set's.
+    """
+    sets = [identify(name) for name in names]
+    if not sets or len({known.name for known in sets}) < len(sets):
+        raise ConfigError(f"--datasets {','.join(names)!r}: expected all, or different names joined by commas")
+    found, missing = [], []
+    for asked, known in zip(names, sets, strict=True):
+        places = [place for place in known.folders() if all((Path(root) / place / split).is_dir() for split in splits)]
+        if len(places) > 1:
+            raise DataError(
+                f"{known.name} lies below {root} more than once ({', '.join(places)}): move all but one out of it"
+            )
+        if places:
+            found.append((known, Path(root) / places[0]))
+            _check_kind(known, found[-1][1])
+        elif known.num_classes or known.slug:
+            missing.append(known.name)
+        else:
+            near = difflib.get_close_matches(asked, [*KNOWN_SETS, *OTHER_SETS], n=1)
+            raise ConfigError(
+                f"--datasets: {asked!r} is none of the {len(KNOWN_SETS)} known sets, nor a slug of CLIP_benchmark, and "
+                f"{Path(root) / asked} holds no {'/ and '.join(splits)}/. {f'Did you mean {near[0]}? ' if near else ''}"
+                f"Known: {', '.join(KNOWN_SETS)}"
+            )
+    return found, missing
+
+
+def _check_kind(known: KnownSet, folder: Path) -> None:
+    """Refuses CLIP_benchmark's voc2007 for its voc2007_multilabel, whose short name that is."""
+    if known.metric in ONE_VS_REST and dataset_type(folder) != "multilabel":
+        raise DataError(
+            f"{folder} is no set of several classes an image (its dataset_type.txt does not say multilabel): {known.name} "
+            f"of the {len(KNOWN_SETS)} is CLIP_benchmark's {known.slug}. If it is CLIP_benchmark's {known.name}, crops of "
+            f"one class each, name the folder wds_{known.name}, and wds_{known.name} in --datasets"
+        )
+
+
+def check_root(root: str) -> Path:
+    """`root` as a path. Raises DataError where it is no folder."""
+    if not Path(root).is_dir():
+        raise DataError(f"--root {root} is no folder: expected one that holds a folder per evaluation set")
+    return Path(root)
+
+
+def split_names(names: str) -> list[str]:
+    """The names in --datasets."""
+    return [name.strip() for name in names.split(",") if name.strip()]
+
+
 @dataclass(frozen=True)
 class EvaluationSet:
-    """A set that is there. folder: None where its tars were named one by one. known: its row of the table, if it has one.
+    """A set that is there. folder: None where its tars were named one by one. known: see `identify`, None where tars were.
 
     shards: {"train": [...], "test": [...]} and, where there is one, "val". metric: of METRICS, or None for what its classes
     suggest: accuracy where every image has one, else mean average precision.
@@ -96,48 +185,22 @@ class EvaluationSet:
 
     @property
     def result_name(self) -> str:
-        """What result files call it: as CLIP_benchmark does where it knows the set."""
-        return f"wds/{self.known.slug}" if self.known is not None and self.known.slug else self.name
+        """What result files call it."""
+        return self.name if self.known is None else self.known.result_name
 
 
 def find_sets(root: str, names: str) -> tuple[list[EvaluationSet], list[str]]:
     """(the sets of `names` that lie below `root`, names of those that do not).
 
-    names: "all" (the 27), or names joined by commas, of the table or of folders below the root. Raises ConfigError for a
-    name that is neither, DataError for a set that is there and incomplete.
+    names: "all" (the 27), or names joined by commas, see `identify`. Raises ConfigError and DataError as `locate`, DataError
+    for a set that is there and incomplete.
     """
-    folder = Path(root)
-    if not folder.is_dir():
-        raise DataError(f"--root {root} is no folder: expected one that holds a folder per evaluation set")
-    wanted = list(KNOWN_SETS) if names == "all" else [name.strip() for name in names.split(",") if name.strip()]
-    if not wanted or len(set(wanted)) < len(wanted):
-        raise ConfigError(f"--datasets {names!r}: expected all, or different names joined by commas")
-    found, missing = [], []
-    for name in wanted:
-        known = KNOWN_SETS.get(name)
-        places = [place for place in (known.folders() if known else [name]) if _is_a_set(folder / place)]
-        if len(places) > 1:
-            raise DataError(
-                f"{name} lies below {root} more than once ({', '.join(places)}): move all but one out of it"
-            )
-        if places:
-            found.append(_open(name, folder / places[0], known))
-        elif known is not None:
-            missing.append(name)
-        else:
-            near = difflib.get_close_matches(name, KNOWN_SETS, n=1)
-            raise ConfigError(
-                f"--datasets: {name!r} is none of the {len(KNOWN_SETS)} known sets, and {folder / name} holds no test/ and "
-                f"train/. {f'Did you mean {near[0]}? ' if near else ''}Known: {', '.join(KNOWN_SETS)}"
-            )
-    return found, missing
+    check_root(root)
+    found, missing = locate(root, list(KNOWN_SETS) if names == "all" else split_names(names), ("test", "train"))
+    return [_open(known, folder) for known, folder in found], missing
 
 
-def _is_a_set(folder: Path) -> bool:
-    return (folder / "test").is_dir() and (folder / "train").is_dir()
-
-
-def _open(name: str, folder: Path, known: KnownSet | None) -> EvaluationSet:
+def _open(known: KnownSet, folder: Path) -> EvaluationSet:
     validation = [split for split in VALIDATION_FOLDERS if (folder / split).is_dir()]
     shards = {"train": shards_of_split(folder, "train"), "test": shards_of_split(folder, "test")}
     if validation:
@@ -145,8 +208,8 @@ def _open(name: str, folder: Path, known: KnownSet | None) -> EvaluationSet:
     kind = dataset_type(folder)
     if kind == "retrieval":
         raise DataError(f"{folder} is a set for retrieval (dataset_type.txt): its images have captions, no classes")
-    metric = known.metric if known else "mean_average_precision" if kind == "multilabel" else None
-    return EvaluationSet(name, shards, metric, folder, known)
+    metric = known.metric or ("mean_average_precision" if kind == "multilabel" else None)
+    return EvaluationSet(known.name, shards, metric, folder, known)
 
 
 def dataset_type(folder: Path) -> str:

@@ -70,7 +70,7 @@ def probe_set(task: Task) -> Result:
     chosen, curve, solver = problem.choose_lambda(features, fitted, held_out)
     metrics, details = problem.fit_and_score(features, test.features, chosen)
     known = task.set.known
-    if known is not None and len(problem.names) != known.num_classes:
+    if known is not None and known.num_classes not in (None, len(problem.names)):
         details["classes_in_clips_table"] = known.num_classes
     return task.result(
         TASK,
@@ -157,7 +157,13 @@ class _Problem:
         def evaluate(lambdas: list[float]) -> list[float]:
             found, converged = scores(lambdas)
             unfinished.append(int((~converged).sum()))
-            return [self.merit(self.train_nC[held_out], scores_nC)[METRICS[self.metric]] for scores_nC in found]
+            values = [self.merit(self.train_nC[held_out], scores_nC)[METRICS[self.metric]] for scores_nC in found]
+            if any(math.isnan(value) for value in values):  # of lambdas without a score none is the best
+                raise DataError(
+                    f"the {len(held_out)} validation images have no {METRICS[self.metric]} ({self._needed()}): no lambda "
+                    "can be chosen. Take another --metric, or take val/ out of the set: a share of train/ then picks lambda"
+                )
+            return values
 
         chosen, curve = search(
             evaluate, config.lambda_min, config.lambda_max, config.lambda_coarse, config.lambda_halvings
@@ -177,6 +183,13 @@ class _Problem:
             "not_converged": int((~converged).sum()),
         }
         return self.merit(self.test_nC, scores_nC), details | self.per_class(scores_nC)
+
+    def _needed(self) -> str:
+        """What images must have for the metric, in words."""
+        return {
+            "roc_auc": "it wants images of both classes among them",
+            "top1_top5": f"its top 5 wants five classes, there are {len(self.names)}",
+        }.get(self.metric, "it wants an image of a class")
 
     def scorer(self, features_nd, rows, test_md, tolerance) -> Callable:
         """A function of lambdas: (scores [m, C] of the rows of test_md for each, whether each fit converged)."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from mlcd_ds.clustering.charts import difference_chart
 from mlcd_ds.config import ReportConfig
 from mlcd_ds.errors import ConfigError, DataError
-from mlcd_ds.evaluation.results import Result, read_results
+from mlcd_ds.evaluation.results import MAIN_METRIC, Result, read_results, usual_metric
 from mlcd_ds.files import make_folder, write_text
 
 TITLES = {
@@ -25,6 +25,7 @@ TITLES = {
 EVERY_METRIC = ("zeroshot_retrieval",)
 """Tasks whose metrics are all shown; of the others the main one."""
 NOTHING = "–"
+DIFFERENT = "Probed in different ways, so that differences are not of the models alone:"
 STYLE = """
 body { font: 15px/1.5 system-ui, "Segoe UI", "DejaVu Sans", sans-serif; color: #1a1a1a; background: #fff;
        max-width: 1100px; margin: 24px auto; padding: 0 20px; }
@@ -54,11 +55,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Section:
-    """The rows of one task. incomplete: sets that not every run has."""
+    """The rows of one task. incomplete: sets that not every run has. protocols: {model and weights: how it was
+    probed}, where that differs."""
 
     task: str
     rows: list[Row]
     incomplete: list[str]
+    protocols: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -126,28 +129,70 @@ def _pair(config: ReportConfig, labels: list[str]) -> tuple[int, int] | None:
 
 
 def _sections(found: dict[Path, Result], runs: list[str]) -> list[Section]:
-    cells: dict[str, dict[tuple[str, str], dict[str, float | None]]] = {}
     origin: dict[tuple, Path] = {}
+    measured: dict[str, dict[str, list[Result]]] = {}
     for file, result in found.items():
         if result.full_name not in runs:
             continue
         dataset = result.dataset if result.language == "en" else f"{result.dataset} ({result.language})"
-        shown = list(result.metrics) if result.task in EVERY_METRIC else [result.main_metric]
-        for metric in shown:
+        for metric in list(result.metrics) if result.task in EVERY_METRIC else [result.main_metric]:
             place = (result.task, dataset, metric, result.full_name)
             if place in origin:
                 raise DataError(
                     f"{origin[place]} and {file} are both {metric} of {result.full_name} on {dataset}: keep one of them"
                 )
             origin[place] = file
-            cells.setdefault(result.task, {}).setdefault((dataset, metric), {})[result.full_name] = result.metrics.get(
-                metric
-            )
-    order = [task for task in TITLES if task in cells] + sorted(set(cells) - set(TITLES))
-    return [_section(task, cells[task], runs) for task in order]
+        measured.setdefault(result.task, {}).setdefault(dataset, []).append(result)
+    order = [task for task in TITLES if task in measured] + sorted(set(measured) - set(TITLES))
+    return [_section(task, _cells(measured[task]), runs, _protocols(measured[task], runs)) for task in order]
 
 
-def _section(task: str, cells: dict[tuple[str, str], dict[str, float | None]], runs: list[str]) -> Section:
+def _cells(measured: dict[str, list[Result]]) -> dict[tuple[str, str], dict[str, float | None]]:
+    """{(set, metric): {run: score}} of the metrics that are shown."""
+    cells: dict[tuple[str, str], dict[str, float | None]] = {}
+    for dataset, results in measured.items():
+        one = _common_metric(results)
+        for result in results:
+            every = result.task in EVERY_METRIC
+            for metric in list(result.metrics) if every else [one or result.main_metric]:
+                cells.setdefault((dataset, metric), {})[result.full_name] = result.metrics.get(metric)
+    return cells
+
+
+def _common_metric(results: list[Result]) -> str | None:
+    """The metric that one set's results are compared by, of those that all have: the set's usual one, else a main one
+    (first those that files state), else any. None where they have none in common, or a run has two results."""
+    common = [name for name in results[0].metrics if all(result.metrics.get(name) is not None for result in results)]
+    if len({result.full_name for result in results}) < len(results):
+        return None
+    stating_first = sorted(results, key=lambda result: MAIN_METRIC not in result.details)
+    wanted = [usual_metric(results[0].task, results[0].dataset), *(result.main_metric for result in stating_first)]
+    if len(set(wanted[1:])) == 1:
+        return wanted[1]
+    return next((name for name in (*wanted, *common) if name in common), None)
+
+
+def _protocols(measured: dict[str, list[Result]], runs: list[str]) -> dict[str, str]:
+    """{run: how it was probed}, where runs measured a set's same metric by probes of different protocols; else nothing."""
+    ways: dict[str, list[str]] = {}
+    for results in measured.values():
+        if len({_protocol(result) for result in results}) > 1 and _common_metric(results):
+            for result in results:
+                ways.setdefault(result.full_name, []).append(_protocol(result))
+    return {run: " / ".join(dict.fromkeys(ways[run])) for run in runs if run in ways}
+
+
+def _protocol(result: Result) -> str:
+    """Of a linear probe, as its file says; CLIP_benchmark's files say nothing. Empty for other tasks."""
+    if result.task != "linear_probe":
+        return ""
+    unsaid = "not said in its files (CLIP_benchmark fits by AdamW, so many epochs, weight decay given or swept)"
+    return str(result.details.get("protocol") or unsaid)
+
+
+def _section(
+    task: str, cells: dict[tuple[str, str], dict[str, float | None]], runs: list[str], protocols: dict[str, str]
+) -> Section:
     rows = [
         Row(dataset, metric, tuple(scores.get(run) for run in runs))
         for (dataset, metric), scores in sorted(cells.items())
@@ -165,7 +210,7 @@ def _section(task: str, cells: dict[tuple[str, str], dict[str, float | None]], r
         if len(group) > 1:
             means = tuple(sum(column) / len(group) for column in zip(*(row.scores for row in group), strict=True))
             rows.append(Row("mean", metric, means, len(group)))
-    return Section(task, rows, incomplete)
+    return Section(task, rows, incomplete, protocols)
 
 
 def title_of(task: str) -> str:
@@ -190,10 +235,19 @@ def markdown(report: Report) -> str:
         for row in section.rows:
             cells = [_plain(_name(row)), row.metric, *map(_score, row.scores)]
             lines.append("| " + " | ".join(cells) + " |")
+        if section.protocols:
+            lines += ["", DIFFERENT, ""]
+            lines += [f"- {_plain(label)}: {_plain(way)}" for label, way in _ways(report, section)]
         if section.incomplete:
             lines += ["", f"In no mean, for not every run has them: {', '.join(map(_plain, section.incomplete))}."]
         lines.append("")
     return "\n".join(lines)
+
+
+def _ways(report: Report, section: Section) -> list[tuple[str, str]]:
+    """(label of a run, its protocol), in the order of the columns."""
+    pairs = zip(report.runs, report.weights, strict=True)
+    return [(label, section.protocols[full]) for label, full in pairs if full in section.protocols]
 
 
 def _plain(text: str) -> str:
@@ -217,6 +271,9 @@ def page(report: Report, pair: tuple[int, int] | None, title: str) -> str:
         if pair is not None:
             parts += _differences(section, report.runs, pair)
         parts += _table(section, report.runs)
+        if section.protocols:
+            ways = "".join(f"<br>{escape(label)}: {escape(way)}" for label, way in _ways(report, section))
+            parts.append(f'<p class="small">{DIFFERENT}{ways}</p>')
         if section.incomplete:
             sets = ", ".join(map(escape, section.incomplete))
             parts.append(f'<p class="small">In no mean, for not every run has them: {sets}.</p>')

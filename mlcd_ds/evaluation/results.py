@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from mlcd_ds.errors import DataError
+from mlcd_ds.evaluation.datasets import METRICS, identify
 from mlcd_ds.files import make_folder, write_json
 
 TASKS = ("linear_probe", "knn", "zeroshot_classification", "zeroshot_retrieval", "finetune")
@@ -47,18 +48,27 @@ class Result:
 
     @property
     def main_metric(self) -> str:
-        """Name of the metric that tables show: what `details` says, else the first."""
-        return self.details.get(MAIN_METRIC) or next(iter(self.metrics))
+        """Name of the metric that tables show: what `details` says, else that of CLIP's table for a linear probe of one of
+        its 27 sets, else the first."""
+        stated, usual = self.details.get(MAIN_METRIC), usual_metric(self.task, self.dataset)
+        return stated or (usual if usual in self.metrics else next(iter(self.metrics)))
 
     @property
     def score(self) -> float | None:
-        """The main metric's value."""
-        return self.metrics.get(self.main_metric)
+        """The main metric's value; None where it has none (NaN, as of a class without an image)."""
+        value = self.metrics.get(self.main_metric)
+        return None if value is None or math.isnan(value) else value
 
     @property
     def full_name(self) -> str:
         """Model and weights, as CLIP_benchmark's `model_fullname`."""
         return f"{self.model} {self.pretrained}"
+
+
+def usual_metric(task: str, dataset: str) -> str | None:
+    """Name of the metric that linear probes of CLIP's 27 sets are reported by; None of other tasks and sets."""
+    metric = identify(dataset).metric
+    return f"lp_{METRICS[metric]}" if metric and task == "linear_probe" else None
 
 
 def file_name(result: Result) -> str:

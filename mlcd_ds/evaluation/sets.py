@@ -198,6 +198,9 @@ def summary(evaluated: Evaluated) -> str:
     without = {name: score for name, score in scores.items() if name != "imagenet1k"}
     if len(without) < len(scores) and set(scores) == set(KNOWN_SETS):
         lines.append(f"mean over the 26 without imagenet1k: {sum(without.values()) / len(without):.4f}")
+    unmeasured = [f"{name} ({result.main_metric})" for name, result in evaluated.results.items() if name not in scores]
+    if unmeasured:
+        lines.append(f"without a figure, in no mean ({len(unmeasured)}): {', '.join(unmeasured)}")
     if evaluated.missing:
         lines.append(f"missing, in no mean ({len(evaluated.missing)}): {', '.join(evaluated.missing)}")
     return "\n".join(lines)

@@ -1,6 +1,6 @@
 """What zero-shot classification and retrieval have in common: sets one after the other, results kept, lines printed."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,11 +15,14 @@ from mlcd_ds.topology import Topology
 Evaluate = Callable[[TextEvaluationConfig, TestSet, Towers, Topology], Result]
 
 
-def evaluate_text_sets(config: TextEvaluationConfig, task: str, evaluate: Evaluate, marker: str | None) -> list[Result]:
-    """Evaluates every set that `config` names; rank 0 writes a result file as each is done, and a line.
+def evaluate_text_sets(
+    config: TextEvaluationConfig, task: str, evaluate: Evaluate, files: Sequence[str] | None = None
+) -> list[Result]:
+    """Evaluates every set that `config` names; rank 0 writes a result file as each is done, and a line; then which sets were
+    left out, and why.
 
     A result in --output_dir that these towers and settings have made, newer than its inputs, is kept, unless --overwrite.
-    task: of the results of `evaluate`. marker: the file by which `--datasets all` knows a set; None: sets for retrieval.
+    task: of the results of `evaluate`. files: those by which `--datasets all` knows a set, see `find_test_sets`.
     Raises what `evaluate` raises, the sets before it done.
     """
     topology = Topology.from_environment()
@@ -27,7 +30,7 @@ def evaluate_text_sets(config: TextEvaluationConfig, task: str, evaluate: Evalua
         topology.start(config.timeout_minutes)
     if topology.is_main and config.output_dir is not None:
         make_folder(Path(config.output_dir))
-    sets = collectives.on_main(topology, find_test_sets, config, marker)
+    sets, left_out = collectives.on_main(topology, find_test_sets, config, files)
     towers = load_towers(config, topology.device)
     results = []
     kept = collectives.on_main(topology, _finished, config, task, sets, towers)
@@ -48,6 +51,8 @@ def evaluate_text_sets(config: TextEvaluationConfig, task: str, evaluate: Evalua
             )
             skipped = f"; skipped {result.details['skipped']}" if result.details["skipped"] else ""
             print(f"{result.pretrained} on {tested.name}: {shown}{_counts(result)}{skipped}{written}", flush=True)
+    if topology.is_main and left_out:
+        print(f"left out ({len(left_out)}): {', '.join(left_out)}", flush=True)
     topology.stop()
     return results
 

@@ -17,7 +17,7 @@ from mlcd_ds.clustering.features import batches_of_images, load_extractor, resol
 from mlcd_ds.config import TextEvaluationConfig
 from mlcd_ds.data.tars import IMAGE_EXTENSIONS, local_shard, read_samples
 from mlcd_ds.errors import ConfigError, DataError
-from mlcd_ds.evaluation.datasets import KNOWN_SETS, dataset_type, shards_of_split
+from mlcd_ds.evaluation.datasets import check_root, dataset_type, identify, locate, shards_of_split, split_names
 from mlcd_ds.topology import Topology
 
 
@@ -116,43 +116,39 @@ class TestSet:
     shards: list[str]
 
 
-def find_test_sets(config: TextEvaluationConfig, marker: str | None) -> list[TestSet]:
-    """The sets of --datasets below --root, with the tars of --split. "all": every folder that holds the file `marker`;
-    without one, every set for retrieval (dataset_type.txt).
+def find_test_sets(config: TextEvaluationConfig, files: Sequence[str] | None) -> tuple[list[TestSet], list[str]]:
+    """(the sets of --datasets below --root, with the tars of --split; those that are left out, with the reason).
 
-    Raises DataError for a set that is not there, or none at all.
+    "all": every folder that holds `files`; None: every set for retrieval (dataset_type.txt). One that lacks some of the
+    files is left out, and so is a known set that is named and not there.
+    Raises DataError where no set is left, and as `datasets.locate`.
     """
-    root = Path(config.root)
-    if not root.is_dir():
-        raise DataError(f"--root {root} is no folder: expected one that holds a folder per evaluation set")
+    root, left_out = check_root(config.root), []
+    names = split_names(config.datasets)
     if config.datasets == "all":
-        names = sorted(
-            path.name
-            for path in root.iterdir()
-            if (path / config.split).is_dir()
-            and ((path / marker).is_file() if marker else dataset_type(path) == "retrieval")
-        )
+        names = []
+        for path in sorted(root.iterdir()):
+            if not (path / config.split).is_dir() or (dataset_type(path) == "retrieval") != (files is None):
+                continue
+            lacking = [name for name in files or () if not (path / name).is_file()]
+            if lacking:
+                left_out.append(f"{path.name} (no {lacking[0]})")
+            else:
+                names.append(path.name)
         if not names:
-            needed = f" and {marker or 'dataset_type.txt that says retrieval'}"
-            raise DataError(f"--root {root} holds no set: expected folders with {config.split}/*.tar{needed}")
-        # wds_vtab-cifar10 is cifar10, by whichever name it was asked for.
-        known_by = {place: known.name for known in KNOWN_SETS.values() for place in known.folders()}
-        names = list(dict.fromkeys(known_by.get(name, name) for name in names))
-    else:
-        names = [name.strip() for name in config.datasets.split(",") if name.strip()]
-    found = []
-    for name in names:
-        known = KNOWN_SETS.get(name)
-        places = [place for place in (known.folders() if known else [name]) if (root / place / config.split).is_dir()]
-        if not places:
+            needed = "dataset_type.txt that says retrieval" if files is None else " and ".join(files) or "no captions"
+            without = f"; left out: {', '.join(left_out)}" if left_out else ""
             raise DataError(
-                f"--datasets: {root / name} holds no {config.split}/: expected a set in CLIP_benchmark's layout (0.tar "
-                f"... and nshards.txt in {config.split}/)"
+                f"--root {root} holds no set: expected folders with {config.split}/*.tar and {needed}{without}"
             )
-        folder = root / places[0]
-        official = f"wds/{known.slug}" if known is not None and known.slug else name
-        found.append(TestSet(official, folder, shards_of_split(folder, config.split)))
-    return found
+    found, missing = locate(config.root, names, (config.split,))
+    if not found:
+        raise DataError(
+            f"none of the sets {config.datasets!r} lies below {root}: expected folders like "
+            f"{root / identify(names[0]).folders()[-1]} with {config.split}/ (0.tar ... and nshards.txt in it)"
+        )
+    sets = [TestSet(known.result_name, folder, shards_of_split(folder, config.split)) for known, folder in found]
+    return sets, [*left_out, *(f"{name} (not there)" for name in missing)]
 
 
 def own_share(items: Sequence, topology: Topology) -> list:

@@ -111,6 +111,11 @@ def zero_shot_set(config: ZeroShotConfig, tested: TestSet, towers: Towers, topol
     )
 
 
+def files_of_sets(config: ZeroShotConfig) -> list[str]:
+    """Files that a set must have: those which no flag replaces."""
+    return [CLASSES_FILE] * (config.classnames is None) + [TEMPLATES_FILE] * (config.templates is None)
+
+
 def read_classes(config: ZeroShotConfig, folder: Path) -> tuple[list[str], list[str]]:
     """(class names, templates). Raises DataError where a file is missing, or a template has no place for the name."""
     names = read_lines(

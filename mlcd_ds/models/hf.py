@@ -25,6 +25,9 @@ PROJECTION = "projection.weight"
 PROJECTION_THERE = "visual_projection.weight"
 PROJECTION_FILE = "mlcd_ds_projection.safetensors"
 
+DESCRIBING = ("config.json", "preprocessor_config.json", PROJECTION_FILE)
+"""Files that say what the weights are: shapes and function, the pixels they were trained on, the projection's width."""
+
 MAX_FILE_BYTES = 5_000_000_000
 """Of one model-0000i-of-0000n.safetensors, as transformers cuts them."""
 
@@ -178,13 +181,21 @@ def tensors_here(config: VitConfig, tensors: dict[str, torch.Tensor]) -> dict[st
     return weights
 
 
+def read_config(path: str | Path) -> VitConfig:
+    """The config of `read_folder`; of a name on the Hub no weights are fetched. Raises what `read_folder` raises."""
+    folder = _local(path, DESCRIBING)
+    config = config_here(folder)
+    _check_preprocessing(folder)
+    return config
+
+
 def read_folder(path: str | Path) -> tuple[VitConfig, dict[str, torch.Tensor]]:
     """(config, float32 state dict) of a folder, or of a name on the Hub, which is fetched by huggingface_hub.
 
     Without `projection.weight` where the model has none (MLCDVisionModel, CLIPVisionModel).
     Raises CheckpointError for what is no such folder, ConfigError where a name cannot be fetched.
     """
-    folder = _local(path)
+    folder = _local(path, (*DESCRIBING, "*.safetensors", "*.index.json"))
     config = config_here(folder)
     _check_preprocessing(folder)
     weights = tensors_here(config, read_tensors(folder))
@@ -232,7 +243,8 @@ def _check_preprocessing(folder: Path) -> None:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
 
 
-def _local(path: str | Path) -> Path:
+def _local(path: str | Path, patterns: tuple[str, ...]) -> Path:
+    """The folder `path`, or where huggingface_hub has put the files of that name whose names fit the patterns."""
     folder = Path(path)
     if folder.is_dir():
         return folder
@@ -246,7 +258,7 @@ def _local(path: str | Path) -> Path:
             f"{path} is no folder here; to fetch it from the Hub: pip install huggingface_hub, or give a folder"
         ) from None
     try:
-        return Path(snapshot_download(str(path), allow_patterns=["config.json", "*.safetensors", "*.index.json"]))
+        return Path(snapshot_download(str(path), allow_patterns=list(patterns)))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ConfigError(f"{path} is no folder here and cannot be fetched: {str(error).splitlines()[0]}") from None
 

@@ -52,6 +52,11 @@ class TransformerConfig(Settings):
     norm_eps: float = Field(gt=0)
 
 
+SHAPE = ("patch_size", "layers", "width", "heads", "mlp_width", "rope")
+FUNCTION = ("activation", "norm_eps")
+"""Fields of a VitConfig without which weights are another function. FUNCTION: those that a preset gives up for them."""
+
+
 class VitConfig(TransformerConfig):
     """Shape of one encoder. Every field must be given; `preset` and `PRESETS` hold the known ones."""
 
