@@ -712,11 +712,11 @@ def _wanted(members: dict[str, tuple[int, int]], wanted: set[str]) -> dict[str, 
 
 
 def _extent(members: dict[str, dict[str, tuple[int, int]]]) -> tuple[int, int, int]:
-    """(first byte, end, bytes) of all these members."""
+    """(first byte, end, bytes with headers and padding, roughly) of all these members."""
     first, end, total = sys.maxsize, 0, 0
     for places in members.values():
         for offset, size in places.values():
-            total += size
+            total += size + 2 * BLOCK - 1  # at most: rounding to blocks would cost more than it tells
             if offset < first:
                 first = offset
             if offset + size > end:
