@@ -224,6 +224,9 @@ class RunSettings(Settings):
     max_bad_steps: int = Field(
         5, ge=1, description="stop after so many steps in a row were skipped for a loss or gradient that is no number"
     )
+    max_bad_steps_of_1000: int = Field(
+        10, ge=1, description="stop when more than so many of the last 1000 were skipped"
+    )
     log_every_steps: int = Field(10, ge=1)
     profile_steps: Annotated[tuple[int, int] | None, BeforeValidator(_range_of)] = Field(
         None,

@@ -6,6 +6,7 @@ import importlib.metadata
 import itertools
 import json
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -276,7 +277,7 @@ def run_steps(
     )
     profiler = StepProfiler(config.profile_steps, run.path / "profile", topology, engine.clock, monitor, global_batch)
     run.step = run.saved = step
-    bad_steps = BadSteps(config.max_bad_steps, store)
+    bad_steps = BadSteps(config.max_bad_steps, config.max_bad_steps_of_1000, store)
     saver = Saver(run, config, plan, store, engine, loader, monitor)
     watch.enter_loop()
     arriving = loader.iterate(step, total_steps, ahead=1)
@@ -355,19 +356,30 @@ def open_monitor(run: RunFolder, engine: TrainEngine, step: int, plan: RunPlan, 
     return monitor
 
 
-class BadSteps:
-    """Counts the skipped steps in a row, tells each, and ends the run above `limit`. Every rank has its own, all alike."""
+BAD_STEPS_WINDOW = 1000
+"""Steps."""
 
-    def __init__(self, limit: int, store: CheckpointStore):
-        self.limit, self.store = limit, store
+
+class BadSteps:
+    """Counts the skipped steps, tells each, and ends the run at `limit` in a row, or above `limit_of_late` in a window.
+
+    Every rank has its own, all alike. Counts begin anew at each start of the run.
+    """
+
+    def __init__(self, limit: int, limit_of_late: int, store: CheckpointStore):
+        self.limit, self.limit_of_late, self.store = limit, limit_of_late, store
         self.in_a_row = 0
+        self.late: deque[int] = deque()
 
     def judge(self, step: int, result: StepResult) -> None:
-        """step: finished steps. Raises NonFiniteError, on every rank, after `limit` skipped steps in a row."""
+        """step: finished steps. Raises NonFiniteError, on every rank, where too many were skipped."""
+        while self.late and self.late[0] <= step - BAD_STEPS_WINDOW:
+            self.late.popleft()
         if result.applied:
             self.in_a_row = 0
             return
         self.in_a_row += 1
+        self.late.append(step)
         norms = ", ".join(f"{norm:g}" for norm in result.head_grad_norms)
         what = (
             f"loss {result.loss:g}, norm of the encoder's gradient {result.grad_norm:g}, of the centers' {norms}; the "
@@ -375,11 +387,18 @@ class BadSteps:
         )
         if self.store.topology.is_main:
             print(f"WARNING: step {step} was skipped, nothing has moved ({self.in_a_row} in a row): {what}", flush=True)
+        count = ""
         if self.in_a_row >= self.limit:
+            count = f"{self.in_a_row} steps in a row, up to step {step}, were skipped (--max_bad_steps {self.limit})"
+        elif len(self.late) > self.limit_of_late:
+            count = (
+                f"{len(self.late)} of the last {BAD_STEPS_WINDOW} steps, up to step {step}, were skipped "
+                f"(--max_bad_steps_of_1000 {self.limit_of_late})"
+            )
+        if count:
             raise NonFiniteError(
-                f"{self.in_a_row} steps in a row, up to step {step}, were skipped (--max_bad_steps {self.limit}): {what}. "
-                f"The last good checkpoint is {self.store.newest()}. Go on from it (--resume auto) with a lower learning "
-                "rate, or look at the images of these steps."
+                f"{count}: {what}. The last good checkpoint is {self.store.newest()}. Go on from it (--resume auto) with a "
+                "lower learning rate, or look at the images of these steps."
             )
 
 

@@ -14,7 +14,7 @@ from mlcd_ds import checkpoint, collectives, monitor, run_loop, universal
 from mlcd_ds.checkpoint import CheckpointStore, published, step_of
 from mlcd_ds.data import shards as shard_table
 from mlcd_ds.data import tars
-from mlcd_ds.errors import Preempted, SaveError
+from mlcd_ds.errors import NonFiniteError, Preempted, SaveError
 from mlcd_ds.files import save_tensors
 from mlcd_ds.profiling import PhaseClock
 from mlcd_ds.run_folder import RunFolder
@@ -59,7 +59,8 @@ class Loop:
             totals=lambda: {"columns": [], "shards": {}},
         )  # fmt: skip
         self.config = SimpleNamespace(
-            seed=0, profile_steps=None, max_bad_steps=5, log_every_steps=1, save_every_steps=SAVE_EVERY, model="tiny",
+            seed=0, profile_steps=None, max_bad_steps=5, max_bad_steps_of_1000=10, log_every_steps=1,
+            save_every_steps=SAVE_EVERY, model="tiny",
             timeout_minutes=1, start_timeout_minutes=1, max_failed_saves=max_failed_saves,
         )  # fmt: skip
         self.plan = SimpleNamespace(
@@ -96,6 +97,30 @@ class Loop:
     @property
     def status(self):
         return json.loads((self.folder / "status.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("every", "ended", "words"),
+    [
+        (1, 3, "3 steps in a row, up to step 3, were skipped .--max_bad_steps 3"),
+        (2, 21, "11 of the last 1000 steps, up to step 21, were skipped .--max_bad_steps_of_1000 10"),
+        (99, 991, "11 of the last 1000 steps, up to step 991"),
+        (100, None, ""),  # ten in each thousand
+    ],
+)
+def test_skipped_steps_end_a_run_in_a_row_or_when_they_are_many_of_late(tmp_path, every, ended, words):
+    bad_steps = run_loop.BadSteps(3, 10, CheckpointStore(tmp_path, Topology.single(), 3))
+    bad = {"loss": float("nan"), "grad_norm": 1.0, "head_grad_norms": (1.0,), "bad": "embeddings", "bad_ranks": (0,)}
+
+    def go():
+        for step in range(1, 5001):
+            bad_steps.judge(step, SimpleNamespace(applied=(step - 1) % every > 0, **bad))
+
+    if ended is None:
+        return go()
+    with pytest.raises(NonFiniteError, match=words) as caught:
+        go()
+    assert f"up to step {ended}," in str(caught.value)
 
 
 def test_a_last_save_that_fails_once_is_tried_again(tmp_path, monkeypatch, capsys):
