@@ -342,17 +342,15 @@ def resume(
 
 def open_monitor(run: RunFolder, engine: TrainEngine, step: int, plan: RunPlan, topology: Topology) -> Monitor | None:
     """Rank 0's monitor; the others have none. Raises SaveError, on every rank, where its file cannot be begun."""
-    monitor, problem = None, None
-    if topology.is_main:
-        try:
-            with writing_the_run(run.path / "metrics.jsonl"):
-                samples = step * plan.settings.global_batch
-                monitor = Monitor(run.path, engine.monitor_events, engine.tensorboard, step, samples)
-        except SaveError as error:
-            problem = error
-    problem = collectives.gather_objects(problem, topology)[0]
-    if problem is not None:
-        raise problem
+    monitor = None
+
+    def begin() -> None:
+        nonlocal monitor
+        with writing_the_run(run.path / "metrics.jsonl"):
+            samples = step * plan.settings.global_batch
+            monitor = Monitor(run.path, engine.monitor_events, engine.tensorboard, step, samples)
+
+    collectives.on_main(topology, begin)
     return monitor
 
 

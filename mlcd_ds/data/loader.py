@@ -541,21 +541,23 @@ class ImageLabelLoader:
     def go_on_from(self, totals: dict) -> None:
         """Takes over the `totals` of a checkpoint, whatever number of ranks made them; of tars that are listed still."""
         number = {name: i for i, name in enumerate(self._dataset.table.names)}
+        before = {
+            number[name]: dict(zip(totals["columns"], counts, strict=True))
+            for name, counts in totals["shards"].items()
+            if name in number
+        }
         sums: Counter = Counter()
-        for name, counts in totals["shards"].items():
-            if name in number:
-                sums.update(dict(zip(totals["columns"], counts, strict=True)))
+        for counts in before.values():
+            sums.update(counts)
         self._recent.start(sums.total(), sums)
         if not self._topology.is_main:  # all sums are over all ranks
             return
-        for name, counts in totals["shards"].items():
-            if name not in number:
-                continue
-            for column, count in zip(totals["columns"], counts, strict=True):
+        for shard, counts in before.items():
+            for column, count in counts.items():
                 if column == "decoded":
-                    self.ledger.decoded_of[number[name]] += count
+                    self.ledger.decoded_of[shard] += count
                 elif count:
-                    self.ledger.skips[number[name], column] += count
+                    self.ledger.skips[shard, column] += count
 
     def close(self) -> None:
         """Ends the loader processes; `iterate` would start new ones."""

@@ -41,17 +41,29 @@ def persistently(read: Callable[[], T], name: str, waits: Sequence[float] = RETR
     Raises UnreadableError, with the cure, for what lies in the machine: no more open files, no memory, no permission, a file
     server that is still away after the last try. Any other OSError is raised as it is, a disk's (EIO) after the last try.
     """
-    for wait in (*waits, None):
+
+    def may_pass(error: Exception) -> bool:
+        return isinstance(error, OSError) and error.errno in (*SERVER_ERRORS, errno.EIO)
+
+    try:
+        return retried(read, may_pass, waits)
+    except OSError as error:
+        cure = cure_of(error.errno)
+        if cure is None:
+            raise
+        raise UnreadableError(f"cannot read {name}: {error.strerror}. {cure}") from None
+
+
+def retried(attempt: Callable[[], T], may_pass: Callable[[Exception], bool], waits: Sequence[float]) -> T:
+    """`attempt()`, again after each of `waits` (s) while it raises what `may_pass`; the last error as it is."""
+    for wait in waits:
         try:
-            return read()
-        except OSError as error:
-            cure = cure_of(error.errno)
-            if cure is not None and (error.errno not in SERVER_ERRORS or wait is None):
-                raise UnreadableError(f"cannot read {name}: {error.strerror}. {cure}") from None
-            if wait is None or (cure is None and error.errno != errno.EIO):
+            return attempt()
+        except Exception as error:
+            if not may_pass(error):
                 raise
         time.sleep(wait)
-    raise AssertionError("not reached")
+    return attempt()
 
 
 def is_away(error: BaseException) -> bool:

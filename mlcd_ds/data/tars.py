@@ -18,7 +18,6 @@ import shutil
 import subprocess
 import sys
 import tarfile
-import time
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -37,6 +36,7 @@ from mlcd_ds.data.storage import (
     cure_of,
     is_away,
     persistently,
+    retried,
 )
 from mlcd_ds.errors import DataError
 from mlcd_ds.files import write_bytes, write_text
@@ -188,19 +188,17 @@ def local_shard(path: str, cache_dir: str | Path | None, allow_pipe: bool = Fals
         with _open_remote(path) as source:  # closed before the file gets its name: a failed curl may tell only then
             shutil.copyfileobj(source, sink, 1 << 22)
 
-    for wait in (*RETRY_SECONDS, None):
+    def attempt() -> None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             write_bytes(target, fetch)
-            return target
         except DataError:
             raise
         except Exception as error:  # any backend's own exception types
-            problem = _not_fetched(path, target, error)
-            if wait is None or not isinstance(problem, _AwayError):
-                raise problem from None
-        time.sleep(wait)
-    raise AssertionError("not reached")
+            raise _not_fetched(path, target, error) from None
+
+    retried(attempt, lambda error: isinstance(error, _AwayError), RETRY_SECONDS)
+    return target
 
 
 class _AwayError(UnreadableError):
